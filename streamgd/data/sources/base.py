@@ -1,0 +1,246 @@
+"""What every source of rows promises.
+
+A source knows its blocks without reading data, and hands out consecutive slices of any block. `streamgd.data.plan`
+needs only the metadata; `streamgd.data.window` only `Source.open_block`; the survey also `Source.iter_targets`.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamgd.errors import OptionError
+
+Array = NDArray[Any]
+
+#: Raw bytes a reader hands out at once when nothing else decides: small enough to stay cheap, big enough to amortise.
+DEFAULT_BLOCK_BYTES = 1 << 20
+
+
+class Slice(NamedTuple):
+    """Consecutive rows out of one block, as stored: nothing is scaled, encoded or checked yet.
+
+    Attributes
+    ----------
+    X : ndarray of shape (n_rows, n_features) or sequence of n_features ndarrays of shape (n_rows,)
+        The features, row-major (or any 2-D layout) where the storage is, else one contiguous array per column
+        (columns may differ in dtype). Real numbers or booleans, native byte order.
+    y : ndarray of shape (n_rows,) or (n_rows, n_outputs), pyarrow.Array, or None
+        The target in the dtype it is stored with; a `pyarrow.Array` only for targets that are not numbers.
+    weight : ndarray of shape (n_rows,) or None
+        Sample weights.
+    """
+
+    X: Array | Sequence[Array]
+    y: Any
+    weight: Array | None
+
+
+@dataclass(frozen=True)
+class TargetInfo:
+    """What is known of the target before reading it.
+
+    Attributes
+    ----------
+    name : str
+        Column or dataset, for messages.
+    n_outputs : int
+        1 for a vector, the number of columns for a matrix.
+    dtype : str
+        As stored (``"float32"``, ``"string"``, …), for messages and the fingerprint.
+    numeric : bool
+        Whether it can be a regression target; any type can hold classes.
+    is_vector : bool
+        Whether predictions for it are 1-D.
+    """
+
+    name: str
+    n_outputs: int
+    dtype: str
+    numeric: bool
+    is_vector: bool = True
+
+
+class BlockReader(abc.ABC):
+    """Consecutive slices of one block, for one consumer at a time."""
+
+    @abc.abstractmethod
+    def read(self, n_rows: int) -> Slice:
+        """Return the next `n_rows` rows.
+
+        The caller never asks for more than the block still has. The arrays stay valid and unchanged until the next
+        `read` or `close`; the caller does not write to them.
+
+        Raises
+        ------
+        CorruptDataError
+            If the storage ends early or cannot be decoded; names the file and the block.
+        """
+
+    def close(self) -> None:  # noqa: B027 - most readers hold nothing
+        """Release what the reader holds. Idempotent."""
+
+    def __enter__(self) -> Self:
+        """Return the reader itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the reader."""
+        self.close()
+
+
+class Source(abc.ABC):
+    """A table in blocks: metadata now, rows on demand.
+
+    Subclasses set every attribute below in ``__init__`` from metadata alone. A source is picklable, may be used from
+    any thread, and opens files only in the process and at the moment that reads them. Reading the same rows twice gives
+    the same bits.
+
+    Attributes
+    ----------
+    kind : str
+        ``"hdf5"``, ``"parquet"``, ``"dask"`` or ``"memory"``.
+    name : str
+        Short name for messages, such as the file's name.
+    block_rows : ndarray of shape (n_blocks,), int64
+        Rows of each block, in file order; no block is empty.
+    n_features : int
+        Columns of X.
+    feature_names : tuple of str, or None
+        Their names where the storage has names.
+    feature_dtypes : tuple of str
+        Stored dtype of each feature.
+    row_dtype : numpy.dtype
+        float32 or float64: the dtype rows are trained in.
+    target : TargetInfo or None
+        None for a source that can only be predicted from.
+    has_weight : bool
+        Whether slices carry weights.
+    stored_bytes : int
+        Bytes on storage that one epoch reads, for MB/s.
+    open_block_bytes : int
+        Upper estimate of the memory that keeping one block open costs, the slice it hands out not counted.
+    holds_block : bool
+        True where opening a block decodes it whole whatever the slices are (Dask).
+    dropped : tuple of (str, str)
+        Columns left out on purpose, each with the reason, for the user to see.
+    fingerprint : dict of str to JSON value
+        Equal for the same data wherever it lies; every entry is compared on resume.
+    origin : dict of str to JSON value
+        How to open the same data again (paths, columns); informs, and lets the command line resume.
+    """
+
+    kind: str
+    name: str
+    block_rows: NDArray[np.int64]
+    n_features: int
+    feature_names: tuple[str, ...] | None
+    feature_dtypes: tuple[str, ...]
+    row_dtype: np.dtype[Any]
+    target: TargetInfo | None
+    has_weight: bool
+    stored_bytes: int
+    open_block_bytes: int
+    holds_block: bool = False
+    dropped: tuple[tuple[str, str], ...] = ()
+    fingerprint: dict[str, Any]
+    origin: dict[str, Any]
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of all blocks."""
+        return int(self.block_rows.sum())
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of blocks."""
+        return len(self.block_rows)
+
+    @abc.abstractmethod
+    def open_block(self, block: int, start: int = 0, *, piece_rows: int = 16384) -> BlockReader:
+        """Open a block for reading from row `start` of it.
+
+        Parameters
+        ----------
+        block : int
+            Index into `block_rows`.
+        start : int, default=0
+            First row to hand out; may cost a decode of the rows before it.
+        piece_rows : int, default=16384
+            Hint: the most rows that `BlockReader.read` will be asked for at once (callers may ask for fewer).
+
+        Raises
+        ------
+        SourceNotFoundError
+            If the storage is gone.
+        CorruptDataError
+            If it cannot be read.
+        """
+
+    @abc.abstractmethod
+    def iter_targets(self) -> Iterator[tuple[int, int, Any, Array | None]]:
+        """Read the target and weight columns alone, in file order, in bounded pieces.
+
+        Yields
+        ------
+        block, start : int
+            Where the piece begins.
+        y : ndarray, pyarrow.Array or None
+            As in `Slice`.
+        weight : ndarray or None
+            As in `Slice`.
+        """
+
+    @abc.abstractmethod
+    def locate(self, block: int, row: int) -> str:
+        """Say where row `row` of block `block` lies, for messages (file, row group, row in the file)."""
+
+    def announce(self, blocks: Sequence[int]) -> None:  # noqa: B027 - only sources that compute can use it
+        """Tell which blocks will be opened next, in order, so that a source that computes may begin. Only a hint."""
+
+    def mixing_hint(self) -> str | None:
+        """What the user could change so that the blocks mix better, or None."""
+        return None
+
+    def close(self) -> None:  # noqa: B027 - most sources hold nothing
+        """Release open handles. Idempotent; the source may be used again afterwards."""
+
+    def feature_label(self, column: int) -> str:
+        """Name of feature `column` for messages: its name in quotes, or its number."""
+        return f"{self.feature_names[column]!r}" if self.feature_names else f"number {column}"
+
+    def __repr__(self) -> str:
+        """Say what the source holds, on one line."""
+        return (
+            f"<{self.kind} source {self.name!r}: {self.n_rows:,} rows in {self.n_blocks:,} blocks, "
+            f"{self.n_features:,} features as {self.row_dtype}>"
+        )
+
+
+def choose_row_dtype(stored: Sequence[np.dtype[Any]], dtype: str) -> np.dtype[Any]:
+    """Pick the dtype that rows are trained in.
+
+    Parameters
+    ----------
+    stored : sequence of numpy.dtype
+        What the features are stored as.
+    dtype : {"auto", "float32", "float64"}
+        ``"auto"`` is float32 unless a feature is float64 or an integer of 32 bits or more, which float32 cannot hold.
+    """
+    if dtype in ("float32", "float64"):
+        return np.dtype(dtype)
+    if dtype != "auto":
+        raise OptionError(f"dtype={dtype!r}: expected 'auto', 'float32' or 'float64'")
+    wide = any(
+        (d.kind == "f" and d.itemsize > 4) or (d.kind in "iu" and d.itemsize >= 4) or d.kind not in "fiub"
+        for d in stored
+    )
+    return np.dtype(np.float64 if wide else np.float32)

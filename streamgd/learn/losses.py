@@ -1,0 +1,132 @@
+"""The losses: names, formulas and which task each serves.
+
+Scale and sign conventions are scikit-learn's: p is the prediction (decision value), y the target, s = ±1 the class.
+The compiled code is `streamgd.learn.kernels.elementwise_loss` and its softmax twin; the codes here select the branch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamgd.errors import OptionError
+
+Task = Literal["regression", "classification"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss.
+
+    Attributes
+    ----------
+    name : str
+        As users write it.
+    code : int
+        Branch of the kernel.
+    task : {"regression", "classification"}
+        What it can be used for.
+    formula : str
+        Value for one row.
+    parameter : str or None
+        Name of the one number that shapes it (``"epsilon"`` or ``"quantile"``).
+    """
+
+    name: str
+    code: int
+    task: Task
+    formula: str
+    parameter: str | None = None
+
+
+SQUARED_ERROR, HUBER, EPSILON_INSENSITIVE, SQUARED_EPSILON_INSENSITIVE, QUANTILE = 0, 1, 2, 3, 4
+LOG_LOSS, HINGE, SQUARED_HINGE, MODIFIED_HUBER, PERCEPTRON = 5, 6, 7, 8, 9
+
+LOSSES: dict[str, Loss] = {
+    loss.name: loss
+    for loss in (
+        Loss("squared_error", SQUARED_ERROR, "regression", "(p - y)**2 / 2"),
+        Loss(
+            "huber",
+            HUBER,
+            "regression",
+            "(p - y)**2 / 2 if |p - y| <= epsilon else epsilon |p - y| - epsilon**2 / 2",
+            "epsilon",
+        ),
+        Loss("epsilon_insensitive", EPSILON_INSENSITIVE, "regression", "max(0, |p - y| - epsilon)", "epsilon"),
+        Loss(
+            "squared_epsilon_insensitive",
+            SQUARED_EPSILON_INSENSITIVE,
+            "regression",
+            "max(0, |p - y| - epsilon)**2",
+            "epsilon",
+        ),
+        Loss("quantile", QUANTILE, "regression", "max(quantile (y - p), (quantile - 1) (y - p))", "quantile"),
+        Loss("log_loss", LOG_LOSS, "classification", "log(1 + exp(-s p)); softmax cross-entropy for 3 or more classes"),
+        Loss("hinge", HINGE, "classification", "max(0, 1 - s p)"),
+        Loss("squared_hinge", SQUARED_HINGE, "classification", "max(0, 1 - s p)**2"),
+        Loss("modified_huber", MODIFIED_HUBER, "classification", "max(0, 1 - s p)**2 if s p >= -1 else -4 s p"),
+        Loss("perceptron", PERCEPTRON, "classification", "max(0, -s p)"),
+    )
+}
+
+
+def get_loss(name: str, task: Task) -> Loss:
+    """Look a loss up by name.
+
+    Raises
+    ------
+    OptionError
+        If there is none of that name for the task; lists those there are.
+    """
+    loss = LOSSES.get(name)
+    if loss is None or loss.task != task:
+        there = ", ".join(repr(entry.name) for entry in LOSSES.values() if entry.task == task)
+        raise OptionError(f"loss={name!r} is not a loss for {task}: expected one of {there}")
+    return loss
+
+
+def outputs_of(loss: Loss, n_targets: int, n_classes: int) -> int:
+    """Rows of the coefficient matrix: one per target, one for two classes, else one per class."""
+    if loss.task == "regression":
+        return n_targets
+    return 1 if n_classes <= 2 else n_classes
+
+
+def start_intercept(
+    loss: Loss, target_mean: NDArray[np.float64], class_weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Intercept of the best constant prediction, or near it: the link of the mean.
+
+    Parameters
+    ----------
+    loss : Loss
+        The loss to minimise.
+    target_mean : ndarray of shape (n_outputs,)
+        Weighted mean of each target (regression).
+    class_weights : ndarray of shape (n_classes,)
+        Total weight of each class (classification).
+
+    Returns
+    -------
+    ndarray of shape (n_outputs,)
+    """
+    if loss.task == "regression":
+        return target_mean.astype(np.float64)
+    total = class_weights.sum()
+    # A class that was announced but not seen yet must not start at minus infinity.
+    share = np.clip(class_weights / total if total > 0 else np.ones_like(class_weights), 0.0, 1.0)
+    floor = 0.5 / max(total, 1.0)
+    share = np.clip(share, floor, 1.0)
+    if loss.code == PERCEPTRON:
+        return np.zeros(1 if len(share) <= 2 else len(share))
+    if loss.code == LOG_LOSS:
+        if len(share) > 2:
+            logits = np.log(share / share.sum())
+            return np.asarray(logits - logits.mean())
+        return np.log(share[-1:]) - np.log(share[:1]) if len(share) == 2 else np.zeros(1)
+    margins = 2.0 * share / share.sum() - 1.0
+    return np.asarray(margins[-1:] if len(share) == 2 else margins)

@@ -1,0 +1,46 @@
+"""The penalties on the coefficients; the intercept is never penalised.
+
+The objective is mean loss + alpha * penalty. Penalties act on the coefficients of the *scaled* features, so that they
+treat a feature in metres like one in kilometres (as glmnet and H2O do).
+
+==============  ==========================================================================
+``None``        0 (the default)
+``"l2"``        ½ Σ w²; under plain SGD scikit-learn's multiplicative decay w ← w·max(0, 1 − eta·alpha)
+``"l1"``        Σ |w|; proximal: after a step of eta_j, w_j ← sign(w_j) max(0, |w_j| − eta_j·alpha)
+``"elasticnet"``  (1 − l1_ratio) · ½ Σ w² + l1_ratio · Σ |w|
+==============  ==========================================================================
+
+References
+----------
+Duchi & Singer (2009), Efficient Online and Batch Learning Using Forward Backward Splitting, JMLR 10 (the proximal
+step, and its per-coordinate form for adaptive steps).
+"""
+
+from __future__ import annotations
+
+from streamgd.errors import OptionError
+
+PENALTIES = (None, "l2", "l1", "elasticnet")
+
+
+def strengths(penalty: str | None, alpha: float, l1_ratio: float) -> tuple[float, float]:
+    """Strength of the l1 and of the l2 part.
+
+    Returns
+    -------
+    l1, l2 : float
+        ``alpha`` times each part's share.
+
+    Raises
+    ------
+    OptionError
+        If the penalty is unknown or a number is out of range.
+    """
+    if penalty not in PENALTIES:
+        raise OptionError(f"penalty={penalty!r}: expected None, 'l2', 'l1' or 'elasticnet'")
+    if not alpha >= 0:
+        raise OptionError(f"alpha={alpha!r}: expected a number of at least 0")
+    if not 0 <= l1_ratio <= 1:
+        raise OptionError(f"l1_ratio={l1_ratio!r}: expected a number from 0 to 1")
+    share = {None: (0.0, 0.0), "l2": (0.0, 1.0), "l1": (1.0, 0.0), "elasticnet": (l1_ratio, 1.0 - l1_ratio)}[penalty]
+    return alpha * share[0], alpha * share[1]
