@@ -13,6 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamgd.errors import OptionError
+from streamgd.learn.kernels import (
+    EPSILON_INSENSITIVE,
+    HINGE,
+    HUBER,
+    LOG_LOSS,
+    MODIFIED_HUBER,
+    PERCEPTRON,
+    QUANTILE,
+    SQUARED_EPSILON_INSENSITIVE,
+    SQUARED_ERROR,
+    SQUARED_HINGE,
+)
 
 Task = Literal["regression", "classification"]
 
@@ -41,9 +53,6 @@ class Loss:
     formula: str
     parameter: str | None = None
 
-
-SQUARED_ERROR, HUBER, EPSILON_INSENSITIVE, SQUARED_EPSILON_INSENSITIVE, QUANTILE = 0, 1, 2, 3, 4
-LOG_LOSS, HINGE, SQUARED_HINGE, MODIFIED_HUBER, PERCEPTRON = 5, 6, 7, 8, 9
 
 LOSSES: dict[str, Loss] = {
     loss.name: loss

@@ -38,9 +38,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streamgd.errors import OptionError
+from streamgd.learn.kernels import ADAGRAD, ADAM, AUTO, DOWG, SGD
 from streamgd.learn.losses import Task
-
-AUTO, SGD, ADAGRAD, ADAM, DOWG = 0, 1, 2, 3, 4
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import math
 
-from streamgd.learn.losses import HUBER, LOG_LOSS, PERCEPTRON, QUANTILE, SQUARED_EPSILON_INSENSITIVE, Loss
-
-CONSTANT, OPTIMAL, INVSCALING, ADAPTIVE, COSINE = 0, 1, 2, 3, 4
+from streamgd.learn.kernels import ADAPTIVE, CONSTANT, COSINE, INVSCALING, OPTIMAL
 
 SCHEDULES = {
     "constant": CONSTANT,
@@ -33,21 +31,10 @@ SCHEDULES = {
 ADAPTIVE_FLOOR = 1e-6
 
 
-def optimal_start(loss: Loss, alpha: float, parameter: float) -> float:
+def optimal_start(alpha: float) -> float:
     """Offset t0 of the ``"optimal"`` schedule.
 
-    The first rate is about the size of a typical coefficient over a typical gradient:
-    with typw = sqrt(1 / sqrt(alpha)), t0 = max(1, |dloss(−typw, 1)|) / (typw · alpha).
+    The first rate is the size of a typical coefficient, typw = sqrt(1 / sqrt(alpha)), over a slope of 1:
+    t0 = 1 / (typw · alpha).
     """
-    typical = math.sqrt(1.0 / math.sqrt(alpha))
-    slope = {
-        0: typical + 1.0,
-        HUBER: min(typical + 1.0, parameter),
-        SQUARED_EPSILON_INSENSITIVE: 2.0 * max(0.0, typical + 1.0 - parameter),
-        QUANTILE: parameter,
-        LOG_LOSS: 1.0 / (1.0 + math.exp(-typical)),
-        7: 2.0 * (1.0 + typical),
-        8: 4.0 if typical > 1 else 2.0 * (1.0 + typical),
-        PERCEPTRON: 1.0,
-    }.get(loss.code, 1.0)
-    return max(1.0, slope) / (typical * alpha)
+    return 1.0 / (math.sqrt(1.0 / math.sqrt(alpha)) * alpha)

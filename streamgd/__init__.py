@@ -1,0 +1,3 @@
+"""Linear models of tables larger than memory."""
+
+__version__ = "0.1.0"

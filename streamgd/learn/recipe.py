@@ -1,0 +1,255 @@
+"""One checked choice of what to learn and how, and its packing into the numbers that kernels take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamgd.errors import OptionError
+from streamgd.learn import penalties
+from streamgd.learn.kernels import (
+    AUTO,
+    AVERAGE_NONE,
+    AVERAGE_POLYNOMIAL,
+    AVERAGE_UNIFORM,
+    CODE_AVERAGE,
+    CODE_CLASSES,
+    CODE_INTERCEPT,
+    CODE_LOSS,
+    CODE_MOMENTS,
+    CODE_NESTEROV,
+    CODE_OPTIMIZER,
+    CODE_SCHEDULE,
+    CODE_SOFTMAX,
+    LOG_LOSS,
+    N_CODES,
+    N_PARAMS,
+    OPTIMAL,
+    PARAM_ALPHA,
+    PARAM_AVERAGE_FROM,
+    PARAM_BETA_1,
+    PARAM_BETA_2,
+    PARAM_EPSILON,
+    PARAM_ETA0,
+    PARAM_L1,
+    PARAM_L2,
+    PARAM_LOSS,
+    PARAM_MEAN_WEIGHT,
+    PARAM_MOMENTUM,
+    PARAM_N_UPDATES,
+    PARAM_OPTIMAL_START,
+    PARAM_POWER_T,
+    SGD,
+)
+from streamgd.learn.losses import Loss, Task, get_loss, outputs_of
+from streamgd.learn.optimizers import Optimizer, resolve
+from streamgd.learn.schedules import SCHEDULES, optimal_start
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to minimise and by which steps. Values are as users give them; the properties say what they amount to.
+
+    Parameters
+    ----------
+    task : {"regression", "classification"}
+        What the target is.
+    loss : str
+        A name of `streamgd.learn.losses.LOSSES`.
+    epsilon : float
+        Shape of huber and of the epsilon-insensitive losses, in the target's units.
+    quantile : float
+        Which quantile the quantile loss estimates, between 0 and 1.
+    penalty : {None, "l2", "l1", "elasticnet"}
+        See `streamgd.learn.penalties`.
+    alpha, l1_ratio : float
+        Strength of the penalty, and the share of its l1 part under elasticnet.
+    fit_intercept : bool
+        Whether there is an intercept.
+    optimizer, learning_rate : str
+        See the table in `streamgd.learn.optimizers`.
+    eta0 : float or "auto"
+        First learning rate.
+    power_t : float
+        Exponent of invscaling.
+    momentum : float
+        Momentum of sgd, from 0 to below 1.
+    nesterov : bool
+        Nesterov's form of momentum.
+    average : bool, int or "auto"
+        Whether to average the coefficients; under sgd, an int n > 1 starts after n updates.
+    batch_size : int
+        Rows behind one update.
+    """
+
+    task: Task = "regression"
+    loss: str = "squared_error"
+    epsilon: float = 0.1
+    quantile: float = 0.5
+    penalty: str | None = None
+    alpha: float = 1e-4
+    l1_ratio: float = 0.15
+    fit_intercept: bool = True
+    optimizer: str = "auto"
+    learning_rate: str = "auto"
+    eta0: float | str = "auto"
+    power_t: float = 0.25
+    momentum: float = 0.0
+    nesterov: bool = False
+    average: bool | int | str = "auto"
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run, saying what would be accepted."""
+        loss = self.the_loss
+        optimizer, schedule = resolve(self.optimizer, self.learning_rate, self.task)
+        penalties.strengths(self.penalty, self.alpha, self.l1_ratio)
+        _require(_is_number(self.epsilon) and self.epsilon >= 0, "epsilon", self.epsilon, "a number of at least 0")
+        _require(
+            _is_number(self.quantile) and 0 < self.quantile < 1, "quantile", self.quantile, "a number between 0 and 1"
+        )
+        _require(_is_number(self.power_t), "power_t", self.power_t, "a number")
+        _require(
+            isinstance(self.batch_size, (int, np.integer)) and self.batch_size >= 1,
+            "batch_size",
+            self.batch_size,
+            "a whole number of at least 1",
+        )
+        _require(
+            _is_number(self.momentum) and 0 <= self.momentum < 1,
+            "momentum",
+            self.momentum,
+            "a number from 0 to below 1",
+        )
+        if self.eta0 != "auto":
+            _require(_is_number(self.eta0) and float(self.eta0) > 0, "eta0", self.eta0, "'auto' or a number above 0")
+            if not optimizer.learning_rates and optimizer.code != AUTO:
+                raise OptionError(f"eta0={self.eta0!r}: optimizer={optimizer.name!r} has no learning rate to set")
+        if optimizer.code != SGD and (self.momentum or self.nesterov):
+            raise OptionError(
+                f"momentum and nesterov belong to optimizer='sgd'; found optimizer={optimizer.name!r}. "
+                "Set optimizer='sgd' or leave them out"
+            )
+        if self.nesterov and not self.momentum:
+            raise OptionError("nesterov=True needs a momentum above 0, such as momentum=0.9")
+        if schedule == "optimal" and not self.alpha > 0:
+            raise OptionError(f"learning_rate='optimal' needs alpha above 0; found alpha={self.alpha!r}")
+        if not (self.average == "auto" or isinstance(self.average, (bool, int, np.integer))) or (
+            not isinstance(self.average, (bool, str)) and self.average < 0
+        ):
+            raise OptionError(f"average={self.average!r}: expected 'auto', True, False or a number of updates")
+        if loss.parameter == "epsilon" and loss.name == "huber":
+            _require(self.epsilon > 0, "epsilon", self.epsilon, "a number above 0 for loss='huber'")
+
+    @property
+    def the_loss(self) -> Loss:
+        """The loss behind the name."""
+        return get_loss(self.loss, self.task)
+
+    @property
+    def the_optimizer(self) -> Optimizer:
+        """The optimizer that the pair (optimizer, learning_rate) means."""
+        return resolve(self.optimizer, self.learning_rate, self.task)[0]
+
+    @property
+    def schedule(self) -> str:
+        """The schedule that the pair (optimizer, learning_rate) means."""
+        return resolve(self.optimizer, self.learning_rate, self.task)[1]
+
+    @property
+    def first_eta(self) -> float:
+        """The value of eta0."""
+        return self.the_optimizer.eta0 if self.eta0 == "auto" else float(self.eta0)
+
+    @property
+    def average_kind(self) -> int:
+        """One of `AVERAGE_NONE`, `AVERAGE_UNIFORM`, `AVERAGE_POLYNOMIAL`."""
+        wanted = self.the_optimizer.averages if self.average == "auto" else bool(self.average)
+        if not wanted:
+            return AVERAGE_NONE
+        return AVERAGE_UNIFORM if self.the_optimizer.code == SGD else AVERAGE_POLYNOMIAL
+
+    def n_outputs(self, n_targets: int, n_classes: int) -> int:
+        """Rows of the coefficient matrix."""
+        return outputs_of(self.the_loss, n_targets, n_classes)
+
+    def pack(self, *, n_classes: int, n_updates: float, mean_weight: float, moments: bool) -> Packed:
+        """Write the recipe as the two arrays that kernels take.
+
+        Parameters
+        ----------
+        n_classes : int
+            0 for regression.
+        n_updates : float
+            Planned updates of the whole run, for the cosine schedule.
+        mean_weight : float
+            Mean sample weight, by which gradients are divided.
+        moments : bool
+            Whether to keep the features' moments while consuming rows.
+        """
+        loss, optimizer = self.the_loss, self.the_optimizer
+        l1, l2 = penalties.strengths(self.penalty, self.alpha, self.l1_ratio)
+        codes = np.zeros(N_CODES, np.int64)
+        codes[CODE_LOSS] = loss.code
+        codes[CODE_OPTIMIZER] = optimizer.code
+        codes[CODE_SCHEDULE] = SCHEDULES[self.schedule]
+        codes[CODE_SOFTMAX] = loss.code == LOG_LOSS and n_classes > 2
+        codes[CODE_CLASSES] = n_classes
+        codes[CODE_INTERCEPT] = self.fit_intercept
+        codes[CODE_AVERAGE] = self.average_kind
+        codes[CODE_NESTEROV] = self.nesterov
+        codes[CODE_MOMENTS] = moments
+        params = np.zeros(N_PARAMS, np.float64)
+        params[PARAM_LOSS] = self.quantile if loss.parameter == "quantile" else self.epsilon
+        params[PARAM_L1], params[PARAM_L2] = l1, l2
+        params[PARAM_ETA0] = self.first_eta
+        params[PARAM_POWER_T] = self.power_t
+        params[PARAM_MOMENTUM] = self.momentum
+        params[PARAM_BETA_1], params[PARAM_BETA_2], params[PARAM_EPSILON] = 0.9, 0.999, 1e-8
+        params[PARAM_OPTIMAL_START] = optimal_start(self.alpha) if SCHEDULES[self.schedule] == OPTIMAL else 0.0
+        params[PARAM_ALPHA] = self.alpha
+        params[PARAM_N_UPDATES] = max(1.0, n_updates)
+        params[PARAM_AVERAGE_FROM] = 1 if isinstance(self.average, (bool, str)) else max(1, self.average)
+        params[PARAM_MEAN_WEIGHT] = mean_weight
+        return Packed(codes, params)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values by name."""
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Recipe:
+        """Undo `to_json`."""
+        return replace(cls(task=values["task"], loss=values["loss"]), **values)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A recipe as kernels take it.
+
+    Attributes
+    ----------
+    codes : ndarray of int64
+        Which branches to take (``CODE_*``).
+    params : ndarray of float64
+        The numbers (``PARAM_*``).
+    """
+
+    codes: NDArray[np.int64]
+    params: NDArray[np.float64]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool) and value == value
+
+
+def _require(met: bool, name: str, found: object, expected: str) -> None:
+    if not met:
+        raise OptionError(f"{name}={found!r}: expected {expected}")
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
