@@ -51,8 +51,9 @@ N_COUNTERS = 9
 # Division by zero gives infinity or NaN as in NumPy: Python's check would keep loops from vectorising. Inner functions
 # are compiled into their callers, so the wrappers that let Python call them would only cost compile time.
 _SHARED: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-_entry: Any = nb.njit(cache=True, **_SHARED)
-_inner: Any = nb.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_SHARED)
+_njit: Any = nb.njit
+_entry = _njit(cache=True, **_SHARED)
+_inner = _njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_SHARED)
 
 #: A prediction or loss beyond this counts as divergence: its square would overflow.
 _HUGE = 1e150
@@ -216,7 +217,7 @@ def log1p(u):
 @_inner
 def log(x):
     """Return log(x) for a normal positive x: exponent and a mantissa between √½ and √2."""
-    bits = _bits_of_double(x)
+    bits: Any = _bits_of_double(x)
     exponent = ((bits >> 52) & 0x7FF) - 1023
     m = _double_of_bits((bits & 0x000FFFFFFFFFFFFF) | 0x3FF0000000000000)
     high = m > 1.4142135623730951

@@ -1,0 +1,170 @@
+"""Everything that defines a run: two runs with equal configurations over equal data give equal bits.
+
+What only affects how fast it goes or how it is watched (threads, checkpoint interval, progress) is `RunOptions`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from streamgd.errors import OptionError
+from streamgd.learn.recipe import Recipe
+
+#: Updates after which the default stops adding epochs, and the most epochs it runs.
+AUTO_UPDATES, AUTO_MAX_EPOCHS = 10_000, 1_000
+#: What ``tol="auto"`` is, as a share of the loss of the constant prediction.
+AUTO_TOL = 1e-5
+
+
+@dataclass(frozen=True)
+class Config:
+    """What defines a run.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        What to minimise and by which steps.
+    max_iter : int or "auto"
+        Epochs at most. ``"auto"`` is as many as make about 10,000 updates, at least 1 and at most 1,000: a small set
+        gets enough epochs to converge and a large one few, because many updates, not many passes, are what converges.
+    tol : float, None or "auto"
+        The run ends when the progressive loss of `n_iter_no_change` epochs in a row is not below the best before by
+        more than `tol`; ``"auto"`` is 1e-5 of the loss of the best constant prediction; None never ends early.
+    n_iter_no_change : int
+        See `tol`.
+    shuffle : bool
+        Whether rows are shuffled each epoch.
+    seed : int
+        Of the shuffle: from 0.
+    buffer_bytes : int
+        The whole memory plan.
+    standardize : {True, "full", False}
+        Scale features by a sample's moments, by exact ones, or not.
+    class_weight : dict, "balanced" or None
+        Factor of each class, by label.
+    """
+
+    recipe: Recipe = field(default_factory=Recipe)
+    max_iter: int | str = "auto"
+    tol: float | str | None = "auto"
+    n_iter_no_change: int = 5
+    shuffle: bool = True
+    seed: int = 0
+    buffer_bytes: int = 256_000_000
+    standardize: bool | str = True
+    class_weight: dict[Any, float] | str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        if self.max_iter != "auto" and not (_is_whole(self.max_iter) and int(self.max_iter) >= 1):
+            raise OptionError(f"max_iter={self.max_iter!r}: expected 'auto' or a number of epochs of at least 1")
+        if not (self.tol is None or self.tol == "auto" or _is_real(self.tol)):
+            raise OptionError(f"tol={self.tol!r}: expected 'auto', None or a number")
+        if not (_is_whole(self.n_iter_no_change) and self.n_iter_no_change >= 1):
+            raise OptionError(f"n_iter_no_change={self.n_iter_no_change!r}: expected a whole number of at least 1")
+        if not (_is_whole(self.seed) and self.seed >= 0):
+            raise OptionError(f"random_state={self.seed!r}: expected a whole number of at least 0")
+        if self.standardize not in (True, False, "full"):
+            raise OptionError(f"standardize={self.standardize!r}: expected True, 'full' or False")
+        if not isinstance(self.shuffle, (bool, np.bool_)):
+            raise OptionError(f"shuffle={self.shuffle!r}: expected True or False")
+        weights = self.class_weight
+        if weights is not None and weights != "balanced" and not isinstance(weights, dict):
+            raise OptionError(f"class_weight={weights!r}: expected None, 'balanced' or a dict of label to factor")
+        if weights is not None and self.recipe.task != "classification":
+            raise OptionError("class_weight needs a classification")
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether the intercept starts at 0: plain SGD on unscaled rows is posed exactly as in scikit-learn."""
+        return self.recipe.the_optimizer.name == "sgd" and self.standardize is False
+
+    def n_epochs(self, n_rows: int) -> int:
+        """Epochs at most, over `n_rows` rows."""
+        if self.max_iter != "auto":
+            return int(self.max_iter)
+        updates = math.ceil(n_rows / self.recipe.batch_size)
+        return min(AUTO_MAX_EPOCHS, max(1, math.ceil(AUTO_UPDATES / updates)))
+
+    def absolute_tol(self, null_loss: float) -> float | None:
+        """Return `tol` in units of the loss; None to never stop early."""
+        if self.tol == "auto":
+            return AUTO_TOL * null_loss
+        return None if self.tol is None else float(self.tol)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, the recipe's among them. Labels of class weights keep their type through JSON."""
+        weights: Any = self.class_weight
+        if isinstance(weights, dict):
+            weights = [[_plain(label), float(factor)] for label, factor in weights.items()]
+        return {
+            **self.recipe.to_json(),
+            "max_iter": _plain(self.max_iter),
+            "tol": _plain(self.tol),
+            "n_iter_no_change": int(self.n_iter_no_change),
+            "shuffle": bool(self.shuffle),
+            "seed": int(self.seed),
+            "buffer_bytes": int(self.buffer_bytes),
+            "standardize": _plain(self.standardize),
+            "class_weight": [[_plain(k), float(v)] for k, v in weights.items()]
+            if isinstance(weights, dict)
+            else weights,
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Config:
+        """Undo `to_json`."""
+        values = dict(values)
+        own = ("max_iter", "tol", "n_iter_no_change", "shuffle", "seed", "buffer_bytes", "standardize", "class_weight")
+        mine = {name: values.pop(name) for name in own}
+        if isinstance(mine["class_weight"], list):
+            mine["class_weight"] = dict(mine["class_weight"])
+        return cls(recipe=Recipe.from_json(values), **mine)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run goes, without changing what it computes.
+
+    Parameters
+    ----------
+    n_threads : int or None
+        Threads that read; None for one per core.
+    checkpoint_every_s : float
+        Seconds between checkpoints.
+    """
+
+    n_threads: int | None = None
+    checkpoint_every_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        if self.n_threads is not None and not (_is_whole(self.n_threads) and self.n_threads >= 1):
+            raise OptionError(f"n_threads={self.n_threads!r}: expected None or a whole number of at least 1")
+        if not (_is_real(self.checkpoint_every_s) and self.checkpoint_every_s >= 0):
+            raise OptionError(f"checkpoint_every_s={self.checkpoint_every_s!r}: expected seconds, at least 0")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Name each entry that differs between two JSON objects, with both values."""
+    return [
+        f"{name}: {old.get(name)!r} then, {new.get(name)!r} now"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool) and value == value
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value

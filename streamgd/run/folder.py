@@ -1,0 +1,189 @@
+"""The run folder: ``config.json``, ``metrics.jsonl`` and ``checkpoints/``, with one writer at a time.
+
+All that the other commands need to go on with a run, predict from it or judge it is in here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from streamgd.errors import (
+    CheckpointWriteError,
+    ResumeError,
+    RunError,
+    RunExistsError,
+    RunLockedError,
+    RunNotFoundError,
+)
+from streamgd.run.checkpoint import FORMAT, Checkpoint, CheckpointFolder, write_atomic
+
+
+class RunFolder:
+    """A folder that holds one run.
+
+    Use it as a context manager to write: it is then locked against a second writer until the block ends or the process
+    dies. Reading needs no lock.
+
+    Parameters
+    ----------
+    path : path-like
+        The folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.checkpoints = CheckpointFolder(self.path / "checkpoints")
+        self._lock: IO[str] | None = None
+        self._metrics: IO[str] | None = None
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run was started here."""
+        return (self.path / "config.json").exists()
+
+    # --- locking ---
+    def __enter__(self) -> Self:
+        """Make the folder if need be, and lock it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / "lock").open("a")
+        except OSError as err:
+            raise RunError(
+                f"cannot write to the run folder {self.path}: {err.strerror or err}. Choose another folder or mend its "
+                "permissions"
+            ) from err
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as err:
+            lock.close()
+            raise RunLockedError(
+                f"the run folder {self.path} is in use by another process: wait until it ends, or choose another folder"
+            ) from err
+        self._lock = lock
+        self.checkpoints.remove_leftovers()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the metrics and release the lock."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    # --- the run's description ---
+    def start(self, description: dict[str, Any], *, replace: bool = False) -> None:
+        """Begin a run in this folder.
+
+        Parameters
+        ----------
+        description : dict of str to JSON value
+            What ``config.json`` says.
+        replace : bool, default=False
+            Whether a run that is already here is removed.
+
+        Raises
+        ------
+        RunExistsError
+            If there is a run and `replace` is False.
+        """
+        if self.holds_run and not replace:
+            raise RunExistsError(
+                f"{self.path} already holds a run: `streamgd resume {self.path}` goes on with it; for a new run choose "
+                "another folder"
+            )
+        for old in (self.path / "config.json", self._metrics_path):
+            with contextlib.suppress(FileNotFoundError):
+                old.unlink()
+        shutil.rmtree(self.checkpoints.path, ignore_errors=True)
+        self.describe(description)
+
+    def describe(self, description: dict[str, Any]) -> None:
+        """Write ``config.json``."""
+        text = json.dumps({"format": FORMAT, **description}, indent=2, sort_keys=True)
+        try:
+            write_atomic(self.path / "config.json", (text + "\n").encode())
+        except OSError as err:
+            raise CheckpointWriteError(f"cannot write {self.path / 'config.json'}: {err.strerror or err}") from err
+
+    def description(self) -> dict[str, Any]:
+        """Read ``config.json``.
+
+        Raises
+        ------
+        RunNotFoundError
+            If there is none.
+        ResumeError
+            If a newer streamgd wrote it, or it is not JSON.
+        """
+        path = self.path / "config.json"
+        try:
+            found: dict[str, Any] = json.loads(path.read_text())
+        except FileNotFoundError as err:
+            raise RunNotFoundError(
+                f"{self.path} holds no run (no {path.name} in it): `streamgd train … --run {self.path}` starts one"
+            ) from err
+        except NotADirectoryError as err:
+            raise RunNotFoundError(f"{self.path} is not a run folder but a file") from err
+        except ValueError as err:
+            raise ResumeError(f"{path} is damaged: {err}") from err
+        if found.get("format", 0) > FORMAT:
+            raise ResumeError(
+                f"{path} has format {found['format']}, this streamgd reads up to {FORMAT}: upgrade streamgd to use it"
+            )
+        return found
+
+    def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
+        """Load the newest whole checkpoint; see `CheckpointFolder.load_newest`."""
+        return self.checkpoints.load_newest(report)
+
+    # --- metrics ---
+    @property
+    def _metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def cut_metrics(self, cursor: tuple[int, int, int]) -> None:
+        """Drop the records of windows that the run, at `cursor`, has not finished: they will be written again."""
+        try:
+            lines = self._metrics_path.read_text().splitlines()
+        except FileNotFoundError:
+            return
+        kept = [line for line in lines if _is_before(line, cursor)]
+        if kept != lines:
+            write_atomic(self._metrics_path, "".join(line + "\n" for line in kept).encode())
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add a record to ``metrics.jsonl``."""
+        try:
+            if self._metrics is None:
+                self._metrics = self._metrics_path.open("a")
+            self._metrics.write(json.dumps(record) + "\n")
+            self._metrics.flush()
+        except OSError as err:
+            raise CheckpointWriteError(
+                f"cannot write {self._metrics_path}: {err.strerror or err}. The checkpoints are untouched: free some "
+                "space or mend the folder's permissions, then resume the run"
+            ) from err
+
+
+def _is_before(line: str, cursor: tuple[int, int, int]) -> bool:
+    """Whether a record belongs to a window that was finished at the cursor. A torn last line does not."""
+    try:
+        record = json.loads(line)
+        where = (record["epoch"], record["window"])
+    except (ValueError, KeyError, TypeError):
+        return False
+    # An epoch's own record says window null and comes after all its windows.
+    epoch = int(where[0])
+    return epoch < cursor[0] or (epoch == cursor[0] and where[1] is not None and int(where[1]) < cursor[1])
