@@ -772,6 +772,47 @@ def consume(
 
 
 @_entry
+def constant_loss(y, weight, start, codes, params, class_weight):
+    """Weighted mean loss of predicting `start` for every row: what a model has to beat.
+
+    Parameters
+    ----------
+    y : ndarray of shape (n_rows, n_targets), float64
+        Targets or class indices.
+    weight : ndarray of shape (n_rows,), float64
+        Weight of each row.
+    start : ndarray of shape (n_outputs,), float64
+        The constant prediction.
+    codes, params, class_weight : ndarrays
+        As in `consume`.
+    """
+    n_outputs, tile = start.shape[0], 1024
+    P, D, H = np.zeros((n_outputs, tile)), np.zeros((n_outputs, tile)), np.zeros((n_outputs, tile))
+    T, L = np.zeros((max(n_outputs, 2), tile)), np.zeros((max(n_outputs, 2), tile))
+    n_losses = 1 if codes[CODE_SOFTMAX] else n_outputs
+    total, weights = 0.0, 0.0
+    for first in range(0, y.shape[0], tile):
+        n = min(tile, y.shape[0] - first)
+        for k in range(n_outputs):
+            for i in range(n):
+                P[k, i] = start[k]
+        _targets(y, first, n, T, codes)
+        if codes[CODE_SOFTMAX]:
+            softmax_loss(P, T, L, D, H, n)
+        else:
+            for k in range(n_outputs):
+                elementwise_loss(codes[CODE_LOSS], params[PARAM_LOSS], P, T, L, D, H, k, n)
+        for i in range(n):
+            w = weight[first + i]
+            if class_weight.size:
+                w *= class_weight[int(y[first + i, 0])]
+            weights += w
+            for k in range(n_losses):
+                total += w * L[k, i] / n_losses
+    return total / weights if weights > 0 else 0.0
+
+
+@_entry
 def add_moments(X, weight, mean, squares, total):
     """Add rows to running weighted means and sums of squared deviations, one row after the other.
 

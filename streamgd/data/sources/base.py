@@ -130,6 +130,9 @@ class Source(abc.ABC):
         Upper estimate of the memory that keeping one block open costs, the slice it hands out not counted.
     holds_block : bool
         True where opening a block decodes it whole whatever the slices are (Dask).
+    slice_cost_rows : int
+        Rows that are decoded at least when a block is opened for any slice: 1 where slices cost what they hold, a data
+        page's rows for Parquet, the whole block for Dask. The survey opens fewer blocks where this is high.
     dropped : tuple of (str, str)
         Columns left out on purpose, each with the reason, for the user to see.
     fingerprint : dict of str to JSON value
@@ -150,6 +153,7 @@ class Source(abc.ABC):
     stored_bytes: int
     open_block_bytes: int
     holds_block: bool = False
+    slice_cost_rows: int = 1
     dropped: tuple[tuple[str, str], ...] = ()
     fingerprint: dict[str, Any]
     origin: dict[str, Any]

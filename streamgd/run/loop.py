@@ -1,0 +1,527 @@
+"""The only training loop.
+
+`Run` is what a run is made of; `prepare` makes one from data and a configuration, `restore` from a checkpoint, and
+`train` takes it to its end. The loop takes windows from `streamgd.data.prefetch`, hands their rows to the kernel, closes epochs,
+saves checkpoints and tells a `Watcher` how it goes. Nothing that it does depends on time except when it saves.
+"""
+
+from __future__ import annotations
+
+import platform
+import threading
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import streamgd
+from streamgd.data.plan import Layout, checksum_of, plan_layout
+from streamgd.data.prefetch import END, WindowStream
+from streamgd.data.sources.base import Source
+from streamgd.data.window import Window
+from streamgd.errors import DivergenceError, ResumeError, RowAccountingError
+from streamgd.learn import kernels
+from streamgd.learn.model import LinearModel
+from streamgd.learn.recipe import AVERAGE_NONE
+from streamgd.learn.schedules import ADAPTIVE_FLOOR
+from streamgd.learn.state import State
+from streamgd.run.checkpoint import Checkpoint
+from streamgd.run.config import Config, RunOptions, differences
+from streamgd.run.folder import RunFolder
+from streamgd.run.survey import Survey, take_survey
+
+#: A kernel call should not last longer than half a second: signals wait for it.
+_CALL_S = 0.25
+#: How long to wait for a reader before looking whether somebody asked to stop.
+_POLL_S = 0.1
+#: Window records in ``metrics.jsonl`` per epoch, about; an epoch's end always has one.
+_RECORDS_PER_EPOCH = 200
+#: A feature whose spread is this many times what the survey saw is named.
+_OFF_BY = 10.0
+_EMPTY = np.zeros(0)
+
+
+@dataclass
+class Run:
+    """A run: what defines it, and where it stands.
+
+    Attributes
+    ----------
+    source : Source
+        The rows.
+    config : Config
+        What defines the run.
+    survey : Survey
+        What was found before the first update.
+    layout : Layout
+        The memory plan, from which the order of rows follows.
+    state : State
+        Coefficients, optimizer, cursor.
+    finished : str or None
+        Why the run ended (``"max_iter"`` or ``"converged"``), None while it goes on.
+    """
+
+    source: Source
+    config: Config
+    survey: Survey
+    layout: Layout
+    state: State
+    finished: str | None = None
+
+    @property
+    def n_epochs(self) -> int:
+        """Epochs at most."""
+        return self.config.n_epochs(self.source.n_rows)
+
+    def model(self) -> LinearModel:
+        """Return the model that the state amounts to, in the data's units."""
+        return model_of(
+            self.config, self.survey, self.state, self.source.target is None or self.source.target.is_vector
+        )
+
+    def to_checkpoint(self) -> Checkpoint:
+        """Write down everything that resuming needs."""
+        source = self.source
+        assert source.target is not None
+        meta = {
+            "config": self.config.to_json(),
+            "layout": self.layout.to_json(),
+            "survey": self.survey.to_json(),
+            "fingerprint": source.fingerprint,
+            "cursor": list(self.state.cursor),
+            "finished": self.finished,
+            "features": list(source.feature_names) if source.feature_names else None,
+            "target": {"name": source.target.name, "is_vector": source.target.is_vector},
+            "versions": versions(),
+        }
+        return Checkpoint({**self.state.to_tensors(), **self.survey.to_tensors()}, meta)
+
+
+class Watcher:
+    """What the loop tells whoever watches. Every method may be overridden; none changes the run."""
+
+    def message(self, text: str) -> None:
+        """Take a sentence that a person should see."""
+
+    def started(self, run: Run) -> None:
+        """See the run before its first row, or where it resumes."""
+
+    def advanced(self, run: Run, stream: WindowStream) -> None:
+        """See the run after each kernel call."""
+
+    def epoch_ended(self, run: Run, loss: float) -> None:
+        """See the mean progressive loss of an epoch."""
+
+    def saved(self, run: Run) -> None:
+        """See that a checkpoint was written."""
+
+
+def versions() -> dict[str, str]:
+    """Return the versions and the machine's type, to be stored; they inform and are not compared."""
+    import numba
+
+    return {
+        "streamgd": streamgd.__version__,
+        "numpy": np.__version__,
+        "numba": numba.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
+
+
+def model_of(config: Config, survey: Survey, state: State, is_vector: bool) -> LinearModel:
+    """Fold a state into a model in the data's units.
+
+    With averaging the coefficients are the averages; under l1 they are exactly zero where the last iterate is.
+    """
+    averaged = config.recipe.average_kind != AVERAGE_NONE and state.counters[kernels.N_UPDATES] > 0
+    theta = (state.average if averaged else state.theta).copy()
+    if config.recipe.penalty in ("l1", "elasticnet"):
+        theta[:, :-1][state.theta[:, :-1] == 0] = 0.0
+    coef, intercept = survey.scaling.fold(theta)
+    if not config.recipe.fit_intercept:
+        intercept = np.zeros_like(intercept)
+    return LinearModel(config.recipe.task, config.recipe.loss, coef, intercept, survey.codec.classes, is_vector)
+
+
+def prepare(
+    source: Source, config: Config, *, survey: Survey | None = None, classes: NDArray[Any] | None = None
+) -> Run:
+    """Plan the memory, take the survey and make the first state.
+
+    Parameters
+    ----------
+    source : Source
+        With a target.
+    config : Config
+        What defines the run.
+    survey : Survey, optional
+        Of an earlier call, to be kept (`partial_fit`).
+    classes : ndarray, optional
+        Classes known beforehand.
+
+    Raises
+    ------
+    BufferTooSmallError
+        If the plan does not fit; before any row is read.
+    DataError
+        If the survey finds data that cannot be used.
+    """
+    layout = plan_for(source, config)
+    survey = survey or take_survey(source, config, classes=classes)
+    return Run(source, config, survey, layout, first_state(source, config, survey))
+
+
+def plan_for(source: Source, config: Config) -> Layout:
+    """Plan the memory of a run; see `streamgd.data.plan.plan_layout`."""
+    n_outputs = 1 if source.target is None or config.recipe.task == "classification" else source.target.n_outputs
+    return plan_layout(
+        source,
+        config.buffer_bytes,
+        n_outputs=n_outputs,
+        carry_rows=min(config.recipe.batch_size, source.n_rows),
+        shuffle=config.shuffle,
+    )
+
+
+def first_state(source: Source, config: Config, survey: Survey) -> State:
+    """Return the state before the first row."""
+    recipe = config.recipe
+    return State.start(
+        intercept=survey.start,
+        n_features=source.n_features,
+        n_targets=survey.codec.n_outputs,
+        n_slots=recipe.the_optimizer.n_slots,
+        batch_size=min(recipe.batch_size, source.n_rows),
+        row_dtype=source.row_dtype,
+        has_weight=source.has_weight,
+    )
+
+
+def restore(source: Source, checkpoint: Checkpoint, config: Config | None = None) -> Run:
+    """Make the run that a checkpoint describes, over the same data.
+
+    Parameters
+    ----------
+    source : Source
+        The data, wherever it lies now.
+    checkpoint : Checkpoint
+        Where to go on.
+    config : Config, optional
+        What the caller believes the configuration to be; only `max_iter` may differ.
+
+    Raises
+    ------
+    ResumeError
+        If data or configuration differ; names what.
+    """
+    meta = checkpoint.meta
+    changed = differences(meta["fingerprint"], source.fingerprint)
+    if changed:
+        raise ResumeError(
+            f"the data ({source.name}) is not what the run was trained on; these differ: {'; '.join(changed)}. Resume "
+            "with the same data, or start a new run"
+        )
+    then = Config.from_json(meta["config"])
+    config = config or then
+    now = replace(config, max_iter=then.max_iter)
+    changed = differences(then.to_json(), now.to_json())
+    if changed:
+        raise ResumeError(
+            f"the configuration is not the run's; these differ: {'; '.join(changed)}. Resume with the same, or start a "
+            "new run; only the number of epochs may change"
+        )
+    if config.max_iter != then.max_iter and config.recipe.schedule == "cosine":
+        raise ResumeError(
+            "learning_rate='cosine' is shaped by the number of epochs, which therefore cannot change: "
+            f"{then.max_iter} then, {config.max_iter} now. Start a new run"
+        )
+    survey = Survey.restore(checkpoint.tensors, meta["survey"])
+    state = State.from_tensors(
+        checkpoint.tensors,
+        batch_size=min(config.recipe.batch_size, source.n_rows),
+        has_weight=source.has_weight,
+    )
+    run = Run(source, config, survey, Layout.from_json(meta["layout"]), state, meta["finished"])
+    if run.finished == "max_iter" and state.epoch < run.n_epochs:
+        run.finished = None
+    return run
+
+
+def train(
+    run: Run,
+    *,
+    options: RunOptions | None = None,
+    folder: RunFolder | None = None,
+    watcher: Watcher | None = None,
+    stop: threading.Event | None = None,
+) -> bool:
+    """Train until the run is finished or somebody asks to stop.
+
+    Parameters
+    ----------
+    run : Run
+        Updated in place.
+    options : RunOptions, optional
+        Threads and checkpoint interval.
+    folder : RunFolder, optional
+        Where checkpoints and metrics go; already locked.
+    watcher : Watcher, optional
+        Told how it goes.
+    stop : threading.Event, optional
+        Set by a signal handler: the loop saves and returns at the next kernel call's end, or at once while it waits.
+
+    Returns
+    -------
+    bool
+        Whether the run is finished; False if it was asked to stop.
+
+    Raises
+    ------
+    DivergenceError
+        If the coefficients leave the finite numbers; the last checkpoint is kept.
+    RowAccountingError
+        If an epoch did not see every row exactly once.
+    CheckpointWriteError
+        If a checkpoint cannot be written; the one before is kept.
+    """
+    return _Training(run, options or RunOptions(), folder, watcher or Watcher(), stop or threading.Event()).go()
+
+
+class _Training:
+    """One call of `train`: the kernel's arguments, the pace, and when the last checkpoint was."""
+
+    def __init__(
+        self, run: Run, options: RunOptions, folder: RunFolder | None, watcher: Watcher, stop: threading.Event
+    ) -> None:
+        self.run, self.options, self.folder, self.watcher, self.stop = run, options, folder, watcher, stop
+        recipe, source = run.config.recipe, run.source
+        n_updates = run.n_epochs * -(-source.n_rows // recipe.batch_size)
+        # The survey's sample is checked against all rows while the first epoch trains.
+        self._checks_scale = run.config.standardize is True and run.survey.n_sampled < source.n_rows
+        self._packed = recipe.pack(
+            n_classes=run.survey.n_classes,
+            n_updates=n_updates,
+            mean_weight=run.survey.mean_weight,
+            moments=self._checks_scale and run.state.epoch == 0,
+        )
+        self._output_scale = run.survey.output_scale()
+        self._expected = checksum_of(source.block_rows)
+        self._tol = run.config.absolute_tol(run.survey.null_loss)
+        n_outputs = len(run.survey.start)
+        self._piece = max(recipe.batch_size, int(1e7 // (n_outputs * (source.n_features + 16))))
+        self._saved_at = time.monotonic()
+        self._began = time.monotonic()
+
+    def go(self) -> bool:
+        run = self.run
+        self.watcher.started(run)
+        if run.finished:
+            return True
+        if self.folder is not None and run.state.counters[kernels.N_ROWS] == 0:
+            self.save()
+        epoch, window, _ = run.state.cursor
+        scaling = run.survey.scaling if run.config.standardize else None
+        try:
+            with WindowStream(
+                run.source,
+                run.layout,
+                run.survey.codec,
+                seed=run.config.seed,
+                shuffle=run.config.shuffle,
+                shift=None if scaling is None else scaling.mean,
+                factor=None if scaling is None else scaling.factor,
+                first=(epoch, window),
+                n_epochs=run.n_epochs,
+                n_threads=self.options.n_threads,
+            ) as stream:
+                done = self._through(stream)
+        except KeyboardInterrupt:
+            # The kernel changes state and cursor in one call, so the state is whole wherever the interrupt came.
+            if self.folder is not None:
+                self.save()
+            raise
+        if not done and self.folder is not None:
+            self.save()
+        return done
+
+    def _through(self, stream: WindowStream) -> bool:
+        """Take windows until the run is finished (True) or asked to stop (False)."""
+        while not self.stop.is_set():
+            window = stream.get(_POLL_S)
+            if window is None:
+                continue
+            if window is END:
+                raise RowAccountingError("the reader ended before the last epoch did; this is a bug")
+            if not self._consume(window, stream):
+                return False
+            self._record(window)
+            if window.last:
+                if self._end_epoch():
+                    return True
+            else:
+                self.run.state.next_window()
+                self._save_if_due()
+        return False
+
+    def _consume(self, window: Window, stream: WindowStream) -> bool:
+        """Train on what is left of a window; False if asked to stop before its end."""
+        state = self.run.state
+        arrays = (state.theta, state.average, state.slots, state.scalars, state.counters)
+        carry = (state.carry_X, state.carry_y, state.carry_weight)
+        weight = _EMPTY if window.weight is None else window.weight
+        while True:
+            row = int(state.counters[kernels.ROW])
+            until = min(window.n_rows, row + self._piece)
+            ends = until == window.n_rows
+            began = time.perf_counter()
+            kernels.consume(
+                window.X,
+                window.y,
+                weight,
+                window.ids,
+                row,
+                until,
+                ends and window.last,
+                arrays,
+                carry,
+                state.checksum,
+                state.moments,
+                self._packed.codes,
+                self._packed.params,
+                self.run.survey.class_factors,
+                self._output_scale,
+            )
+            took = time.perf_counter() - began
+            if state.counters[kernels.STATUS] == kernels.DIVERGED:
+                raise self._divergence(window)
+            if until - row >= self._piece:
+                self._piece = max(1, min(4 * self._piece, int((until - row) * _CALL_S / max(took, 1e-6))))
+            self.watcher.advanced(self.run, stream)
+            if ends:
+                return True
+            if self.stop.is_set():
+                return False
+            self._save_if_due()
+
+    def _record(self, window: Window) -> None:
+        """Write a metrics record of a window; which windows have one depends on their number alone."""
+        if self.folder is not None:
+            every = max(1, -(-self.run.source.n_rows // self.run.layout.window_rows) // _RECORDS_PER_EPOCH)
+            if window.index % every == 0:
+                self.folder.append_metrics(self._metrics(window.index))
+
+    def _metrics(self, window: int | None) -> dict[str, Any]:
+        state, survey = self.run.state, self.run.survey
+        loss = state.progressive_loss if window is not None else state.loss_curve[-1]
+        return {
+            "epoch": state.epoch if window is not None else state.epoch - 1,
+            "window": window,
+            "rows": int(state.counters[kernels.N_ROWS]),
+            "updates": int(state.counters[kernels.N_UPDATES]),
+            "loss": loss,
+            "explained": 1.0 - loss / survey.null_loss if survey.null_loss > 0 else None,
+            "wall_s": round(time.monotonic() - self._began, 3),
+        }
+
+    def _end_epoch(self) -> bool:
+        """Check that every row was seen once, close the epoch, and say whether the run is finished."""
+        run, state = self.run, self.run.state
+        seen = int(state.counters[kernels.EPOCH_ROWS])
+        if seen != run.source.n_rows or int(state.checksum[0]) != self._expected:
+            raise RowAccountingError(
+                f"epoch {state.epoch} saw {seen:,} rows with checksum {int(state.checksum[0]):016x}; expected each of "
+                f"the {run.source.n_rows:,} rows exactly once, checksum {self._expected:016x}. The data changed while "
+                "it was read, or this is a bug"
+            )
+        if self._checks_scale and state.epoch == 0:
+            for text in self._misjudged():
+                self.watcher.message(text)
+        self._packed.codes[kernels.CODE_MOMENTS] = 0
+        converged = _close_epoch(state, run.config, self._tol)
+        if converged or state.epoch >= run.n_epochs:
+            run.finished = "converged" if converged else "max_iter"
+        self.watcher.epoch_ended(run, state.loss_curve[-1])
+        if self.folder is not None:
+            self.folder.append_metrics(self._metrics(None))
+            self.save()
+        return run.finished is not None
+
+    def _misjudged(self) -> list[str]:
+        """Name features whose spread over the first epoch is far from what the survey's sample showed."""
+        state, source = self.run.state, self.run.source
+        n = float(state.counters[kernels.EPOCH_ROWS])
+        mean = state.moments[0] / n
+        spread = np.sqrt(np.maximum(state.moments[1] / n - mean**2, 0.0))
+        off = np.flatnonzero((spread > _OFF_BY) | ((spread < 1 / _OFF_BY) & (spread > 0)))
+        if not len(off):
+            return []
+        named = ", ".join(f"{source.feature_label(int(j))} ({spread[j]:.3g} times)" for j in off[:10])
+        more = f" and {len(off) - 10} more" if len(off) > 10 else ""
+        return [
+            f"the spread of {len(off)} feature(s) differs more than tenfold from what the survey's sample of "
+            f"{self.run.survey.n_sampled:,} rows showed: {named}{more}. The fit is valid; standardize='full' scales "
+            "them by their exact moments"
+        ]
+
+    def _divergence(self, window: Window) -> DivergenceError:
+        state, recipe = self.run.state, self.run.config.recipe
+        kept = "" if self.folder is None else f" The last checkpoint in {self.folder.path} is good."
+        advice = (
+            "standardize=True, which scales the features"
+            if self.run.config.standardize is False
+            else "a smaller eta0, or optimizer='auto', which needs none"
+        )
+        return DivergenceError(
+            f"training diverged at epoch {state.epoch}, window {window.index}, update "
+            f"{int(state.counters[kernels.N_UPDATES]) + 1:,}: the batch's loss is {state.scalars[kernels.BAD_VALUE]} "
+            f"(loss={recipe.loss!r}, optimizer={recipe.the_optimizer.name!r}, eta0={recipe.first_eta:g}). Try {advice}."
+            + kept
+        )
+
+    def _save_if_due(self) -> None:
+        if self.folder is not None and time.monotonic() - self._saved_at >= self.options.checkpoint_every_s:
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of the run as it stands."""
+        assert self.folder is not None
+        self.folder.checkpoints.save(self.run.to_checkpoint(), int(self.run.state.counters[kernels.N_ROWS]))
+        self._saved_at = time.monotonic()
+        self.watcher.saved(self.run)
+
+
+def _close_epoch(state: State, config: Config, tol: float | None) -> bool:
+    """Note the epoch's loss, apply the stopping rule and move the cursor; return whether the run has converged.
+
+    Everything is worked out first and takes effect in one step, so that an interrupt finds the epoch open or closed.
+    """
+    scalars, counters = state.scalars.copy(), state.counters.copy()
+    weight = scalars[kernels.WEIGHT_SUM]
+    loss = float(scalars[kernels.LOSS_SUM] / weight) if weight > 0 else 0.0
+    objective = loss + float(scalars[kernels.PENALTY_SUM]) / max(1, int(counters[kernels.EPOCH_ROWS]))
+    converged = False
+    if tol is not None and objective > scalars[kernels.BEST_OBJECTIVE] - tol:
+        counters[kernels.NO_IMPROVEMENT] += 1
+    else:
+        counters[kernels.NO_IMPROVEMENT] = 0
+    scalars[kernels.BEST_OBJECTIVE] = min(objective, scalars[kernels.BEST_OBJECTIVE])
+    if counters[kernels.NO_IMPROVEMENT] >= config.n_iter_no_change:
+        rate = config.recipe.first_eta * scalars[kernels.ETA_SCALE]
+        if config.recipe.schedule == "adaptive" and rate > ADAPTIVE_FLOOR:
+            scalars[kernels.ETA_SCALE] /= 5.0
+            counters[kernels.NO_IMPROVEMENT] = 0
+        else:
+            converged = True
+    scalars[[kernels.LOSS_SUM, kernels.WEIGHT_SUM, kernels.PENALTY_SUM]] = 0.0
+    counters[kernels.EPOCH] += 1
+    counters[[kernels.WINDOW, kernels.ROW, kernels.EPOCH_ROWS]] = 0
+    state.__dict__.update(
+        scalars=scalars,
+        counters=counters,
+        checksum=np.zeros(1, np.uint64),
+        loss_curve=[*state.loss_curve, loss],
+    )
+    return converged

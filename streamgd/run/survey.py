@@ -1,0 +1,362 @@
+"""What must be known before the first update: classes, the target's mean, the features' scale.
+
+Two short looks at the data, independent of windows, threads and lanes. The first is a pass over the target and weight
+columns alone. The second reads a sample of rows, at least 65,536 where there are as many: runs of rows from the heads
+of up to 64 blocks spread evenly over the source (fewer where opening a block decodes much more than the run), all rows
+of a smaller source. Moments are summed one row after the other, so that they do not depend on where blocks end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamgd.data.sources.base import Source
+from streamgd.data.targets import ClassCounter, TargetCodec
+from streamgd.errors import DataError, NonFiniteError, OptionError, SchemaError
+from streamgd.learn.kernels import (
+    EPSILON_INSENSITIVE,
+    HUBER,
+    QUANTILE,
+    SQUARED_ERROR,
+    add_moments,
+    constant_loss,
+)
+from streamgd.learn.losses import start_intercept
+from streamgd.learn.scaling import Scaling
+from streamgd.run.config import Config
+
+Floats = NDArray[np.float64]
+
+#: Rows of the sample, and the most blocks it is taken from.
+SAMPLE_ROWS, SAMPLE_BLOCKS = 65_536, 64
+_EMPTY: Floats = np.zeros(0)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the survey found; stored in every checkpoint and never taken again.
+
+    Attributes
+    ----------
+    codec : TargetCodec
+        How targets become numbers.
+    scaling : Scaling
+        The features' means and scales.
+    target_mean, target_scale : ndarray of shape (n_targets,)
+        Weighted mean and standard deviation of each target (regression; 0 and 1 for classes).
+    class_counts, class_weights : ndarray of shape (n_classes,)
+        Rows and weight of each class.
+    class_factors : ndarray of shape (n_classes,) or (0,)
+        What `class_weight` amounts to.
+    start : ndarray of shape (n_outputs,)
+        Where the intercepts start.
+    mean_weight : float
+        Mean sample weight.
+    null_loss : float
+        Mean loss of the best constant prediction.
+    n_sampled : int
+        Rows behind `scaling`.
+    """
+
+    codec: TargetCodec
+    scaling: Scaling
+    target_mean: Floats
+    target_scale: Floats
+    class_counts: Floats
+    class_weights: Floats
+    class_factors: Floats
+    start: Floats
+    mean_weight: float
+    null_loss: float
+    n_sampled: int
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes; 0 for regression."""
+        return 0 if self.codec.classes is None else len(self.codec.classes)
+
+    def output_scale(self) -> Floats:
+        """Return the unit of each prediction, by which the default optimizer's steps are measured."""
+        return self.target_scale if self.n_classes == 0 else np.ones(len(self.start))
+
+    _ARRAYS = ("target_mean", "target_scale", "class_counts", "class_weights", "class_factors", "start")
+
+    def to_tensors(self) -> dict[str, NDArray[Any]]:
+        """Return the arrays by name."""
+        arrays: dict[str, NDArray[Any]] = {f"survey.{name}": getattr(self, name) for name in self._ARRAYS}
+        return {**arrays, "survey.mean": self.scaling.mean, "survey.scale": self.scaling.scale}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is not an array."""
+        return {
+            "codec": self.codec.to_json(),
+            "mean_weight": self.mean_weight,
+            "null_loss": self.null_loss,
+            "n_sampled": self.n_sampled,
+        }
+
+    @classmethod
+    def restore(cls, tensors: dict[str, NDArray[Any]], values: dict[str, Any]) -> Survey:
+        """Undo `to_tensors` and `to_json`."""
+        return cls(
+            codec=TargetCodec.from_json(values["codec"]),
+            scaling=Scaling(tensors["survey.mean"], tensors["survey.scale"]),
+            mean_weight=values["mean_weight"],
+            null_loss=values["null_loss"],
+            n_sampled=values["n_sampled"],
+            **{name: tensors[f"survey.{name}"] for name in cls._ARRAYS},
+        )
+
+
+def take_survey(source: Source, config: Config, *, classes: NDArray[Any] | None = None) -> Survey:
+    """Look at the data.
+
+    Parameters
+    ----------
+    source : Source
+        With a target.
+    config : Config
+        What is to be learnt.
+    classes : ndarray, optional
+        The classes, sorted, where they are known beforehand; labels outside them are an error.
+
+    Raises
+    ------
+    NonFiniteError
+        For NaN, infinity or null in the target, the weights or the sampled features.
+    DataError
+        If the target cannot serve the task, or all weights are zero.
+    """
+    if source.target is None:
+        raise DataError(f"{source.name}: no target was given. Name the target column or dataset (target=…)")
+    classify = config.recipe.task == "classification"
+    targets = _survey_classes(source, classes) if classify else _survey_values(source)
+    factors = _class_factors(config.class_weight, targets)
+    if config.standardize:
+        scaling, n_sampled = _survey_features(source, everything=config.standardize == "full")
+    else:
+        scaling, n_sampled = Scaling.identity(source.n_features), 0
+    recipe = config.recipe
+    loss = recipe.the_loss
+    n_classes = 0 if targets.codec.classes is None else len(targets.codec.classes)
+    if config.starts_at_zero or not recipe.fit_intercept:
+        start = np.zeros(recipe.n_outputs(targets.codec.n_outputs, n_classes))
+    elif loss.code in (QUANTILE, EPSILON_INSENSITIVE, HUBER):
+        share = recipe.quantile if loss.code == QUANTILE else 0.5
+        start = np.array([_quantile(column, targets.sample_weight, share) for column in targets.sample.T])
+    else:
+        start = start_intercept(loss, targets.mean, targets.class_weights * (factors if factors.size else 1.0))
+    packed = recipe.pack(n_classes=n_classes, n_updates=1, mean_weight=1.0, moments=False)
+    if loss.code == SQUARED_ERROR and not config.starts_at_zero and recipe.fit_intercept:
+        null_loss = float(0.5 * targets.variance.mean())
+    else:
+        null_loss = float(
+            constant_loss(targets.sample, targets.sample_weight, start, packed.codes, packed.params, factors)
+        )
+    deviation = np.sqrt(targets.variance)
+    return Survey(
+        codec=targets.codec,
+        scaling=scaling,
+        target_mean=targets.mean,
+        target_scale=np.where(deviation > 0, deviation, 1.0),
+        class_counts=targets.class_counts,
+        class_weights=targets.class_weights,
+        class_factors=factors,
+        start=start,
+        mean_weight=targets.mean_weight,
+        null_loss=null_loss,
+        n_sampled=n_sampled,
+    )
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """What the pass over target and weight found; `sample` stands for the distribution of the target."""
+
+    codec: TargetCodec
+    mean: Floats
+    variance: Floats
+    class_counts: Floats
+    class_weights: Floats
+    mean_weight: float
+    sample: Floats
+    sample_weight: Floats
+
+
+def _survey_values(source: Source) -> _Targets:
+    assert source.target is not None
+    if not source.target.numeric:
+        raise SchemaError(
+            f"{source.name}: the target {source.target.name!r} holds {source.target.dtype}, which regression cannot "
+            "fit: choose a numeric target, or train a classification"
+        )
+    n_targets = source.target.n_outputs
+    codec = TargetCodec(classes=None, n_outputs=n_targets)
+    mean, squares, total = np.zeros(n_targets), np.zeros(n_targets), np.zeros(1)
+    step = source.n_rows // SAMPLE_ROWS + 1
+    offsets = np.concatenate([[0], np.cumsum(source.block_rows)])
+    sample, sample_weight = [], []
+    for block, start, y, weight in source.iter_targets():
+        values = codec.encode(y)
+        _require_finite(source, block, start, values, f"target {source.target.name!r}")
+        weights = _checked_weights(source, block, start, weight)
+        add_moments(values, weights, mean, squares, total)
+        first = -(int(offsets[block]) + start) % step
+        sample.append(values[first::step].copy())
+        sample_weight.append(weights[first::step].copy() if weights.size else np.ones(len(values[first::step])))
+    _require_weight(source, float(total[0]))
+    return _Targets(
+        codec=codec,
+        mean=mean,
+        variance=squares / total[0],
+        class_counts=_EMPTY,
+        class_weights=_EMPTY,
+        mean_weight=float(total[0]) / source.n_rows,
+        sample=np.concatenate(sample),
+        sample_weight=np.concatenate(sample_weight),
+    )
+
+
+def _survey_classes(source: Source, classes: NDArray[Any] | None) -> _Targets:
+    assert source.target is not None
+    if source.target.n_outputs != 1:
+        raise SchemaError(
+            f"{source.name}: the target {source.target.name!r} has {source.target.n_outputs} columns; a "
+            "classification takes one column of labels"
+        )
+    counter = ClassCounter(classes)
+    total = 0.0
+    for block, start, y, weight in source.iter_targets():
+        weights = _checked_weights(source, block, start, weight)
+        bad = counter.add(y, weights if weights.size else None)
+        if bad is not None:
+            raise NonFiniteError(
+                f"{source.locate(block, start + bad)}: the target {source.target.name!r} is missing (NaN or null): "
+                "drop such rows, or give them a class of their own"
+            )
+        # Added one after the other, so that the sum does not depend on where pieces end.
+        total = float(np.cumsum(np.concatenate([[total], weights]))[-1]) if weights.size else total + len(y)
+    _require_weight(source, total)
+    found = counter.classes
+    if len(found) < 2:
+        raise DataError(
+            f"{source.name}: the number of classes has to be greater than one; got {len(found)} class "
+            f"({found[0]!r}) in the target {source.target.name!r}"
+        )
+    return _Targets(
+        codec=TargetCodec(classes=found, n_outputs=1),
+        mean=np.zeros(1),
+        variance=np.ones(1),
+        class_counts=counter.counts.astype(np.float64),
+        class_weights=counter.weights.astype(np.float64),
+        mean_weight=total / source.n_rows,
+        sample=np.arange(len(found), dtype=np.float64)[:, None],
+        sample_weight=counter.weights.astype(np.float64),
+    )
+
+
+def _class_factors(class_weight: dict[Any, float] | str | None, targets: _Targets) -> Floats:
+    classes = targets.codec.classes
+    if class_weight is None or classes is None:
+        return _EMPTY
+    if isinstance(class_weight, str):
+        weights = targets.class_weights
+        if not (weights > 0).all():
+            raise OptionError("class_weight='balanced' needs every class in the data of the first fit")
+        return np.asarray(weights.sum() / (len(weights) * weights))
+    known = {label: index for index, label in enumerate(classes.tolist())}
+    factors = np.ones(len(classes))
+    for label, factor in class_weight.items():
+        key = label.item() if isinstance(label, np.generic) else label
+        if key not in known:
+            raise OptionError(f"class_weight names the class {key!r}, which the target does not have: {list(known)}")
+        if not (np.isfinite(factor) and factor >= 0):
+            raise OptionError(f"class_weight of {key!r} is {factor!r}: expected a finite number of at least 0")
+        factors[known[key]] = factor
+    return factors
+
+
+def _survey_features(source: Source, *, everything: bool) -> tuple[Scaling, int]:
+    mean, squares, total = np.zeros(source.n_features), np.zeros(source.n_features), np.zeros(1)
+    n_rows = 0
+    for block, start, n in sample_runs(source, everything=everything):
+        piece = max(1, min(n, (1 << 22) // (8 * source.n_features)))
+        with source.open_block(block, start, piece_rows=piece) as reader:
+            for first in range(0, n, piece):
+                rows = reader.read(min(piece, n - first))
+                X = _as_matrix(rows.X)
+                _require_finite(source, block, start + first, X, None)
+                add_moments(X, _checked_weights(source, block, start + first, rows.weight), mean, squares, total)
+        n_rows += n
+    if total[0] <= 0:  # the sample happens to have no weight at all
+        return Scaling.identity(source.n_features), n_rows
+    return Scaling.from_moments(mean, squares / total[0]), n_rows
+
+
+def sample_runs(source: Source, *, everything: bool = False) -> Iterator[tuple[int, int, int]]:
+    """Yield (block, start, n_rows) of the rows to sample: a pure function of the source's metadata."""
+    n_rows = source.n_rows
+    if everything or n_rows <= SAMPLE_ROWS:
+        for block, rows in enumerate(source.block_rows):
+            yield block, 0, int(rows)
+        return
+    affordable = n_rows // 16 // max(1, source.slice_cost_rows)
+    n_blocks = min(source.n_blocks, SAMPLE_BLOCKS, max(4, affordable))
+    heads = [round(i * source.n_blocks / n_blocks) for i in range(n_blocks)] + [source.n_blocks]
+    wanted = SAMPLE_ROWS
+    for i in range(n_blocks):
+        # What small stretches could not give is taken from those that follow.
+        left = -(-wanted // (n_blocks - i))
+        for block in range(heads[i], heads[i + 1]):
+            n = min(left, int(source.block_rows[block]))
+            if n <= 0:
+                break
+            yield block, 0, n
+            left -= n
+            wanted -= n
+
+
+def _as_matrix(X: Any) -> Floats:
+    if isinstance(X, np.ndarray):
+        return np.ascontiguousarray(X, np.float64)
+    return np.ascontiguousarray(np.stack([np.asarray(column, np.float64) for column in X], axis=1))
+
+
+def _checked_weights(source: Source, block: int, start: int, weight: Any) -> Floats:
+    if weight is None:
+        return _EMPTY
+    weights = np.ascontiguousarray(weight, np.float64)
+    bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    if len(bad):
+        raise NonFiniteError(
+            f"{source.locate(block, start + int(bad[0]))}: the weight is {weights[bad[0]]}; weights must be finite and "
+            "not negative"
+        )
+    return weights
+
+
+def _require_finite(source: Source, block: int, start: int, values: Floats, what: str | None) -> None:
+    finite = np.isfinite(values)
+    if not finite.all():
+        row, column = np.argwhere(~finite)[0]
+        named = what or f"feature {source.feature_label(int(column))}"
+        raise NonFiniteError(
+            f"{source.locate(block, start + int(row))}: {named} is {values[row, column]}; expected a finite number. "
+            "Drop or fill such rows before training"
+        )
+
+
+def _require_weight(source: Source, total: float) -> None:
+    if not total > 0:
+        raise DataError(f"{source.name}: the sample weights sum to {total}: at least one row needs a weight above 0")
+
+
+def _quantile(values: Floats, weight: Floats, share: float) -> float:
+    order = np.argsort(values, kind="stable")
+    reached = np.cumsum(weight[order])
+    return float(values[order][min(np.searchsorted(reached, share * reached[-1]), len(values) - 1)])
