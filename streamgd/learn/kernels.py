@@ -562,9 +562,8 @@ def _average(theta, average, codes, params, t):
 
 
 @_inner
-def _targets(y, first, n, T, codes):
+def _targets(y, first, n, T, n_outputs, codes):
     """Fill T as the losses want it: values, ±1 for two classes or one against the rest, class indices for softmax."""
-    n_outputs = T.shape[0]
     n_classes = codes[CODE_CLASSES]
     if codes[CODE_SOFTMAX]:
         for i in range(n):
@@ -615,7 +614,7 @@ def _batch(X, first, n, y, weight, state, scratch, codes, params, class_weight, 
     if class_weight.size:
         for i in range(n):
             C[0, i] *= class_weight[int(y[first + i, 0])]
-    _targets(y, first, n, T, codes)
+    _targets(y, first, n, T, n_outputs, codes)
     softmax = codes[CODE_SOFTMAX] != 0
     n_losses = 1 if softmax else n_outputs
     if softmax:
@@ -796,7 +795,7 @@ def constant_loss(y, weight, start, codes, params, class_weight):
         for k in range(n_outputs):
             for i in range(n):
                 P[k, i] = start[k]
-        _targets(y, first, n, T, codes)
+        _targets(y, first, n, T, n_outputs, codes)
         if codes[CODE_SOFTMAX]:
             softmax_loss(P, T, L, D, H, n)
         else:

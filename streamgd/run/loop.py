@@ -1,8 +1,8 @@
 """The only training loop.
 
 `Run` is what a run is made of; `prepare` makes one from data and a configuration, `restore` from a checkpoint, and
-`train` takes it to its end. The loop takes windows from `streamgd.data.prefetch`, hands their rows to the kernel, closes epochs,
-saves checkpoints and tells a `Watcher` how it goes. Nothing that it does depends on time except when it saves.
+`train` takes it to its end. The loop takes windows from `streamgd.data.prefetch`, hands their rows to the kernel, closes
+epochs, saves checkpoints and tells a `Watcher` how it goes. Nothing that it does depends on time except when it saves.
 """
 
 from __future__ import annotations
