@@ -92,6 +92,17 @@ class LinearModel:
             shares[shares.sum(axis=1) == 0] = 1.0
         return np.asarray(shares / shares.sum(axis=1, keepdims=True))
 
+    def predict_log_proba(self, X: NDArray[Any]) -> Floats:
+        """Return the logarithms of `predict_proba`; for log_loss they stay finite where the probability rounds to 0."""
+        if self.loss != "log_loss" or self.classes is None or len(self.classes) == 1:
+            with np.errstate(divide="ignore"):
+                return np.asarray(np.log(self.predict_proba(X)))
+        values = self.decision_function(X)
+        if values.ndim == 1:
+            return -np.logaddexp(0.0, np.column_stack([values, -values]))
+        shifted = values - values.max(axis=1, keepdims=True)
+        return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+
 
 def _logistic(values: Floats) -> Floats:
     small = np.exp(-np.abs(values))

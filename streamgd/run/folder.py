@@ -76,7 +76,8 @@ class RunFolder:
     ) -> None:
         """Close the metrics and release the lock."""
         if self._metrics is not None:
-            self._metrics.close()
+            with contextlib.suppress(OSError):  # a full disk was reported when the record was written
+                self._metrics.close()
             self._metrics = None
         if self._lock is not None:
             self._lock.close()
@@ -103,11 +104,21 @@ class RunFolder:
                 f"{self.path} already holds a run: `streamgd resume {self.path}` goes on with it; for a new run choose "
                 "another folder"
             )
-        for old in (self.path / "config.json", self._metrics_path):
-            with contextlib.suppress(FileNotFoundError):
-                old.unlink()
+        if not self.holds_run and (self.checkpoints.path.exists() or self._metrics_path.exists()):
+            raise RunExistsError(
+                f"{self.path} is no run folder, but has {self.checkpoints.path.name!r} or {self._metrics_path.name!r} of "
+                "something else in it, which a run would overwrite: choose another folder"
+            )
+        # The description goes last: as long as it is there, what is here is known to be a run's.
         shutil.rmtree(self.checkpoints.path, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            self._metrics_path.unlink()
         self.describe(description)
+
+    def discard(self) -> None:
+        """Undo `start`, for a run that could not begin."""
+        with contextlib.suppress(OSError):
+            (self.path / "config.json").unlink()
 
     def describe(self, description: dict[str, Any]) -> None:
         """Write ``config.json``."""

@@ -7,9 +7,11 @@ epochs, saves checkpoints and tells a `Watcher` how it goes. Nothing that it doe
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +23,7 @@ from streamgd.data.plan import Layout, checksum_of, plan_layout
 from streamgd.data.prefetch import END, WindowStream
 from streamgd.data.sources.base import Source
 from streamgd.data.window import Window
-from streamgd.errors import DivergenceError, ResumeError, RowAccountingError
+from streamgd.errors import DataError, DivergenceError, ResumeError, RowAccountingError
 from streamgd.learn import kernels
 from streamgd.learn.model import LinearModel
 from streamgd.learn.recipe import AVERAGE_NONE
@@ -90,6 +92,8 @@ class Run:
             "layout": self.layout.to_json(),
             "survey": self.survey.to_json(),
             "fingerprint": source.fingerprint,
+            "row_dtype": source.row_dtype.name,
+            "blocks": _block_digest(source),
             "cursor": list(self.state.cursor),
             "finished": self.finished,
             "features": list(source.feature_names) if source.feature_names else None,
@@ -116,6 +120,11 @@ class Watcher:
 
     def saved(self, run: Run) -> None:
         """See that a checkpoint was written."""
+
+
+def _block_digest(source: Source) -> str:
+    """Hash the rows of each block: the order of rows follows from them."""
+    return hashlib.blake2b(source.block_rows.astype("<i8").tobytes(), digest_size=16).hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -218,16 +227,61 @@ def restore(source: Source, checkpoint: Checkpoint, config: Config | None = None
         If data or configuration differ; names what.
     """
     meta = checkpoint.meta
-    changed = differences(meta["fingerprint"], source.fingerprint)
+    config = same_run(meta, source, config)
+    if meta["blocks"] != _block_digest(source):
+        raise ResumeError(
+            f"the data ({source.name}) is cut into other blocks than when the run began, perhaps by another version "
+            f"(streamgd {meta['versions']['streamgd']} then, {streamgd.__version__} now), so that its rows would come "
+            "in another order: resume with that version, or start a new run"
+        )
+    survey = Survey.restore(checkpoint.tensors, meta["survey"])
+    state = State.from_tensors(
+        checkpoint.tensors,
+        batch_size=min(config.recipe.batch_size, source.n_rows),
+        has_weight=source.has_weight,
+    )
+    run = Run(source, config, survey, Layout.from_json(meta["layout"]), state, meta["finished"])
+    epoch, window, row = state.cursor
+    if run.finished == "max_iter" and epoch < run.n_epochs:
+        run.finished = None
+    elif run.finished is None and epoch >= run.n_epochs:
+        if window or row or epoch > run.n_epochs:
+            raise ResumeError(
+                f"max_iter={run.n_epochs}, but the run is already in epoch {epoch + 1}: it can go on to the end of that "
+                "epoch or further, not back"
+            )
+        run.finished = "max_iter"
+    return run
+
+
+def same_run(recorded: Mapping[str, Any], source: Source, config: Config | None) -> Config:
+    """Make sure that data and configuration are those of a run; return the configuration to go on with.
+
+    Parameters
+    ----------
+    recorded : mapping
+        What a checkpoint, or the folder's description, says: ``fingerprint``, ``row_dtype`` and ``config``.
+    source : Source
+        The data.
+    config : Config or None
+        What the caller believes the configuration to be; only `max_iter` may differ. None takes the recorded one.
+
+    Raises
+    ------
+    ResumeError
+        If they differ; names what.
+    """
+    changed = differences(recorded["fingerprint"], source.fingerprint)
+    if recorded["row_dtype"] != source.row_dtype.name:
+        changed.append(f"dtype of rows: {recorded['row_dtype']!r} then, {source.row_dtype.name!r} now")
     if changed:
         raise ResumeError(
             f"the data ({source.name}) is not what the run was trained on; these differ: {'; '.join(changed)}. Resume "
             "with the same data, or start a new run"
         )
-    then = Config.from_json(meta["config"])
+    then = Config.from_json(recorded["config"])
     config = config or then
-    now = replace(config, max_iter=then.max_iter)
-    changed = differences(then.to_json(), now.to_json())
+    changed = differences(then.to_json(), replace(config, max_iter=then.max_iter).to_json())
     if changed:
         raise ResumeError(
             f"the configuration is not the run's; these differ: {'; '.join(changed)}. Resume with the same, or start a "
@@ -238,16 +292,7 @@ def restore(source: Source, checkpoint: Checkpoint, config: Config | None = None
             "learning_rate='cosine' is shaped by the number of epochs, which therefore cannot change: "
             f"{then.max_iter} then, {config.max_iter} now. Start a new run"
         )
-    survey = Survey.restore(checkpoint.tensors, meta["survey"])
-    state = State.from_tensors(
-        checkpoint.tensors,
-        batch_size=min(config.recipe.batch_size, source.n_rows),
-        has_weight=source.has_weight,
-    )
-    run = Run(source, config, survey, Layout.from_json(meta["layout"]), state, meta["finished"])
-    if run.finished == "max_iter" and state.epoch < run.n_epochs:
-        run.finished = None
-    return run
+    return config
 
 
 def train(
@@ -324,27 +369,29 @@ class _Training:
             self.save()
         epoch, window, _ = run.state.cursor
         scaling = run.survey.scaling if run.config.standardize else None
-        try:
-            with WindowStream(
-                run.source,
-                run.layout,
-                run.survey.codec,
-                seed=run.config.seed,
-                shuffle=run.config.shuffle,
-                shift=None if scaling is None else scaling.mean,
-                factor=None if scaling is None else scaling.factor,
-                first=(epoch, window),
-                n_epochs=run.n_epochs,
-                n_threads=self.options.n_threads,
-            ) as stream:
+        with WindowStream(
+            run.source,
+            run.layout,
+            run.survey.codec,
+            seed=run.config.seed,
+            shuffle=run.config.shuffle,
+            shift=None if scaling is None else scaling.mean,
+            factor=None if scaling is None else scaling.factor,
+            first=(epoch, window),
+            n_epochs=run.n_epochs,
+            n_threads=self.options.n_threads,
+        ) as stream:
+            # Saved before the stream is closed, which waits for reads that are under way.
+            try:
                 done = self._through(stream)
-        except KeyboardInterrupt:
-            # The kernel changes state and cursor in one call, so the state is whole wherever the interrupt came.
-            if self.folder is not None:
+            except (KeyboardInterrupt, DataError):
+                # The kernel changes state and cursor in one call, so the state is whole wherever the interrupt came;
+                # and where the data ends the run, what was learnt before is kept.
+                if self.folder is not None:
+                    self.save()
+                raise
+            if not done and self.folder is not None:
                 self.save()
-            raise
-        if not done and self.folder is not None:
-            self.save()
         return done
 
     def _through(self, stream: WindowStream) -> bool:
@@ -453,7 +500,8 @@ class _Training:
         """Name features whose spread over the first epoch is far from what the survey's sample showed."""
         state, source = self.run.state, self.run.source
         n = float(state.counters[kernels.EPOCH_ROWS])
-        mean = state.moments[0] / n
+        # Without an intercept features are scaled by their size around zero, see the survey.
+        mean = state.moments[0] / n if self.run.config.recipe.fit_intercept else 0.0
         spread = np.sqrt(np.maximum(state.moments[1] / n - mean**2, 0.0))
         off = np.flatnonzero((spread > _OFF_BY) | ((spread < 1 / _OFF_BY) & (spread > 0)))
         if not len(off):

@@ -123,7 +123,7 @@ def take_survey(source: Source, config: Config, *, classes: NDArray[Any] | None 
     config : Config
         What is to be learnt.
     classes : ndarray, optional
-        The classes, sorted, where they are known beforehand; labels outside them are an error.
+        The classes, in any order, where they are known beforehand; labels outside them are an error.
 
     Raises
     ------
@@ -138,7 +138,9 @@ def take_survey(source: Source, config: Config, *, classes: NDArray[Any] | None 
     targets = _survey_classes(source, classes) if classify else _survey_values(source)
     factors = _class_factors(config.class_weight, targets)
     if config.standardize:
-        scaling, n_sampled = _survey_features(source, everything=config.standardize == "full")
+        scaling, n_sampled = _survey_features(
+            source, everything=config.standardize == "full", centred=config.recipe.fit_intercept
+        )
     else:
         scaling, n_sampled = Scaling.identity(source.n_features), 0
     recipe = config.recipe
@@ -229,7 +231,7 @@ def _survey_classes(source: Source, classes: NDArray[Any] | None) -> _Targets:
             f"{source.name}: the target {source.target.name!r} has {source.target.n_outputs} columns; a "
             "classification takes one column of labels"
         )
-    counter = ClassCounter(classes)
+    counter = ClassCounter()
     total = 0.0
     for block, start, y, weight in source.iter_targets():
         weights = _checked_weights(source, block, start, weight)
@@ -243,20 +245,29 @@ def _survey_classes(source: Source, classes: NDArray[Any] | None) -> _Targets:
         total = float(np.cumsum(np.concatenate([[total], weights]))[-1]) if weights.size else total + len(y)
     _require_weight(source, total)
     found = counter.classes
-    if len(found) < 2:
+    codec = TargetCodec(found) if classes is None else TargetCodec.of_classes(classes)
+    assert codec.classes is not None
+    known = codec.classes
+    if len(known) < 2:
         raise DataError(
-            f"{source.name}: the number of classes has to be greater than one; got {len(found)} class "
-            f"({found[0]!r}) in the target {source.target.name!r}"
+            f"{source.name}: the number of classes has to be greater than one; got {len(known)} class "
+            f"({known[0]!r}) in the target {source.target.name!r}"
         )
+    codes, unknown = codec.look_up(found)
+    if unknown >= 0:
+        raise codec.unknown_class(found, unknown, source.name)
+    at = codes[:, 0].astype(np.intp)
+    counts, sums = np.zeros(len(known)), np.zeros(len(known))
+    counts[at], sums[at] = counter.counts, counter.weight_sums
     return _Targets(
-        codec=TargetCodec(classes=found, n_outputs=1),
+        codec=codec,
         mean=np.zeros(1),
         variance=np.ones(1),
-        class_counts=counter.counts.astype(np.float64),
-        class_weights=counter.weights.astype(np.float64),
+        class_counts=counts,
+        class_weights=sums,
         mean_weight=total / source.n_rows,
-        sample=np.arange(len(found), dtype=np.float64)[:, None],
-        sample_weight=counter.weights.astype(np.float64),
+        sample=np.arange(len(known), dtype=np.float64)[:, None],
+        sample_weight=sums,
     )
 
 
@@ -281,7 +292,7 @@ def _class_factors(class_weight: dict[Any, float] | str | None, targets: _Target
     return factors
 
 
-def _survey_features(source: Source, *, everything: bool) -> tuple[Scaling, int]:
+def _survey_features(source: Source, *, everything: bool, centred: bool) -> tuple[Scaling, int]:
     mean, squares, total = np.zeros(source.n_features), np.zeros(source.n_features), np.zeros(1)
     n_rows = 0
     for block, start, n in sample_runs(source, everything=everything):
@@ -295,7 +306,11 @@ def _survey_features(source: Source, *, everything: bool) -> tuple[Scaling, int]
         n_rows += n
     if total[0] <= 0:  # the sample happens to have no weight at all
         return Scaling.identity(source.n_features), n_rows
-    return Scaling.from_moments(mean, squares / total[0]), n_rows
+    variance = squares / total[0]
+    if not centred:
+        # Without an intercept there is nothing to take a shift back with: scale by the size around zero.
+        mean, variance = np.zeros_like(mean), variance + mean**2
+    return Scaling.from_moments(mean, variance), n_rows
 
 
 def sample_runs(source: Source, *, everything: bool = False) -> Iterator[tuple[int, int, int]]:
@@ -345,8 +360,9 @@ def _require_finite(source: Source, block: int, start: int, values: Floats, what
     if not finite.all():
         row, column = np.argwhere(~finite)[0]
         named = what or f"feature {source.feature_label(int(column))}"
+        value = "NaN" if np.isnan(values[row, column]) else values[row, column]
         raise NonFiniteError(
-            f"{source.locate(block, start + int(row))}: {named} is {values[row, column]}; expected a finite number. "
+            f"{source.locate(block, start + int(row))}: {named} is {value}; expected a finite number. "
             "Drop or fill such rows before training"
         )
 

@@ -1,0 +1,487 @@
+"""All compiled code of `streamgd.data`: random places, the order of slices, and rows put where they belong.
+
+One file, because Numba's cache notices only changes of the file that holds the compiled function. Everything runs
+without the interpreter lock, so that reader threads work beside whoever consumes. No fast-math: the same values give
+the same bits from every source and on every CPU.
+
+Importing this module imports Numba; `streamgd.data.plan` does so only when a plan is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+# Rows and columns that are put together at once, and values where rows are stored as such: 16 or 32 kB.
+_TILE_ROWS, _TILE_COLUMNS, _TILE_VALUES = 128, 32, 1024
+
+#: Codes of the dtypes that features can be stored as; booleans are read as bytes.
+DTYPE_CODES: dict[str, int] = {
+    "float32": 0,
+    "float64": 1,
+    "int8": 2,
+    "int16": 3,
+    "int32": 4,
+    "int64": 5,
+    "uint8": 6,
+    "uint16": 7,
+    "uint32": 8,
+    "uint64": 9,
+    "bool": 6,
+}
+
+_BLOCK_SHIFT = np.uint64(40)  # a row's identity is block << 40 | row: 16 million blocks of 10**12 rows
+
+
+def _compiled(function: _F) -> _F:
+    """Compile without the interpreter lock, and keep the machine code on disk."""
+    return cast(_F, numba.njit(nogil=True, cache=True)(function))
+
+
+def _reader_of(kind: Any) -> Any:
+    """Make a function of (address, index) that reads one value from memory."""
+
+    @intrinsic
+    def read(_context: Any, _address: Any, _index: Any) -> Any:
+        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+            pointer = builder.inttoptr(arguments[0], context.get_data_type(kind).as_pointer())
+            return builder.load(builder.gep(pointer, [arguments[1]]))
+
+        return kind(types.int64, types.int64), generate
+
+    return read
+
+
+_float32_at, _float64_at = _reader_of(types.float32), _reader_of(types.float64)
+_int8_at, _int16_at = _reader_of(types.int8), _reader_of(types.int16)
+_int32_at, _int64_at = _reader_of(types.int32), _reader_of(types.int64)
+_uint8_at, _uint16_at = _reader_of(types.uint8), _reader_of(types.uint16)
+_uint32_at, _uint64_at = _reader_of(types.uint32), _reader_of(types.uint64)
+
+
+@intrinsic
+def _copy_bytes(_context: Any, _target: Any, _source: Any, _n_bytes: Any) -> Any:
+    """Copy memory from address to address."""
+
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        target, source, n_bytes = arguments
+        to_pointer = cgutils.voidptr_t
+        cgutils.raw_memcpy(
+            builder, builder.inttoptr(target, to_pointer), builder.inttoptr(source, to_pointer), n_bytes, 1
+        )
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def _multiply_high(_context: Any, _a: Any, _b: Any) -> Any:
+    """Return the upper 64 bits of a product of two 64-bit numbers."""
+
+    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        wide = ir.IntType(128)
+        product = builder.mul(builder.zext(arguments[0], wide), builder.zext(arguments[1], wide))
+        return builder.trunc(builder.lshr(product, ir.Constant(wide, 64)), ir.IntType(64))
+
+    return types.uint64(types.uint64, types.uint64), generate
+
+
+# Random order -----------------------------------------------------------------------------------------------------
+
+
+@_compiled
+def _philox(counter: np.uint64, key_0: np.uint64, key_1: np.uint64) -> tuple[np.uint64, ...]:
+    """Return four raw numbers: those that `numpy.random.Philox` with this key gives at this counter."""
+    c0, c1, c2, c3 = counter, np.uint64(0), np.uint64(0), np.uint64(0)
+    for _ in range(10):
+        high_0: Any = _multiply_high(np.uint64(0xD2E7470EE14C6C93), c0)
+        high_1: Any = _multiply_high(np.uint64(0xCA5A826395121157), c2)
+        low_0 = np.uint64(0xD2E7470EE14C6C93) * c0
+        low_1 = np.uint64(0xCA5A826395121157) * c2
+        c0, c1, c2, c3 = high_1 ^ c1 ^ key_0, low_1, high_0 ^ c3 ^ key_1, low_0
+        key_0 += np.uint64(0x9E3779B97F4A7C15)
+        key_1 += np.uint64(0xBB67AE8584CAA73B)
+    return c0, c1, c2, c3
+
+
+@_compiled
+def raw_numbers(key: NDArray[np.uint64], out: NDArray[np.uint64]) -> None:
+    """Write the raw numbers of `numpy.random.Philox` with a key: what `permute` consumes, for the test of it."""
+    for i in range(0, len(out), 4):
+        four = _philox(np.uint64(i // 4 + 1), key[0], key[1])
+        for k in range(min(4, len(out) - i)):
+            out[i + k] = four[k]
+
+
+@_compiled
+def permute(key: NDArray[np.uint64], out: NDArray[np.int32]) -> None:
+    """Write a random permutation of ``0 … len(out) - 1``.
+
+    Fisher and Yates' shuffle, from the end, each bound taken from 64 raw bits by a product's upper half. Its bias is
+    at most ``len(out) / 2**64``, which no run can notice, and it takes one raw number a step, whatever comes.
+    """
+    for i in range(len(out)):
+        out[i] = i
+    i = len(out) - 1
+    counter = np.uint64(0)
+    while i > 0:
+        counter += np.uint64(1)
+        for raw in _philox(counter, key[0], key[1]):
+            if i > 0:
+                j = np.int64(_multiply_high(raw, np.uint64(i + 1)))
+                out[i], out[j] = out[j], out[i]
+                i -= 1
+
+
+@_compiled
+def identity(block: np.uint64, row: np.uint64) -> np.uint64:
+    """Hash a row's identity; sums of these tell whether an epoch saw each row exactly once (Steele's splitmix64)."""
+    z = ((block << _BLOCK_SHIFT) | row) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@_compiled
+def sum_identities(blocks: NDArray[np.int64], block_rows: NDArray[np.int64]) -> np.uint64:
+    """Sum the hashed identities of every row of some blocks, modulo 2**64."""
+    total = np.uint64(0)
+    for b in range(len(blocks)):
+        block = np.uint64(blocks[b])
+        for row in range(block_rows[b]):
+            total += identity(block, np.uint64(row))
+    return total
+
+
+# The order of slices ----------------------------------------------------------------------------------------------
+
+#: Where each number lies in the state of a walk through an epoch.
+NEXT_BLOCK, TURN, N_LIVE = range(3)
+
+
+@_compiled
+def deal_blocks(order: NDArray[np.int32], block_rows: NDArray[np.int64], n_lanes: int) -> NDArray[np.int32]:
+    """Give each block, in order, to the lane with the fewest rows so far, and return the lane of each."""
+    rows = np.zeros(n_lanes, np.int64)
+    lanes = np.empty(len(order), np.int32)
+    for i in range(len(order)):
+        lane = 0
+        for k in range(1, n_lanes):
+            if rows[k] < rows[lane]:
+                lane = k
+        lanes[i] = lane
+        rows[lane] += block_rows[order[i]]
+    return lanes
+
+
+@_compiled
+def _step(
+    order: NDArray[np.int32],
+    block_rows: NDArray[np.int64],
+    slots: NDArray[np.int64],
+    walk: NDArray[np.int64],
+    slice_rows: int,
+    room: int,
+) -> tuple[int, int, int]:
+    """Take the next slice (block, start, rows) if it fits in `room` rows, else return 0 rows."""
+    turn = walk[TURN]
+    block, start = slots[turn, 0], slots[turn, 1]
+    rows = min(slice_rows, block_rows[block] - start)
+    if rows > room:
+        return 0, 0, 0
+    if start + rows < block_rows[block]:
+        slots[turn, 1] = start + rows
+        walk[TURN] = turn + 1
+    elif walk[NEXT_BLOCK] < len(order):
+        slots[turn, 0], slots[turn, 1] = order[walk[NEXT_BLOCK]], 0
+        walk[NEXT_BLOCK] += 1
+        walk[TURN] = turn + 1
+    else:
+        for k in range(turn, walk[N_LIVE] - 1):
+            slots[k, 0], slots[k, 1] = slots[k + 1, 0], slots[k + 1, 1]
+        walk[N_LIVE] -= 1
+    if walk[TURN] >= walk[N_LIVE]:
+        walk[TURN] = 0
+    return block, start, rows
+
+
+@_compiled
+def next_slices(
+    order: NDArray[np.int32],
+    block_rows: NDArray[np.int64],
+    slots: NDArray[np.int64],
+    walk: NDArray[np.int64],
+    slice_rows: int,
+    window_rows: int,
+    out: NDArray[np.int64],
+) -> int:
+    """Walk through one window, write as many slices (block, start, rows) as `out` holds, and return their number."""
+    n, room = 0, window_rows
+    while walk[N_LIVE] > 0:
+        block, start, rows = _step(order, block_rows, slots, walk, slice_rows, room)
+        if rows == 0:
+            break
+        if n < len(out):
+            out[n, 0], out[n, 1], out[n, 2] = block, start, rows
+        n += 1
+        room -= rows
+    return n
+
+
+@_compiled
+def skip_windows(
+    order: NDArray[np.int32],
+    block_rows: NDArray[np.int64],
+    slots: NDArray[np.int64],
+    walk: NDArray[np.int64],
+    slice_rows: int,
+    window_rows: int,
+    most: int,
+) -> int:
+    """Walk through up to `most` windows (all that are left if negative) and return how many there were."""
+    n = 0
+    while walk[N_LIVE] > 0 and n != most:
+        room = window_rows
+        while walk[N_LIVE] > 0:
+            rows = _step(order, block_rows, slots, walk, slice_rows, room)[2]
+            if rows == 0:
+                break
+            room -= rows
+        n += 1
+    return n
+
+
+# Rows to their places ---------------------------------------------------------------------------------------------
+
+
+@_compiled
+def _load(address: int, code: int, first: int, stride: int, n: int, out: NDArray[np.float64]) -> None:
+    """Read `n` values from memory as float64; `first` and `stride` count values, not bytes."""
+    if code == 0:
+        for i in range(n):
+            out[i] = _float32_at(address, first + i * stride)
+    elif code == 1:
+        for i in range(n):
+            out[i] = _float64_at(address, first + i * stride)
+    elif code == 2:
+        for i in range(n):
+            out[i] = _int8_at(address, first + i * stride)
+    elif code == 3:
+        for i in range(n):
+            out[i] = _int16_at(address, first + i * stride)
+    elif code == 4:
+        for i in range(n):
+            out[i] = _int32_at(address, first + i * stride)
+    elif code == 5:
+        for i in range(n):
+            out[i] = _int64_at(address, first + i * stride)
+    elif code == 6:
+        for i in range(n):
+            out[i] = _uint8_at(address, first + i * stride)
+    elif code == 7:
+        for i in range(n):
+            out[i] = _uint16_at(address, first + i * stride)
+    elif code == 8:
+        for i in range(n):
+            out[i] = _uint32_at(address, first + i * stride)
+    else:
+        for i in range(n):
+            out[i] = _uint64_at(address, first + i * stride)
+
+
+@_compiled
+def _spread(
+    tile: NDArray[Any],
+    width: int,
+    n_rows: int,
+    n_columns: int,
+    places: NDArray[np.int32],
+    first: int,
+    out: NDArray[Any],
+    left: int,
+) -> None:
+    """Copy the rows of a tile to their places, from column `left` on.
+
+    Rows are put together in the tile, which stays in the first cache, and go to memory once and whole: written value
+    by value they would miss the cache, or the table of pages, for every column.
+    """
+    size = out.itemsize
+    source = tile.ctypes.data
+    target = out.ctypes.data + left * size
+    step = out.shape[1] * size
+    for i in range(n_rows):
+        _copy_bytes(target + np.int64(places[first + i]) * step, source + i * width * size, n_columns * size)
+
+
+@_compiled
+def place_columns(
+    addresses: NDArray[np.int64],
+    codes: NDArray[np.int64],
+    strides: NDArray[np.int64],
+    shift: NDArray[np.float64],
+    factor: NDArray[np.float64],
+    places: NDArray[np.int32],
+    out: NDArray[Any],
+) -> bool:
+    """Scale the columns of some rows and write each row at its place; return whether all is finite.
+
+    Parameters
+    ----------
+    addresses, codes, strides : ndarrays of shape (n_features,), int64
+        Where each column's first value lies, its `DTYPE_CODES`, and how many values lie from one row to the next.
+    shift, factor : ndarrays of shape (n_features,), float64
+        Each value becomes ``(float64(value) - shift) * factor``, rounded to the dtype of `out`.
+    places : ndarray of shape (n_rows,), int32
+        Row of `out` for each row.
+    out : ndarray of shape (capacity, n_features), float32 or float64
+        The window.
+    """
+    n_rows, n_features = len(places), len(addresses)
+    width = min(n_features, _TILE_COLUMNS)
+    loaded = np.empty(_TILE_ROWS, np.float64)
+    tile = np.empty((_TILE_ROWS, width), out.dtype)
+    n_finite = 0
+    for first in range(0, n_rows, _TILE_ROWS):
+        n = min(_TILE_ROWS, n_rows - first)
+        for left in range(0, n_features, width):
+            n_columns = min(width, n_features - left)
+            for k in range(n_columns):
+                j = left + k
+                _load(addresses[j], codes[j], first * strides[j], strides[j], n, loaded)
+                column_shift, column_factor = shift[j], factor[j]
+                for i in range(n):
+                    value = out.dtype.type((loaded[i] - column_shift) * column_factor)
+                    tile[i, k] = value
+                    n_finite += (value - value) == 0  # false for NaN and infinities alone
+            _spread(tile, width, n, n_columns, places, first, out, left)
+    return bool(n_finite == n_rows * n_features)
+
+
+@_compiled
+def place_rows(
+    address: int,
+    code: int,
+    stride: int,
+    shift: NDArray[np.float64],
+    factor: NDArray[np.float64],
+    places: NDArray[np.int32],
+    out: NDArray[Any],
+) -> bool:
+    """Do what `place_columns` does for rows whose values lie side by side, `stride` values from row to row."""
+    n_rows, n_features = len(places), out.shape[1]
+    tile_rows = max(1, _TILE_VALUES // n_features)
+    loaded = np.empty(tile_rows * n_features, np.float64)
+    tile = np.empty((tile_rows, n_features), out.dtype)
+    values = tile.reshape(-1)
+    # Repeated, so that scaling is one long loop: rows of few features would each leave a remainder.
+    shifts, factors = np.empty(tile_rows * n_features), np.empty(tile_rows * n_features)
+    for i in range(tile_rows):
+        for j in range(n_features):
+            shifts[i * n_features + j], factors[i * n_features + j] = shift[j], factor[j]
+    adjacent = int(np.int64(1))  # a literal would have `_load` compiled a second time
+    n_finite = 0
+    for first in range(0, n_rows, tile_rows):
+        n = min(tile_rows, n_rows - first)
+        if stride == n_features:
+            _load(address, code, first * stride, adjacent, n * n_features, loaded)
+        else:
+            for i in range(n):
+                _load(address, code, (first + i) * stride, adjacent, n_features, loaded[i * n_features :])
+        for k in range(n * n_features):
+            value = out.dtype.type((loaded[k] - shifts[k]) * factors[k])
+            values[k] = value
+            n_finite += (value - value) == 0
+        _spread(tile, n_features, n, n_features, places, first, out, 0)
+    return bool(n_finite == n_rows * n_features)
+
+
+@_compiled
+def place_targets(y: NDArray[np.float64], places: NDArray[np.int32], out: NDArray[np.float64]) -> bool:
+    """Write encoded targets, of shape (n_rows, n_outputs), at their places; return whether all are finite."""
+    n_finite = 0
+    for i in range(len(y)):
+        for k in range(y.shape[1]):
+            value = y[i, k]
+            out[places[i], k] = value
+            n_finite += (value - value) == 0
+    return n_finite == y.size
+
+
+@_compiled
+def place_weights(weight: NDArray[np.float64], places: NDArray[np.int32], out: NDArray[np.float64]) -> bool:
+    """Write weights at their places; return whether all are finite and none is negative."""
+    n_good = 0
+    for i in range(len(weight)):
+        value = weight[i]
+        out[places[i]] = value
+        n_good += value >= 0 and value - value == 0
+    return n_good == len(weight)
+
+
+@_compiled
+def place_identities(block: int, start: int, places: NDArray[np.int32], out: NDArray[np.uint64]) -> None:
+    """Write the hashed identity of each row of a block, from row `start` on, at its place."""
+    for i in range(len(places)):
+        out[places[i]] = identity(np.uint64(block), np.uint64(start + i))
+
+
+@_compiled
+def copy_rows(
+    X: NDArray[Any],
+    y: NDArray[np.float64],
+    ids: NDArray[np.uint64],
+    places: NDArray[np.int32],
+    X_out: NDArray[Any],
+    y_out: NDArray[np.float64],
+    ids_out: NDArray[np.uint64],
+) -> None:
+    """Copy rows that are scaled already to their places."""
+    _spread(X, X.shape[1], len(places), X.shape[1], places, 0, X_out, 0)
+    for i in range(len(places)):
+        place = places[i]
+        ids_out[place] = ids[i]
+        for k in range(y.shape[1]):
+            y_out[place, k] = y[i, k]
+
+
+# Classes to their codes -------------------------------------------------------------------------------------------
+
+
+@_compiled
+def find_classes(values: NDArray[np.float64], classes: NDArray[np.float64], out: NDArray[np.float64]) -> int:
+    """Write the index of each value among sorted classes; -1 for a value that is not one, NaN for NaN and infinities.
+
+    Returns
+    -------
+    int
+        The first row whose value is none of the classes (NaN and infinities are not counted), or -1.
+    """
+    unknown = -1
+    for i in range(len(values)):
+        value = values[i]
+        low, high = 0, len(classes)
+        while low < high:
+            middle = (low + high) // 2
+            if classes[middle] < value:
+                low = middle + 1
+            else:
+                high = middle
+        if low < len(classes) and classes[low] == value:
+            out[i] = low
+        elif value - value != 0:
+            out[i] = np.nan
+        else:
+            out[i] = -1
+            if unknown < 0:
+                unknown = i
+    return unknown

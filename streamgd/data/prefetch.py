@@ -1,0 +1,315 @@
+"""Fill the next windows while this one is consumed.
+
+One thread walks through the plan, across the ends of epochs, and fills windows with the help of reader threads; the
+consumer takes them in order and gives each back when it asks for the next. Errors travel the same way, behind the
+windows that were filled before them.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Final, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamgd.data.plan import EpochPlan, Layout, WindowPlan
+from streamgd.data.sources.base import Source
+from streamgd.data.targets import TargetCodec
+from streamgd.data.window import ResidentFiller, Stopped, Window, WindowFiller
+
+#: In-memory data up to this size is shuffled when it is asked for, without threads: a hand-over would cost more.
+_SMALL_BYTES = 2_000_000
+
+
+class _End(enum.Enum):
+    END = "no more windows"
+
+
+#: What `WindowStream.get` returns after the last window.
+END: Final = _End.END
+
+
+def default_threads() -> int:
+    """Count the processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+class WindowStream:
+    """The windows of a run, in order, read ahead.
+
+    Parameters
+    ----------
+    source : Source
+        What is read.
+    layout : Layout
+        The memory plan.
+    codec : TargetCodec or None
+        How targets become numbers; None leaves the target out.
+    seed : int
+        Any non-negative number.
+    shuffle : bool, default=True
+        Whether rows are shuffled.
+    shift, factor : ndarray of shape (n_features,), float64, or None, default=None
+        Features become ``(x - shift) * factor``.
+    first : tuple of int, default=(0, 0)
+        Epoch and window to begin with.
+    n_epochs : int or None, default=1
+        Epoch to stop before, counted from 0 and not from `first`; None goes on for ever.
+    n_threads : int or None, default=None
+        Threads that read; default: one for each processor. No result depends on it.
+    depth : int, default=2
+        Windows in memory: the consumer's and those ahead of it. No result depends on it.
+    lane, n_lanes : int, default=0 and 1
+        Which part of the blocks.
+    check : bool, default=True
+        Whether numbers that are not finite are errors.
+
+    Notes
+    -----
+    A context manager; `close` stops and joins every thread. A stream that is dropped without it is closed when it is
+    collected, or when Python exits. For one consumer.
+
+    The first window of the next epoch is read while the last one of this epoch is consumed. If one window holds all
+    rows and the layout has room to keep them, they are read only once.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        layout: Layout,
+        codec: TargetCodec | None,
+        *,
+        seed: int,
+        shuffle: bool = True,
+        shift: NDArray[np.float64] | None = None,
+        factor: NDArray[np.float64] | None = None,
+        first: tuple[int, int] = (0, 0),
+        n_epochs: int | None = 1,
+        n_threads: int | None = None,
+        depth: int = 2,
+        lane: int = 0,
+        n_lanes: int = 1,
+        check: bool = True,
+    ) -> None:
+        whole = n_lanes == 1 and layout.window_rows >= source.n_rows
+        small = whole and source.kind == "memory" and layout.row_bytes * source.n_rows <= _SMALL_BYTES
+        n_threads = 1 if small else default_threads() if n_threads is None else n_threads
+        reader = WindowFiller(source, layout, codec, shift=shift, factor=factor, n_threads=n_threads, check=check)
+        again = n_epochs is None or n_epochs - first[0] > 1
+        # What is in memory anyway is not copied, unless it is so small that calling its reader costs more.
+        keep = again and (small or (whole and layout.resident and source.kind != "memory"))
+        filler = ResidentFiller(reader, Window(layout, source)) if keep else reader
+
+        def plan_epoch(epoch: int) -> EpochPlan:
+            return EpochPlan(
+                source.block_rows, layout, seed=seed, epoch=epoch, shuffle=shuffle, lane=lane, n_lanes=n_lanes
+            )
+
+        plans = _windows_of(plan_epoch, first, n_epochs)
+        self._core = _Prefetcher(filler, plans, lambda: Window(layout, source), depth=1 if small else max(1, depth))
+        self._row_bytes = source.stored_bytes / source.n_rows
+        self._finalizer = weakref.finalize(self, self._core.close)
+        if not small:
+            self._core.start()
+
+    def get(self, timeout_s: float | None = None) -> Window | Literal[_End.END] | None:
+        """Return the next window; the one before it goes back to be refilled.
+
+        Parameters
+        ----------
+        timeout_s : float or None, default=None
+            How long to wait; None waits until there is something.
+
+        Returns
+        -------
+        Window, END or None
+            The window is the consumer's until the next call. ``END`` after the last one, None if time ran out.
+
+        Raises
+        ------
+        Exception
+            Whatever reading the window raised, with the traceback of the thread that read. It is raised again by
+            every further call.
+        """
+        return self._core.get(timeout_s)
+
+    def __iter__(self) -> Iterator[Window]:
+        """Go through the windows to the end."""
+        while not isinstance(window := self.get(), _End):
+            if window is not None:
+                yield window
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the last window has been handed out and given back."""
+        return self._core.exhausted
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that the consumer has waited for windows."""
+        return self._core.wait_s
+
+    @property
+    def fill_s(self) -> float:
+        """Seconds spent filling windows, whether somebody waited or not."""
+        return self._core.fill_s
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of storage behind the rows read so far, those ahead of the consumer included."""
+        return round(self._core.filler.read_rows * self._row_bytes)
+
+    def close(self) -> None:
+        """Stop and join every thread and close every reader. Idempotent; waits for a read that is under way."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        """Return the stream itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+
+def _windows_of(
+    plan_epoch: Callable[[int], EpochPlan], first: tuple[int, int], n_epochs: int | None
+) -> Iterator[WindowPlan]:
+    """Walk through the windows of all epochs; a lane without rows has none."""
+    epoch, window = first
+    while n_epochs is None or epoch < n_epochs:
+        plan = plan_epoch(epoch)
+        if plan.n_rows == 0:
+            return
+        yield from plan.windows(window)
+        epoch, window = epoch + 1, 0
+
+
+class _Prefetcher:
+    """What the consumer and the thread share; knows nothing of the `WindowStream`, which may therefore be collected."""
+
+    def __init__(
+        self,
+        filler: WindowFiller | ResidentFiller,
+        plans: Iterator[WindowPlan],
+        make_window: Callable[[], Window],
+        *,
+        depth: int,
+    ) -> None:
+        self.filler = filler
+        self.wait_s = 0.0
+        self.fill_s = 0.0
+        self.exhausted = False
+        self._plans = plans
+        self._make_window = make_window
+        self._n_unmade = depth  # windows are allocated when they are first needed: one epoch may need only one
+        self._free: deque[Window] = deque()
+        self._ready: deque[Window] = deque()
+        self._handed: Window | None = None
+        self._error: BaseException | None = None
+        self._finished = False
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        # A daemon, so that a consumer that was forgotten does not keep Python from exiting; the finalizer joins it.
+        self._thread = threading.Thread(target=self._run, name="streamgd-prefetch", daemon=True)
+        self._thread.start()
+
+    def get(self, timeout_s: float | None) -> Window | Literal[_End.END] | None:
+        if self._thread is None:
+            return self._get_now()
+        begin = time.perf_counter()
+        with self._changed:
+            if self._handed is not None:
+                self._free.append(self._handed)
+                self._handed = None
+                self._changed.notify_all()
+            ready = self._changed.wait_for(lambda: self._ready or self._finished or self._closed, timeout_s)
+            self.wait_s += time.perf_counter() - begin
+            if self._ready and not self._closed:
+                self._handed = self._ready.popleft()
+                return self._handed
+            if self._error is not None:
+                raise self._error
+            if not ready:
+                return None
+            self.exhausted = True
+            return END
+
+    def _get_now(self) -> Window | Literal[_End.END]:
+        """Fill a window in the consumer's thread."""
+        if self._error is not None:
+            raise self._error
+        begin = time.perf_counter()
+        plan = None if self._closed else next(self._plans, None)
+        if plan is None:
+            self.exhausted = True
+            return END
+        if self._handed is None:
+            self._handed = self._make_window()
+        try:
+            self.filler.fill(self._handed, plan)
+        except BaseException as err:
+            self._error = err
+            raise
+        self.fill_s += time.perf_counter() - begin
+        self.wait_s += time.perf_counter() - begin
+        return self._handed
+
+    def _run(self) -> None:
+        try:
+            plan = next(self._plans, None)
+            while plan is not None and (window := self._free_window()) is not None:
+                upcoming = next(self._plans, None)
+                begin = time.perf_counter()
+                self.filler.fill(window, plan, upcoming)
+                self.fill_s += time.perf_counter() - begin
+                with self._changed:
+                    self._ready.append(window)
+                    self._changed.notify_all()
+                plan = upcoming
+        except Stopped:
+            pass
+        except BaseException as err:
+            self._error = err
+        finally:
+            try:
+                self.filler.close()
+            except BaseException as err:
+                self._error = self._error or err
+            with self._changed:
+                self._finished = True
+                self._changed.notify_all()
+
+    def _free_window(self) -> Window | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._free or self._n_unmade or self._closed)
+            if self._closed:
+                return None
+            if self._free:
+                return self._free.popleft()
+            self._n_unmade -= 1
+        return self._make_window()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self.filler.stop()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        self.filler.close()
+        self._ready.clear()
+        self._free.clear()
+        self._handed = None

@@ -1,0 +1,243 @@
+"""Put a piece of rows where it belongs in a window, and say what is wrong with it if something is.
+
+Every value becomes ``(float64(x) - shift) * factor``, rounded once to the row dtype, whatever it is stored as: the same
+data gives the same bits from every source. Numbers that are not finite are noticed in the same pass, and only then
+searched for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamgd.data.placing import (
+    DTYPE_CODES,
+    place_columns,
+    place_identities,
+    place_rows,
+    place_targets,
+    place_weights,
+)
+from streamgd.data.plan import Layout, WindowPlan
+from streamgd.data.sources.base import Array, Slice, Source
+from streamgd.data.targets import TargetCodec
+from streamgd.errors import CorruptDataError, NonFiniteError, SchemaError
+
+Floats = NDArray[np.float64]
+
+
+class Window:
+    """Rows in memory, allocated once and refilled.
+
+    Parameters
+    ----------
+    layout : Layout
+        How many rows it holds.
+    source : Source
+        What they look like.
+
+    Attributes
+    ----------
+    X : ndarray of shape (capacity, n_features), float32 or float64
+        Scaled features, C-contiguous.
+    y : ndarray of shape (capacity, n_outputs), float64
+        Encoded targets; no columns without a target.
+    weight : ndarray of shape (capacity,), float64, or None
+        Sample weights.
+    ids : ndarray of shape (capacity,), uint64
+        Hashed identity of each row (splitmix64 of ``block << 40 | row``), see `streamgd.data.plan.checksum_of`.
+    n_rows : int
+        Rows that are filled; those after it mean nothing.
+    epoch, index : int
+        Where the window belongs.
+    last : bool
+        Whether it is the last of its epoch.
+    """
+
+    def __init__(self, layout: Layout, source: Source) -> None:
+        capacity = layout.window_rows
+        self.X: Array = np.empty((capacity, source.n_features), source.row_dtype)
+        self.y: Floats = np.empty((capacity, layout.n_outputs))
+        self.weight: Floats | None = np.empty(capacity) if source.has_weight else None
+        self.ids: NDArray[np.uint64] = np.empty(capacity, np.uint64)
+        self.n_rows = 0
+        self.epoch = 0
+        self.index = 0
+        self.last = False
+
+    def describe(self, plan: WindowPlan) -> None:
+        """Take over where the window belongs."""
+        self.n_rows, self.epoch, self.index, self.last = plan.n_rows, plan.epoch, plan.index, plan.last
+
+
+class RowPlacer:
+    """Writes pieces of a source's rows to their places in a window; safe for several threads on different rows.
+
+    Parameters
+    ----------
+    source : Source
+        Where the rows come from, for types and messages.
+    codec : TargetCodec or None
+        How targets become numbers; None leaves the target out.
+    shift, factor : ndarray of shape (n_features,), float64, or None, default=None
+        Each value becomes ``(x - shift) * factor``; None leaves it as it is.
+    check : bool, default=True
+        Whether features, targets and weights that are not finite, and negative weights, are errors.
+
+    Raises
+    ------
+    SchemaError
+        If the source has no target to encode, or `shift` and `factor` have the wrong length.
+    """
+
+    def __init__(
+        self, source: Source, codec: TargetCodec | None, shift: Floats | None, factor: Floats | None, *, check: bool
+    ) -> None:
+        if codec is not None and source.target is None:
+            raise SchemaError(f"{source.name} has no target: open it with target=")
+        self._source = source
+        self._codec = codec
+        d = source.n_features
+        self._shift = np.zeros(d) if shift is None else np.ascontiguousarray(shift, np.float64)
+        self._factor = np.ones(d) if factor is None else np.ascontiguousarray(factor, np.float64)
+        if self._shift.shape != (d,) or self._factor.shape != (d,):
+            raise SchemaError(
+                f"shift of shape {self._shift.shape} and factor of shape {self._factor.shape}: expected ({d},), one "
+                "number for each feature"
+            )
+        self._check = check
+
+    def place(self, window: Window, piece: Slice, block: int, start: int, places: NDArray[np.int32]) -> None:
+        """Put the rows of a piece where they belong.
+
+        Parameters
+        ----------
+        window : Window
+            Is written to.
+        piece : Slice
+            As a reader gave it.
+        block, start : int
+            Which rows these are.
+        places : ndarray of shape (n_rows,), int32
+            Row of the window for each.
+
+        Raises
+        ------
+        NonFiniteError
+            If a number is not finite or a weight is negative; names block, row, column and value.
+        DataError
+            If a target is no known class.
+        CorruptDataError
+            If there are more or fewer rows than places.
+        """
+        finite = self._place_features(piece.X, places, window.X, block)
+        if not finite and self._check:
+            raise self._bad_feature(piece.X, block, start)
+        if self._codec is not None:
+            codes, unknown = self._codec.look_up(piece.y)
+            self._expect_rows(len(codes), len(places), block)
+            if unknown >= 0:
+                raise self._codec.unknown_class(piece.y, unknown, self._source.locate(block, start + unknown))
+            if not place_targets(codes, places, window.y) and self._check:
+                raise self._bad_target(piece.y, codes, block, start)
+        if window.weight is not None:
+            weight = np.ascontiguousarray(piece.weight, np.float64)
+            self._expect_rows(len(weight), len(places), block)
+            if not place_weights(weight, places, window.weight) and self._check:
+                raise self._bad_weight(weight, block, start)
+        place_identities(block, start, places, window.ids)
+
+    def _place_features(self, X: Array | Sequence[Array], places: NDArray[np.int32], out: Array, block: int) -> bool:
+        if not isinstance(X, np.ndarray):
+            columns = [_readable(column) for column in X]
+            for column in columns:
+                self._expect_rows(len(column), len(places), block)
+            addresses = [_address(column) for column in columns]
+            strides = [column.strides[0] // column.itemsize for column in columns]
+            codes = [DTYPE_CODES[column.dtype.name] for column in columns]
+        else:
+            X = _readable(X)
+            self._expect_rows(len(X), len(places), block)
+            code = DTYPE_CODES[X.dtype.name]
+            to_row, to_column = (step // X.itemsize for step in X.strides)
+            if X.shape[1] == out.shape[1] and (to_column == 1 or X.shape[1] == 1):
+                return place_rows(_address(X), code, to_row, self._shift, self._factor, places, out)
+            columns = [X]
+            addresses = [_address(X) + j * X.strides[1] for j in range(X.shape[1])]
+            strides, codes = [to_row] * X.shape[1], [code] * X.shape[1]
+        if len(addresses) != out.shape[1]:
+            raise SchemaError(
+                f"block {block} of {self._source.name} has {len(addresses)} features: expected {out.shape[1]}"
+            )
+        found = place_columns(
+            np.array(addresses, np.int64),
+            np.array(codes, np.int64),
+            np.array(strides, np.int64),
+            self._shift,
+            self._factor,
+            places,
+            out,
+        )
+        del columns  # not before: the kernel reads their memory by address
+        return found
+
+    def _expect_rows(self, found: int, expected: int, block: int) -> None:
+        if found != expected:
+            raise CorruptDataError(
+                f"block {block} of {self._source.name} gave {found:,} rows where {expected:,} were asked for: the data "
+                "changed while it was read, or it ends early"
+            )
+
+    def _bad_feature(self, X: Array | Sequence[Array], block: int, start: int) -> NonFiniteError:
+        """Find the first value that is not finite once it is placed; only then is the search worth its time."""
+        columns = list(X.T) if isinstance(X, np.ndarray) else list(X)
+        dtype = self._source.row_dtype
+        row, column = len(columns[0]), 0
+        with np.errstate(all="ignore"):
+            for j, values in enumerate(columns):
+                scaled = ((values.astype(np.float64) - self._shift[j]) * self._factor[j]).astype(dtype)
+                bad = np.flatnonzero(~np.isfinite(scaled[:row]))
+                if len(bad):
+                    row, column = int(bad[0]), j
+        value = columns[column][row]
+        where = f"{self._source.locate(block, start + row)}: feature {self._source.feature_label(column)} is {value}"
+        if np.isfinite(value):
+            return NonFiniteError(
+                f"{where}, which {dtype} cannot hold. Open the data with dtype='float64', or rescale the column"
+            )
+        return NonFiniteError(
+            f"{where}: expected a finite number. Fill or drop missing values before training, or leave the column out"
+        )
+
+    def _bad_target(self, y: Any, codes: Floats, block: int, start: int) -> NonFiniteError:
+        row = int(np.flatnonzero(~np.isfinite(codes).all(axis=1))[0])
+        name = self._source.target.name if self._source.target is not None else "y"
+        return NonFiniteError(
+            f"{self._source.locate(block, start + row)}: target {name!r} is {y[row]}: expected a "
+            f"{'finite number' if self._codec is None or self._codec.classes is None else 'class'}. "
+            "Drop rows without a target before training"
+        )
+
+    def _bad_weight(self, weight: Floats, block: int, start: int) -> NonFiniteError:
+        row = int(np.flatnonzero(~((weight >= 0) & np.isfinite(weight)))[0])
+        return NonFiniteError(
+            f"{self._source.locate(block, start + row)}: sample weight is {weight[row]}: expected a finite number that "
+            "is not negative. Give rows that should not count the weight 0"
+        )
+
+
+def _readable(values: Array) -> Array:
+    """Return values that the kernels can read by address: a known dtype, aligned, with whole, forward strides."""
+    if values.dtype.name not in DTYPE_CODES or not values.dtype.isnative:
+        values = values.astype(np.float32 if values.dtype.kind == "f" and values.itemsize < 4 else np.float64)
+    if not values.flags.aligned or any(step < 0 or step % values.itemsize for step in values.strides):
+        values = np.ascontiguousarray(values)
+    return values
+
+
+def _address(values: Array) -> int:
+    address: int = values.__array_interface__["data"][0]
+    return address

@@ -1,0 +1,362 @@
+"""Dask arrays and DataFrames as a source.
+
+A block is a Dask block of rows, computed as a whole when it is opened: on the active `distributed.Client` if there is
+one, else in the thread that opens it. `dask_blocks` computes; what can be a feature or a target is decided in `arrays`
+and `frames`, by the rules for data in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from streamgd.data.sources.arrays import as_features, as_target, as_weight
+from streamgd.data.sources.base import Array, BlockReader, Slice, Source, choose_row_dtype
+from streamgd.data.sources.columns import Column, Features, Target
+from streamgd.data.sources.dask_blocks import Ahead, BlockGraph, active_client
+from streamgd.data.sources.dask_parts import Parts, array_parts, frame_parts
+from streamgd.errors import DataError, EmptySourceError, SchemaError, SourceNotFoundError, StreamgdError
+
+#: Bytes a Python object (a string, mostly) is taken to cost, for the memory plan.
+_OBJECT_BYTES = 64
+#: Rows of the first block, and of the last block's target, that the fingerprint covers.
+_HASHED_ROWS = 1024
+#: Up to so many blocks the fingerprint lists their lengths.
+_LISTED_BLOCKS = 64
+#: Blocks from this size on are worth a hint.
+_BIG_BLOCK_BYTES = 16 << 20
+
+
+class DaskSource(Source):
+    """Dask arrays; `from_dataframe` takes DataFrames.
+
+    Parameters
+    ----------
+    X : dask.array.Array of shape (n_rows, n_features)
+        Numbers or booleans. Cut only between rows: other cuts are joined as blocks are computed.
+    y : dask.array.Array, array-like or None, default=None
+        Target of shape (n_rows,) or (n_rows, n_outputs); cut like X as it is computed.
+    weight : dask.array.Array, array-like or None, default=None
+        Sample weights of shape (n_rows,).
+    dtype : {"auto", "float32", "float64"}, default="auto"
+        Row dtype, see `streamgd.data.sources.base.choose_row_dtype`.
+    target_name : str, default="y"
+        What messages call the target.
+
+    Attributes
+    ----------
+    compute_here : bool
+        Whether blocks are computed in the thread that opens them even if a client is active. True for a source that was
+        unpickled, which was sent to where it is to be used.
+
+    Raises
+    ------
+    SchemaError
+        If X is not a matrix of real numbers, or lengths differ.
+    EmptySourceError
+        If there are no rows.
+    DataError
+        If the lengths of blocks are unknown and cannot be measured.
+    OptionError
+        If `dtype` is unknown.
+
+    Notes
+    -----
+    Blocks of unknown length are measured once, which computes them all (a message goes to the logger ``streamgd``).
+
+    An open block is held whole, and while it is computed Dask holds what its tasks need besides. Without a client,
+    blocks are computed one for each reader thread, each within its thread. With one, `announce` has the cluster begin a
+    few blocks ahead, and their results come to this process when they are opened.
+
+    The fingerprint holds types, shape, the length of the blocks, and a hash of the first rows and the last targets; it
+    computes two blocks when it is first asked for. Keys of tasks are not compared: the same data may get other keys in
+    another process.
+    """
+
+    kind = "dask"
+    holds_block = True
+
+    def __init__(
+        self, X: Any, y: Any = None, *, weight: Any = None, dtype: str = "auto", target_name: str = "y"
+    ) -> None:
+        parts = array_parts(X, y, weight, target_name)
+        self._set_up(parts, parts.rows.chunks[0], dtype, target_name)
+        if X.numblocks[1] > 1:
+            self.open_block_bytes *= 2  # pieces and the whole, while they are joined
+        self.name = "Dask array"
+
+    @classmethod
+    def from_dataframe(
+        cls,
+        frame: Any,
+        target: Any = None,
+        features: Sequence[str] | None = None,
+        weight: Any = None,
+        dtype: str = "auto",
+    ) -> DaskSource:
+        """Make a source of a Dask DataFrame; its partitions are the blocks, and their lengths are measured.
+
+        Parameters
+        ----------
+        frame : dask.dataframe.DataFrame
+            The table.
+        target : str, sequence of str, Dask Series or array, or None, default=None
+            Target column or columns, or a collection of as many rows.
+        features : sequence of str or None, default=None
+            Feature columns; default: every column that is neither target nor weight.
+        weight : str, Dask Series or array, or None, default=None
+            Sample weights.
+        dtype : {"auto", "float32", "float64"}, default="auto"
+            Row dtype.
+
+        Raises
+        ------
+        SourceNotFoundError
+            If a column is not there.
+        SchemaError
+            If features are not numbers (all are named), a name occurs twice, or lengths differ.
+        """
+        parts, rows = frame_parts(frame, target, features, weight)
+        source = cls.__new__(cls)
+        source._set_up(parts, rows, dtype, target if isinstance(target, str) else "y")
+        source.name = "Dask DataFrame"
+        return source
+
+    def _set_up(self, parts: Parts, rows: Sequence[int], dtype: str, target_name: str) -> None:
+        """Set what types and lengths tell."""
+        self._parts = parts
+        self._target_parts = parts.targets()
+        self._target_name = target_name
+        features, target, weight = self._typed(parts.sample())
+        assert features is not None
+        lengths = np.array(rows, np.int64)
+        self._numbers = np.flatnonzero(lengths)
+        if not len(self._numbers):
+            raise EmptySourceError(
+                f"Found array with 0 sample(s) (shape=(0, {features.n_columns})) while a minimum of 1 is required."
+            )
+        self.block_rows = lengths[self._numbers]
+        self.n_features = features.n_columns
+        self.feature_names = features.names
+        self.feature_dtypes = features.stored_dtypes
+        self.row_dtype = choose_row_dtype(features.dtypes, dtype)
+        self.target = None if target is None else target.info
+        self.has_weight = weight is not None
+        row_bytes = sum(each.itemsize for each in features.dtypes) * (features.n_columns if features.is_matrix else 1)
+        if target is not None:
+            width = target.column.dtype.itemsize if target.column.dtype.kind != "O" else _OBJECT_BYTES
+            row_bytes += width * target.info.n_outputs
+        row_bytes += 0 if weight is None else weight.dtype.itemsize
+        self.stored_bytes = self.n_rows * row_bytes
+        self.open_block_bytes = int(self.block_rows.max()) * row_bytes
+        self.origin = {"kind": self.kind, "shape": [self.n_rows, self.n_features]}
+        self.compute_here = False
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        """Set what belongs to one process."""
+        self._lock = threading.Lock()
+        self._graphs: dict[bool, BlockGraph] = {}
+        self._ahead = Ahead()
+        self._n_open = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave behind what belongs to this process."""
+        own = ("_lock", "_graphs", "_ahead", "_n_open")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Start with nothing open, and compute where the source was sent to."""
+        self.__dict__.update(state)
+        self.compute_here = True
+        self._start_afresh()
+
+    # Reading
+
+    def open_block(self, block: int, start: int = 0, *, piece_rows: int = 16384) -> BlockReader:
+        """Compute a block."""
+        X, y, weight = self._compute(block, targets_only=False)
+        assert X is not None
+        return _Reader(self, X, y, weight, start)
+
+    def announce(self, blocks: Sequence[int]) -> None:
+        """Have the client, if there is one, begin with a few of these blocks."""
+        client = None if self.compute_here else active_client()
+        if client is not None:
+            numbers = self._numbers[list(blocks)].tolist()
+            self._ahead.announce(self._graph(targets_only=False), client, numbers, self._n_open)
+
+    def iter_targets(self) -> Iterator[tuple[int, int, Any, Array | None]]:
+        """Compute target and weights alone, a block at a time."""
+        if self.target is None and not self.has_weight:
+            return
+        ahead = Ahead()
+        for block, n_rows in enumerate(self.block_rows.tolist()):
+            client = None if self.compute_here else active_client()
+            if client is not None:
+                numbers = self._numbers[block:].tolist()
+                ahead.announce(self._graph(targets_only=True), client, numbers, 0)
+            _, y, weight = self._compute(block, targets_only=True, ahead=ahead)
+            yield block, 0, None if y is None else y.read(0, n_rows), None if weight is None else weight.read(0, n_rows)
+
+    def _graph(self, *, targets_only: bool) -> BlockGraph:
+        with self._lock:
+            if targets_only not in self._graphs:
+                parts = self._target_parts if targets_only else self._parts
+                self._graphs[targets_only] = BlockGraph(parts.collections())
+            return self._graphs[targets_only]
+
+    def _compute(
+        self, block: int, *, targets_only: bool, ahead: Ahead | None = None
+    ) -> tuple[Features | None, Target | None, Column | None]:
+        """Compute a block and check that it is what was promised."""
+        number = int(self._numbers[block])
+        client = None if self.compute_here else active_client()
+        try:
+            graph = self._graph(targets_only=targets_only)
+            if client is None:
+                computed = graph.compute(number)
+            else:
+                computed = (ahead or self._ahead).compute(graph, client, number)
+        except FileNotFoundError as err:
+            raise SourceNotFoundError(f"Dask block {number} cannot be computed: {err}. Put the file back") from err
+        except Exception as err:
+            raise DataError(
+                f"Dask block {number} cannot be computed: {type(err).__name__}: {err}. See the error above; "
+                "computing this block by itself (X.blocks[...] or frame.partitions[...]) shows it too"
+            ) from err
+        try:
+            parts = self._target_parts if targets_only else self._parts
+            found = self._typed(parts.split(computed))
+        except StreamgdError as err:
+            raise SchemaError(f"Dask block {number} is not what its collection promised: {err}") from err
+        self._check(number, int(self.block_rows[block]), *found)
+        return found
+
+    def _typed(self, arrays: tuple[Any, Any, Any]) -> tuple[Features | None, Target | None, Column | None]:
+        X, y, weight = arrays
+        return (
+            None if X is None else as_features(X),
+            None if y is None else as_target(y, self._target_name),
+            None if weight is None else as_weight(weight),
+        )
+
+    def _check(self, number: int, n_rows: int, X: Features | None, y: Target | None, weight: Column | None) -> None:
+        if X is not None and X.shape != (n_rows, self.n_features):
+            raise SchemaError(
+                f"Dask block {number} has shape {X.shape} where {(n_rows, self.n_features)} was promised; "
+                "check the function that makes the blocks"
+            )
+        for what, part in (("target", y), ("weight", weight)):
+            if part is not None and len(part) != n_rows:
+                raise SchemaError(f"Dask block {number} has {n_rows:,} rows, but its {what} has {len(part):,}")
+        if y is not None and self.target is not None and y.info.n_outputs != self.target.n_outputs:
+            raise SchemaError(
+                f"the target of Dask block {number} has {y.info.n_outputs} columns where {self.target.n_outputs} were "
+                "promised"
+            )
+
+    def count_open(self, change: int) -> None:
+        """Count readers."""
+        with self._lock:
+            self._n_open += change
+
+    # Telling
+
+    def locate(self, block: int, row: int) -> str:
+        """Name the Dask block and the row, within it and among all, counted from 0."""
+        before = int(self.block_rows[:block].sum())
+        return (
+            f"Dask block {int(self._numbers[block])}, row {row:,} of it (row {before + row:,} of all, counted from 0)"
+        )
+
+    def mixing_hint(self) -> str | None:
+        """Advise smaller blocks where they are big and few."""
+        biggest = int(self.block_rows.max())
+        if self.open_block_bytes < _BIG_BLOCK_BYTES or biggest * 1000 < self.n_rows:
+            return None
+        good = max(1, biggest * (_BIG_BLOCK_BYTES >> 2) // self.open_block_bytes)
+        way = f"X.rechunk(({good}, -1))" if self._parts.features is None else "frame.repartition(npartitions=...)"
+        return (
+            f"Dask blocks hold up to {biggest:,} rows ({biggest / self.n_rows:.1%} of the data) and are computed "
+            f"whole; smaller ones mix better, e.g. {way} where computing them does not cost more"
+        )
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:  # type: ignore[override]
+        """Computed when first asked for: predicting needs none."""
+        target = self.target
+        lengths = self.block_rows.tolist()
+        short = len(lengths) <= _LISTED_BLOCKS
+        return {
+            "kind": self.kind,
+            "n_rows": self.n_rows,
+            "n_features": self.n_features,
+            "feature_dtypes": sorted(set(self.feature_dtypes)),
+            "feature_names": None if self.feature_names is None else list(self.feature_names),
+            "target": None if target is None else [target.name, target.dtype, target.n_outputs, target.is_vector],
+            "weight": self.has_weight,
+            "blocks": lengths if short else hashlib.blake2b(self.block_rows.tobytes(), digest_size=16).hexdigest(),
+            "sample": self._sample_digest(),
+        }
+
+    def _sample_digest(self) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        X, y, weight = self._compute(0, targets_only=False)
+        assert X is not None
+        n = min(_HASHED_ROWS, int(self.block_rows[0]))
+        rows = X.read(0, n)
+        _add(digest, rows if isinstance(rows, list) else [rows])
+        _add(digest, [part.read(0, n) for part in (y, weight) if part is not None])
+        if self.target is not None or self.has_weight:
+            stop = int(self.block_rows[-1])
+            _, y, weight = self._compute(self.n_blocks - 1, targets_only=True)
+            _add(digest, [p.read(max(0, stop - _HASHED_ROWS), stop) for p in (y, weight) if p is not None])
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Forget blocks that the cluster computes ahead, and the graph."""
+        self._ahead.clear()
+        with self._lock:
+            self._graphs.clear()
+
+
+class _Reader(BlockReader):
+    """A computed block."""
+
+    def __init__(self, source: DaskSource, X: Features, y: Target | None, weight: Column | None, start: int) -> None:
+        self._source = source
+        self._parts: tuple[Features, Target | None, Column | None] | None = (X, y, weight)
+        self._at = start
+        source.count_open(1)
+
+    def read(self, n_rows: int) -> Slice:
+        """Return the next rows, as views where the types allow."""
+        if self._parts is None:
+            raise ValueError("read from a closed block")
+        X, y, weight = self._parts
+        first, self._at = self._at, self._at + n_rows
+        return Slice(
+            X.read(first, self._at),
+            None if y is None else y.read(first, self._at),
+            None if weight is None else weight.read(first, self._at),
+        )
+
+    def close(self) -> None:
+        """Drop the block."""
+        if self._parts is not None:
+            self._parts = None
+            self._source.count_open(-1)
+
+
+def _add(digest: Any, arrays: Sequence[Array]) -> None:
+    for array in arrays:
+        if array.dtype.kind == "O":  # its bytes are addresses
+            digest.update("\x1f".join(map(repr, array.ravel().tolist())).encode("utf-8", "surrogatepass"))
+        else:
+            digest.update(array.tobytes())

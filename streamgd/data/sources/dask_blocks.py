@@ -1,0 +1,161 @@
+"""Blocks of Dask collections, computed one at a time: here, or ahead on the active client."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import dask.core
+
+#: Dask is annotated in parts only.
+_dask: Any = dask
+
+logger = logging.getLogger("streamgd")
+
+#: Threads, and so blocks in memory at once, that measure unknown lengths where there is no client.
+_MEASURING_THREADS = 4
+#: Blocks asked of the cluster ahead, where few are open.
+_LEAST_AHEAD = 4
+
+
+def active_client() -> Any | None:
+    """Return the `distributed.Client` that is active in this process, or None; never imports `distributed`.
+
+    Within a task of a cluster there is none: a task that waits for others can wait forever.
+    """
+    distributed = sys.modules.get("distributed")
+    if distributed is None:
+        return None
+    try:
+        distributed.get_worker()
+    except ValueError:
+        pass
+    else:
+        return None
+    try:
+        client = distributed.default_client()
+    except ValueError:
+        return None
+    return client if client.status == "running" and not client.asynchronous else None
+
+
+class BlockGraph:
+    """The tasks behind collections that are cut into blocks alike.
+
+    The graph is optimized once, and each block's part cut out of it: handing Dask the whole collection for every block
+    would walk all of its tasks every time (measured with 10,000 blocks: 27 ms a block instead of 0.7 ms).
+
+    Parameters
+    ----------
+    collections : sequence of dask collections
+        Each with one task a block, in the blocks' order.
+    """
+
+    def __init__(self, collections: Sequence[Any]) -> None:
+        self._collections = tuple(collections)  # also keeps what was persisted alive
+        optimized: tuple[Any, ...] = _dask.optimize(*collections)
+        self._tasks: dict[Any, Any] = {}
+        for collection in optimized:
+            self._tasks.update(dict(collection.__dask_graph__()))
+        self._keys = [list(_dask.core.flatten(collection.__dask_keys__())) for collection in optimized]
+
+    def compute(self, block: int) -> list[Any]:
+        """Compute a block in the calling thread; the caller's threads are the parallelism."""
+        tasks, keys, persisted = self._cut(block)
+        tasks |= {key: _value(self._persisted[key]) for key in persisted}
+        return list(_dask.get(tasks, keys))
+
+    def submit(self, client: Any, block: int) -> list[Any]:
+        """Begin computing a block on the client; return its futures."""
+        tasks, keys, _ = self._cut(block)
+        wanted = [key for key in keys if key in tasks]
+        futures = dict(zip(wanted, client.get(tasks, wanted, sync=False), strict=True)) if wanted else {}
+        return [futures[key] if key in futures else self._persisted[key] for key in keys]
+
+    @cached_property
+    def _persisted(self) -> dict[Any, Any]:
+        """What the cluster holds already; optimizing leaves only its keys in the graph."""
+        future = sys.modules["distributed"].Future
+        graphs = [dict(collection.__dask_graph__()) for collection in self._collections]
+        return {key: task for graph in graphs for key, task in graph.items() if isinstance(task, future)}
+
+    def _cut(self, block: int) -> tuple[dict[Any, Any], list[Any], list[Any]]:
+        """Return the tasks behind a block, its keys, and the keys of persisted data that the tasks need."""
+        keys = [keys[block] for keys in self._keys]
+        tasks: dict[Any, Any] = {}
+        persisted = {}
+        left = list(keys)
+        while left:
+            key = left.pop()
+            if key in self._tasks:
+                if key not in tasks:
+                    tasks[key] = self._tasks[key]
+                    left += _dask.core.get_dependencies(self._tasks, key, as_list=True)
+            else:
+                persisted[key] = True
+        return tasks, keys, list(persisted)
+
+
+def _value(future: Any) -> Any:
+    """Fetch what the cluster holds."""
+    try:
+        return future.result()
+    except RuntimeError as err:
+        raise RuntimeError(
+            "the data was persisted on a cluster and cannot be fetched from here; pass the collection as it was before "
+            "persist()"
+        ) from err
+
+
+class Ahead:
+    """Blocks that the cluster computes before they are asked for, a bounded number of them.
+
+    Results stay in the workers' memory until they are fetched or no longer wanted.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._futures: dict[int, list[Any]] = {}
+
+    def announce(self, graph: BlockGraph, client: Any, blocks: Sequence[int], n_open: int) -> None:
+        """Begin with the first of `blocks`, as many as two for each open one; forget all others."""
+        wanted = list(dict.fromkeys(blocks))[: max(_LEAST_AHEAD, 2 * n_open)]
+        with self._lock:
+            for block in set(self._futures) - set(wanted):
+                del self._futures[block]  # Dask cancels what no future asks for
+            for block in wanted:
+                if not _usable(self._futures.get(block), client):
+                    self._futures[block] = graph.submit(client, block)
+
+    def compute(self, graph: BlockGraph, client: Any, block: int) -> list[Any]:
+        """Fetch a block, whether it was announced or not."""
+        with self._lock:
+            futures = self._futures.pop(block, None)
+        if futures is None or not _usable(futures, client):
+            futures = graph.submit(client, block)
+        return list(client.gather(futures))
+
+    def clear(self) -> None:
+        """Forget all blocks."""
+        with self._lock:
+            self._futures.clear()
+
+
+def _usable(futures: list[Any] | None, client: Any) -> bool:
+    """Tell whether futures belong to this client and were not cancelled or lost."""
+    return futures is not None and all(f.client is client and f.status in ("pending", "finished") for f in futures)
+
+
+def measure_lengths(collection: Any, what: str) -> list[int]:
+    """Compute the number of rows of each block, which loads every block once."""
+    blocks = collection.to_delayed()
+    blocks = blocks[:, 0] if getattr(blocks, "ndim", 1) == 2 else blocks
+    logger.info("%s has blocks of unknown length: measuring all %d of them once", what, len(blocks))
+    lengths = [_dask.delayed(len)(block) for block in blocks]
+    if active_client() is not None:
+        return list(_dask.compute(*lengths))
+    return list(_dask.compute(*lengths, scheduler="threads", num_workers=_MEASURING_THREADS))

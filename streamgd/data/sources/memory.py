@@ -1,0 +1,233 @@
+"""Arrays, memmaps and data frames as a source.
+
+Blocks are ranges of rows; slices of arrays are views, and columns are converted slice by slice, so that a data set in
+memory is never copied whole. What can be a feature or a target is decided in `arrays` and `frames`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from streamgd.data.sources.arrays import as_features, as_target, as_weight
+from streamgd.data.sources.base import (
+    DEFAULT_BLOCK_BYTES,
+    Array,
+    BlockReader,
+    Slice,
+    Source,
+    TargetInfo,
+    choose_row_dtype,
+)
+from streamgd.data.sources.columns import Column, Features, Target
+from streamgd.data.sources.frames import pick_columns
+from streamgd.errors import EmptySourceError, SchemaError
+
+#: Up to this size the fingerprint covers every value; above it, rows spread over the whole.
+_HASHED_WHOLE_BYTES = 4 << 20
+_HASHED_RUNS = 64
+_HASHED_RUN_ROWS = 16
+
+
+class MemorySource(Source):
+    """NumPy arrays, memmaps, pandas objects or nested lists.
+
+    Parameters
+    ----------
+    X : array-like of shape (n_rows, n_features) or DataFrame
+        Numbers or booleans. Arrays of Python objects are converted to float64; nullable pandas columns are converted
+        as they are read, missing values to NaN. Memmaps are read from their file, not through the mapping, whose pages
+        would count as memory.
+    y : array-like of shape (n_rows,) or (n_rows, n_outputs), Series, DataFrame or None, default=None
+        Target; numbers, or anything that can hold classes.
+    feature_names : sequence of str or None, default=None
+        Names of the columns of X; default: a DataFrame's, if they are strings.
+    weight : array-like of shape (n_rows,) or None, default=None
+        Sample weights.
+    dtype : {"auto", "float32", "float64"}, default="auto"
+        Row dtype, see `streamgd.data.sources.base.choose_row_dtype`.
+    target_name : str, default="y"
+        What messages call the target; a named Series keeps its name.
+    block_bytes : int, default=1 MiB
+        About how many bytes of rows make a block.
+
+    Raises
+    ------
+    SchemaError
+        If X is not a matrix of real numbers, or lengths differ.
+    EmptySourceError
+        If there are no rows.
+    OptionError
+        If `dtype` is unknown.
+
+    Notes
+    -----
+    The data must not change while the source is in use. The fingerprint holds types, shape, names and a hash of the
+    values: of all up to 4 MiB, else of (up to) 1,024 rows spread evenly, the first and the last included.
+    """
+
+    kind = "memory"
+
+    def __init__(
+        self,
+        X: Any,
+        y: Any = None,
+        *,
+        feature_names: Sequence[str] | None = None,
+        weight: Any = None,
+        dtype: str = "auto",
+        target_name: str = "y",
+        block_bytes: int = DEFAULT_BLOCK_BYTES,
+    ) -> None:
+        self._features: Features = as_features(X, feature_names)
+        self._target: Target | None = None if y is None else as_target(y, target_name)
+        self._weight: Column | None = None if weight is None else as_weight(weight)
+        n_rows = self._features.n_rows
+        for what, held in (("y", self._target), ("weight", self._weight)):
+            if held is not None and len(held) != n_rows:
+                raise SchemaError(
+                    f"X has {n_rows:,} rows, but {what} has {len(held):,}: inconsistent numbers of samples. "
+                    "Every row needs its own"
+                )
+        if n_rows == 0:
+            raise EmptySourceError(
+                f"Found array with 0 sample(s) (shape={self._features.shape}) while a minimum of 1 is required."
+            )
+        self.name = self._features.name
+        self.n_features = self._features.n_columns
+        self.feature_names = self._features.names
+        self.feature_dtypes = self._features.stored_dtypes
+        self.row_dtype = choose_row_dtype(self._features.dtypes, dtype)
+        self.target = None if self._target is None else self._target.info
+        self.has_weight = self._weight is not None
+        self.stored_bytes = sum(column.n_bytes for column in self._columns())
+        self.open_block_bytes = 0
+        block = min(n_rows, max(1, block_bytes * n_rows // max(1, self.stored_bytes)))
+        self.block_rows = np.full(-(-n_rows // block), block, np.int64)
+        self.block_rows[-1] = n_rows - block * (len(self.block_rows) - 1)
+        self._block = block
+        self.fingerprint = self._make_fingerprint()
+        self.origin = {"kind": self.kind, "name": self.name, "shape": list(self._features.shape)}
+
+    @classmethod
+    def from_dataframe(
+        cls,
+        frame: Any,
+        target: str | Sequence[str] | None = None,
+        features: Sequence[str] | None = None,
+        weight: str | None = None,
+        dtype: str = "auto",
+    ) -> MemorySource:
+        """Make a source of one pandas DataFrame whose columns are named.
+
+        Parameters
+        ----------
+        frame : pandas.DataFrame
+            The table.
+        target : str, sequence of str or None, default=None
+            Target column, or columns for several outputs.
+        features : sequence of str or None, default=None
+            Feature columns; default: every column that is neither target nor weight.
+        weight : str or None, default=None
+            Column of sample weights.
+        dtype : {"auto", "float32", "float64"}, default="auto"
+            Row dtype.
+
+        Raises
+        ------
+        SourceNotFoundError
+            If a column is not there.
+        SchemaError
+            If features are not numbers (all are named), or a name occurs twice.
+        """
+        X, y, w = pick_columns(frame, target, features, weight)
+        return cls(X, y, weight=w, dtype=dtype, target_name=target if isinstance(target, str) else "y")
+
+    def open_block(self, block: int, start: int = 0, *, piece_rows: int = 16384) -> BlockReader:
+        """Open a range of rows; costs nothing."""
+        return _Reader(self, block * self._block + start)
+
+    def read_rows(self, first: int, stop: int) -> Slice:
+        """Return rows `first` to `stop` of the whole table; views where the types allow."""
+        return Slice(
+            self._features.read(first, stop),
+            None if self._target is None else self._target.read(first, stop),
+            None if self._weight is None else self._weight.read(first, stop),
+        )
+
+    def iter_targets(self) -> Iterator[tuple[int, int, Any, Array | None]]:
+        """Hand out target and weights, a block at a time."""
+        if self._target is None and self._weight is None:
+            return
+        for block, n in enumerate(self.block_rows.tolist()):
+            first = block * self._block
+            y = None if self._target is None else self._target.read(first, first + n)
+            yield block, 0, y, None if self._weight is None else self._weight.read(first, first + n)
+
+    def locate(self, block: int, row: int) -> str:
+        """Name the row, counted from 0 as in ``X[row]``."""
+        return f"{self.name}, row {block * self._block + row:,} (counted from 0)"
+
+    def close(self) -> None:
+        """Close the files behind memmaps; the next slice opens them again."""
+        for column in self._columns():
+            column.close()
+
+    def _columns(self) -> list[Column]:
+        """List all that is stored: features, target, weight."""
+        found = list(self._features.columns)
+        if self._target is not None:
+            found.append(self._target.column)
+        if self._weight is not None:
+            found.append(self._weight)
+        return found
+
+    def _make_fingerprint(self) -> dict[str, Any]:
+        dtypes = self.feature_dtypes
+        target: TargetInfo | None = self.target
+        return {
+            "kind": self.kind,
+            "n_rows": self.n_rows,
+            "n_features": self.n_features,
+            "feature_dtypes": dtypes[0] if len(set(dtypes)) == 1 else list(dtypes),
+            "feature_names": None if self.feature_names is None else list(self.feature_names),
+            "target": None if target is None else [target.name, target.dtype, target.n_outputs, target.is_vector],
+            "weight": None if self._weight is None else self._weight.stored_dtype,
+            "sample": _hash_columns(self._columns(), self.n_rows),
+        }
+
+
+class _Reader(BlockReader):
+    """A position in the table."""
+
+    def __init__(self, source: MemorySource, at: int) -> None:
+        self._source = source
+        self._at = at
+
+    def read(self, n_rows: int) -> Slice:
+        """Return the next rows, as views where the types allow."""
+        first, self._at = self._at, self._at + n_rows
+        return self._source.read_rows(first, self._at)
+
+
+def _hash_columns(columns: Sequence[Column], n_rows: int) -> str:
+    """Hash the values, or runs of rows spread over them; positions are implied by the order."""
+    runs = max(2, min(_HASHED_RUNS, _HASHED_RUNS * 64 // len(columns)))  # bounds the reads of a very wide table
+    if sum(column.n_bytes for column in columns) <= _HASHED_WHOLE_BYTES or n_rows <= runs * _HASHED_RUN_ROWS:
+        starts, run_rows = [0], n_rows
+    else:
+        starts = np.linspace(0, n_rows - _HASHED_RUN_ROWS, runs).astype(np.int64).tolist()
+        run_rows = _HASHED_RUN_ROWS
+    digest = hashlib.blake2b(digest_size=16)
+    for column in columns:
+        for start in starts:
+            part = column.read(start, start + run_rows)
+            if part.dtype.kind == "O":  # its bytes are addresses: hash what they point to
+                text = "\x1f".join(f"{type(value).__name__}:{value!r}" for value in part.ravel().tolist())
+                digest.update(text.encode("utf-8", "surrogatepass"))
+            else:
+                digest.update(part.tobytes())
+    return digest.hexdigest()

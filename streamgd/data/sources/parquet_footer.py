@@ -1,0 +1,274 @@
+"""Parquet footers: what a file says of itself, read once and checked; and files kept open while they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from streamgd.data.sources.parquet_types import ColumnType, column_type
+from streamgd.errors import CorruptDataError, DataError, SchemaError, SourceNotFoundError
+
+_MAGIC, _ENCRYPTED_MAGIC = b"PAR1", b"PARE"
+#: Read from the end of a file at once; holds most footers whole.
+_TAIL_BYTES = 1 << 16
+#: Files kept open at once (most systems allow a process 1,024), and bytes of their footers as stored.
+_OPEN_FILES = 64
+_OPEN_FOOTER_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Footer:
+    """A footer as read: the file's size, a hash of the footer's bytes, and what they say."""
+
+    size: int
+    digest: str
+    metadata: Any
+
+
+def read_footer(path: str) -> Footer:
+    """Read the footer of one file, in one read for most.
+
+    Raises
+    ------
+    SourceNotFoundError
+        If the file is not there.
+    CorruptDataError
+        If it is no whole Parquet file.
+    DataError
+        If it is encrypted or may not be read.
+    """
+    try:
+        with Path(path).open("rb", buffering=0) as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _TAIL_BYTES))
+            tail = file.read()
+            length = int.from_bytes(tail[-8:-4], "little") + 8
+            whole = size >= 12 and tail[-4:] == _MAGIC and length + 4 <= size
+            if whole and length > len(tail):
+                file.seek(size - length)
+                tail = file.read()
+    except FileNotFoundError as err:
+        raise SourceNotFoundError(f"the file {path!r} is gone; put it back, or open the source anew") from err
+    except OSError as err:
+        raise DataError(f"cannot read {path!r}: {err.strerror}") from err
+    if tail[-4:] == _ENCRYPTED_MAGIC:
+        raise DataError(f"{path!r} is encrypted, which streamgd does not support; write it again without encryption")
+    if not whole:
+        found = f"ends in {tail[-4:]!r} where {_MAGIC!r} must stand" if tail else "is empty (0 bytes)"
+        raise CorruptDataError(
+            f"{path!r} is no whole Parquet file: it {found}. It was cut short, or is still being written; copy or "
+            "write it again, or leave it out"
+        )
+    footer = tail[-length:]
+    try:
+        metadata = pq.read_metadata(pa.BufferReader(_MAGIC + footer))
+    except (OSError, ValueError, RuntimeError, pa.ArrowException) as err:
+        raise CorruptDataError(
+            f"the footer of {path!r} cannot be read: {err}. The file is damaged; copy it again"
+        ) from err
+    return Footer(size, hashlib.blake2b(footer, digest_size=16).hexdigest(), metadata)
+
+
+class Leaf(NamedTuple):
+    """A column of a file: its number among the leaves of the schema, and its type."""
+
+    number: int
+    type: ColumnType
+
+
+class Layout:
+    """The columns of one file, by name.
+
+    Attributes
+    ----------
+    names : list of str
+        Top-level columns in order.
+    repeated : set of str
+        Names that occur more than once.
+    leaves : dict of str to Leaf
+        The columns that a name leads to; nested ones have the number of their first leaf.
+    index_names : set of str
+        Columns that pandas stored as the index.
+    """
+
+    def __init__(self, metadata: Any) -> None:
+        schema = metadata.schema.to_arrow_schema()
+        self.names: list[str] = schema.names
+        self.leaves: dict[str, Leaf] = {}
+        self.repeated = {name for name, n in Counter(self.names).items() if n > 1}
+        at = 0
+        for field in schema:
+            self.leaves[field.name] = Leaf(at, column_type(field.type))
+            at += _n_leaves(field.type)
+        stored = (schema.pandas_metadata or {}).get("index_columns", [])
+        self.index_names = {name for name in stored if isinstance(name, str)}
+
+
+def _n_leaves(arrow: pa.DataType) -> int:
+    """Count the Parquet columns behind an Arrow type."""
+    if pa.types.is_nested(arrow) and arrow.num_fields:
+        return sum(_n_leaves(arrow.field(i).type) for i in range(arrow.num_fields))
+    return 1
+
+
+class NullCount(NamedTuple):
+    """Nulls that a footer tells of."""
+
+    column: str
+    group: int
+    n_nulls: int
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """What is kept of one file.
+
+    Attributes
+    ----------
+    size, digest
+        As in `Footer`.
+    groups, group_rows, group_first : ndarray of int64
+        Row groups with rows: their number, rows, and first row within the file.
+    stored_bytes : int
+        Compressed bytes of the columns that are read.
+    biggest : tuple of int
+        Uncompressed bytes of the biggest row group, and its number.
+    writer : str
+        Who wrote the file, and how: files of one writer have pages of similar size.
+    nulls : tuple of NullCount
+        Nulls in the columns that are read, at most one entry for each.
+    """
+
+    size: int
+    digest: str
+    groups: NDArray[np.int64]
+    group_rows: NDArray[np.int64]
+    group_first: NDArray[np.int64]
+    stored_bytes: int
+    biggest: tuple[int, int]
+    writer: str
+    nulls: tuple[NullCount, ...]
+
+
+def describe_file(footer: Footer, layout: Layout, columns: tuple[str, ...]) -> FileInfo:
+    """Keep of a footer what reading the named columns takes."""
+    metadata = footer.metadata
+    rows = np.array([metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)], np.int64)
+    first = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows)[:-1]]) if len(rows) else rows
+    groups = np.flatnonzero(rows).astype(np.int64)
+    leaves = [(name, layout.leaves[name].number) for name in columns]
+    stored, biggest, writer = 0, (-1, -1), ""
+    nulls: dict[str, NullCount] = {}
+    for group in groups.tolist():
+        row_group = metadata.row_group(group)
+        uncompressed = 0
+        for name, leaf in leaves:
+            column = row_group.column(leaf)
+            stored += column.total_compressed_size
+            uncompressed += column.total_uncompressed_size
+            counts = column.statistics if column.is_stats_set else None
+            if counts is not None and counts.has_null_count and counts.null_count and name not in nulls:
+                nulls[name] = NullCount(name, group, counts.null_count)
+        biggest = max(biggest, (uncompressed, group))
+        if leaves and not writer:
+            writer = f"{metadata.created_by} {row_group.column(leaves[0][1]).compression}"
+    return FileInfo(
+        footer.size, footer.digest, groups, rows[groups], first[groups], stored, biggest, writer, tuple(nulls.values())
+    )
+
+
+def check_agreement(
+    path: str, layout: Layout, columns: tuple[str, ...], first_path: str, found: dict[str, ColumnType]
+) -> None:
+    """Hold a file's columns against those of the files before it; `found` is widened where only the width differs.
+
+    Raises
+    ------
+    SchemaError
+        If a column is missing or of another type; the file and all such columns are named.
+    """
+    differences = []
+    for name in columns:
+        leaf = layout.leaves.get(name)
+        if leaf is None:
+            differences.append(f"{name!r} is missing")
+        elif name in layout.repeated:
+            differences.append(f"{name!r} occurs more than once")
+        elif leaf.type.family != found[name].family:
+            differences.append(f"{name!r} is {leaf.type.text} instead of {found[name].text}")
+        else:
+            found[name] = found[name].widest(leaf.type)
+    if differences:
+        raise SchemaError(
+            f"the columns of {path!r} disagree with those of {first_path!r}: {shown(differences)}. Only widths may "
+            "differ (int32 and int64, float32 and float64); write the file again with the same types, name the columns "
+            "that all files share with features=[...], or leave the file out"
+        )
+
+
+def shown(items: list[str], limit: int = 20) -> str:
+    """List items for a message, cut short if they are many."""
+    listed = ", ".join(items[:limit])
+    return listed if len(items) <= limit else f"{listed}, … ({len(items)} in all)"
+
+
+class OpenFiles:
+    """Files open in this process, each with its footer parsed once; the least recently used are let go.
+
+    A footer of thousands of row groups takes longer to parse than a row group to read, so that it must not be parsed
+    for every block. Handles are closed when the last reader lets go of them; reading at an offset is safe from any
+    thread.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: OrderedDict[str, tuple[Any, Any]] = OrderedDict()
+
+    def get(self, path: str, digest: str) -> tuple[Any, Any]:
+        """Return the open file and its metadata.
+
+        Raises
+        ------
+        DataError
+            If the file is not the one whose footer had this digest.
+        """
+        with self._lock:
+            if path not in self._held:
+                footer = read_footer(path)
+                if footer.digest != digest:
+                    raise DataError(
+                        f"{path!r} has changed since the source was opened; open it again (a run that was training on "
+                        "it cannot go on)"
+                    )
+                self._held[path] = (self._open(path), footer.metadata)
+                self._let_go()
+            self._held.move_to_end(path)
+            return self._held[path]
+
+    def close(self) -> None:
+        """Let go of all files."""
+        with self._lock:
+            self._held.clear()
+
+    def _open(self, path: str) -> Any:
+        try:
+            return pa.OSFile(path, "rb")
+        except FileNotFoundError as err:
+            raise SourceNotFoundError(f"the file {path!r} is gone; put it back, or open the source anew") from err
+        except OSError as err:
+            raise DataError(f"cannot open {path!r}: {err}") from err
+
+    def _let_go(self) -> None:
+        footer_bytes = sum(metadata.serialized_size for _, metadata in self._held.values())
+        while len(self._held) > 1 and (len(self._held) > _OPEN_FILES or footer_bytes > _OPEN_FOOTER_BYTES):
+            _, (_, metadata) = self._held.popitem(last=False)
+            footer_bytes -= metadata.serialized_size

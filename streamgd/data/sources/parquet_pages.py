@@ -1,0 +1,194 @@
+"""What an open Parquet row group costs in memory, from the headers of its pages.
+
+Arrow keeps, for every column of an open row group, one page decompressed and the column's dictionary decoded. Footers
+do not tell how big pages are (1 MB by most writers, any size by some), and pyarrow does not show page headers, so that
+they are read here: a Thrift struct in compact encoding before each page [1]_.
+
+References
+----------
+.. [1] Apache Parquet format, ``parquet.thrift``: PageHeader, DataPageHeader, DictionaryPageHeader;
+   Apache Thrift, "Thrift compact protocol encoding".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+#: Bytes that Arrow buffers of each open column, given to it as ``buffer_size``.
+STREAM_BYTES = 1 << 16
+#: Page headers looked at in one row group, all columns together, and at least in each column.
+_MOST_HEADERS = 512
+_LEAST_PAGES = 4
+#: Bytes read at once for a header; statistics of long strings can make one longer.
+_HEADER_BYTES = (256, 1 << 16)
+_DICTIONARY_PAGE = 2
+_DATA_PAGES = (0, 3)
+#: Bytes of a plain value, 8 where not listed; strings are taken for long.
+_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT96": 12, "FIXED_LEN_BYTE_ARRAY": 16, "BYTE_ARRAY": 64}
+#: Definition levels and scratch of a column while a slice of it is decoded, and its share of the reader's objects.
+_DECODER_BYTES = 40_000
+#: Resident bytes to a byte that Arrow has allocated, at worst: size classes and freed pages of the allocator. Measured
+#: over the default, dictionary-free and huge-page writers, 28 and 300 columns, 1 to 8 open row groups, 1 and 2 threads.
+_ALLOCATOR_SLACK = 1.5
+
+
+class _DamagedHeader(Exception):
+    """A page header that does not follow the format; reading the page will say so better."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One column of one row group: where its bytes lie, and what its footer says of it."""
+
+    start: int
+    compressed_bytes: int
+    uncompressed_bytes: int
+    physical_type: str
+
+
+@dataclass(frozen=True)
+class _Page:
+    kind: int
+    compressed_bytes: int
+    uncompressed_bytes: int
+    n_values: int
+
+
+def chunk_of(column: Any) -> Chunk:
+    """Take what is needed from pyarrow's ColumnChunkMetaData."""
+    start = column.data_page_offset
+    dictionary = column.dictionary_page_offset if column.has_dictionary_page else None
+    if dictionary:  # some writers put 0 where there is none
+        start = min(start, dictionary)
+    return Chunk(start, column.total_compressed_size, column.total_uncompressed_size, column.physical_type)
+
+
+def open_bytes(file: BinaryIO, chunks: list[Chunk]) -> int:
+    """Estimate, from above, the memory that keeping a row group open costs.
+
+    Parameters
+    ----------
+    file : binary file
+        Unbuffered, so that a header costs one small read.
+    chunks : list of Chunk
+        The columns of the row group that are read.
+    """
+    n_pages = max(_LEAST_PAGES, _MOST_HEADERS // max(1, len(chunks)))
+    held, transient = 0.0, 0
+    for chunk in chunks:
+        column, page = _column_bytes(chunk, _pages(file, chunk, n_pages))
+        # Never more than everything twice: decompressed and decoded.
+        fixed = (min(STREAM_BYTES, chunk.compressed_bytes) + _DECODER_BYTES) * _ALLOCATOR_SLACK
+        held += min(column * _ALLOCATOR_SLACK, 2 * chunk.uncompressed_bytes + fixed)
+        transient = max(transient, page)
+    return int(held) + transient
+
+
+def _column_bytes(chunk: Chunk, pages: Iterator[_Page]) -> tuple[int, int]:
+    """Return what a column holds while it is open, and its largest page as compressed."""
+    width = _WIDTHS.get(chunk.physical_type, 8)
+    largest = dictionary = most_values = compressed = seen = 0
+    for page in pages:
+        seen += page.uncompressed_bytes
+        largest = max(largest, page.uncompressed_bytes)
+        compressed = max(compressed, page.compressed_bytes)
+        if page.kind == _DICTIONARY_PAGE:
+            dictionary = page.uncompressed_bytes
+            if chunk.physical_type.endswith("BYTE_ARRAY"):  # decoded to pointers and lengths beside the bytes, twice
+                dictionary = 2 * dictionary + (8 if chunk.physical_type.startswith("FIXED") else 40) * page.n_values
+        elif page.kind in _DATA_PAGES:
+            most_values = max(most_values, page.n_values)
+    # Pages not looked at: a writer that gives up its dictionary half-way goes on with as many values, but plain ones.
+    unseen = max(0, chunk.uncompressed_bytes - seen)
+    largest = max(largest, min(unseen, most_values * width) if most_values else min(unseen, chunk.uncompressed_bytes))
+    buffered = min(STREAM_BYTES, chunk.compressed_bytes)
+    return largest + dictionary + buffered + _DECODER_BYTES, max(compressed, min(largest, chunk.compressed_bytes))
+
+
+def _pages(file: BinaryIO, chunk: Chunk, n_pages: int) -> Iterator[_Page]:
+    """Walk the first pages of a column; ends quietly at anything odd, which leaves the rest to the footer's sizes."""
+    at, end = chunk.start, chunk.start + chunk.compressed_bytes
+    for _ in range(n_pages + 1):
+        if at >= end:
+            return
+        for n_bytes in _HEADER_BYTES:
+            file.seek(at)
+            raw = file.read(n_bytes)
+            try:
+                header, length = _struct(raw, 0)
+                page = _page(header)
+                break
+            except (IndexError, RecursionError, _DamagedHeader):
+                continue
+        else:
+            return
+        yield page
+        at += length + page.compressed_bytes
+
+
+def _page(header: dict[int, Any]) -> _Page:
+    kind, uncompressed, compressed = (header.get(field) for field in (1, 2, 3))
+    if not (isinstance(kind, int) and isinstance(uncompressed, int) and isinstance(compressed, int)):
+        raise _DamagedHeader
+    if uncompressed < 0 or compressed < 0:
+        raise _DamagedHeader
+    detail = header.get({0: 5, 2: 7, 3: 8}.get(kind, -1), {})
+    n_values = detail.get(1, 0) if isinstance(detail, dict) else 0
+    return _Page(kind, compressed, uncompressed, n_values)
+
+
+def _varint(raw: bytes, at: int) -> tuple[int, int]:
+    found = shift = 0
+    while True:
+        byte = raw[at]
+        at += 1
+        found |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return found, at
+        shift += 7
+        if shift > 63:
+            raise _DamagedHeader
+
+
+def _struct(raw: bytes, at: int) -> tuple[dict[int, Any], int]:
+    """Decode a struct into its fields by number; fields of no interest are skipped."""
+    fields: dict[int, Any] = {}
+    number = 0
+    while True:
+        byte = raw[at]
+        at += 1
+        if byte == 0:
+            return fields, at
+        kind, step = byte & 0x0F, byte >> 4
+        if step:
+            number += step
+        else:
+            found, at = _varint(raw, at)
+            number = (found >> 1) ^ -(found & 1)
+        fields[number], at = _value(raw, at, kind)
+
+
+def _value(raw: bytes, at: int, kind: int) -> tuple[Any, int]:
+    if kind in (1, 2):  # a boolean, whose value is its type
+        return kind == 1, at
+    if kind == 3:
+        return raw[at], at + 1
+    if kind in (4, 5, 6):
+        found, at = _varint(raw, at)
+        return (found >> 1) ^ -(found & 1), at
+    if kind == 7:
+        return None, _within(raw, at + 8)
+    if kind == 8:
+        length, at = _varint(raw, at)
+        return None, _within(raw, at + length)
+    if kind == 12:
+        return _struct(raw, at)
+    raise _DamagedHeader  # lists, sets and maps do not occur in page headers
+
+
+def _within(raw: bytes, at: int) -> int:
+    if at > len(raw):
+        raise IndexError
+    return at

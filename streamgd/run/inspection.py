@@ -1,0 +1,187 @@
+"""What a person is told about data and runs: what was decided before the first row, and how a run ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from streamgd.data.layout import Layout, format_bytes, mixing
+from streamgd.data.sources.base import Source
+from streamgd.learn import kernels
+from streamgd.learn.recipe import Recipe
+from streamgd.run.config import AUTO_UPDATES, Config, RunOptions
+from streamgd.run.loop import Run
+from streamgd.run.survey import Survey
+
+#: Names and classes that are listed; of the rest, the number.
+_LISTED = 8
+_INDENT = 12
+
+
+def decisions(run: Run, folder: Path, options: RunOptions, reasons: dict[str, str]) -> list[str]:
+    """Say what was decided, before the first row is trained.
+
+    Parameters
+    ----------
+    run : Run
+        As prepared or restored.
+    folder : Path
+        The run's folder.
+    options : RunOptions
+        How it goes.
+    reasons : dict of str to str
+        Why ``"task"`` is what it is, if it was not told.
+    """
+    source = run.source
+    assert source.target is not None
+    resumed = [] if run.state.cursor == (0, 0, 0) else [entry("resuming", standing(run))]
+    return [
+        *resumed,
+        *about_data(source),
+        *_about_target(run, reasons.get("task", "")),
+        *_about_learning(run),
+        *about_plan(source, run.layout),
+        entry("run", f"{folder}, with a checkpoint every {options.checkpoint_every_s:g} s"),
+    ]
+
+
+def about_data(source: Source) -> list[str]:
+    """Say what is read."""
+    where = "" if source.kind == "memory" else f" ({source.kind})"
+    names = source.feature_names or [f"column {i}" for i in range(source.n_features)]
+    lines = [
+        entry(
+            "data",
+            f"{source.name}{where}: {plural(source.n_rows, 'row')} in {plural(source.n_blocks, 'block')}, "
+            f"{format_bytes(source.stored_bytes)} a pass",
+        ),
+        entry("features", f"{source.n_features:,} as {source.row_dtype}: {listed(names)}"),
+    ]
+    if source.dropped:
+        lines.append(entry("left out", listed([f"{name} ({reason})" for name, reason in source.dropped])))
+    if source.has_weight:
+        lines.append(entry("weights", "of each row, as stored"))
+    return lines
+
+
+def _about_target(run: Run, reason: str) -> list[str]:
+    target, survey, recipe = run.source.target, run.survey, run.config.recipe
+    assert target is not None
+    why = f" ({reason})" if reason else ""
+    lines = [entry("target", f"{target.name} ({target.dtype}): {recipe.task}{why}")]
+    if survey.n_classes:
+        lines.append(entry("classes", f"{survey.n_classes:,}: {listed(_class_counts(survey))}"))
+    elif target.n_outputs > 1:
+        lines.append(entry("", f"{target.n_outputs} outputs"))
+    return lines
+
+
+def _class_counts(survey: Survey) -> list[str]:
+    assert survey.codec.classes is not None
+    factors = survey.class_factors.tolist() or [1.0] * survey.n_classes
+    return [
+        f"{label!r} ({plural(int(count), 'row')}{'' if factor == 1.0 else f', weighed {factor:.4g}'})"
+        for label, count, factor in zip(
+            survey.codec.classes.tolist(), survey.class_counts.tolist(), factors, strict=True
+        )
+    ]
+
+
+def _about_learning(run: Run) -> list[str]:
+    config, recipe = run.config, run.config.recipe
+    penalty = "no penalty" if recipe.penalty is None else f"penalty {recipe.penalty} with alpha={recipe.alpha:g}"
+    scaled = {True: "features scaled by a sample's moments", "full": "features scaled by their exact moments"}
+    return [
+        entry("learning", f"loss {recipe.loss}, {penalty}, {_optimizer(recipe)}, batches of {recipe.batch_size:,}"),
+        entry("", scaled.get(config.standardize, "features as they are")),
+        entry("epochs", _epochs(config, run.n_epochs)),
+    ]
+
+
+def _optimizer(recipe: Recipe) -> str:
+    if recipe.the_optimizer.name == "auto":
+        return "optimizer auto, which needs no tuning"
+    if not recipe.the_optimizer.learning_rates:
+        return f"optimizer {recipe.the_optimizer.name}"
+    eta0 = "" if recipe.schedule == "optimal" else f", eta0={recipe.first_eta:g}"
+    return f"optimizer {recipe.the_optimizer.name} (learning rate {recipe.schedule}{eta0})"
+
+
+def _epochs(config: Config, n_epochs: int) -> str:
+    why = f" (as many as make about {AUTO_UPDATES:,} updates)" if config.max_iter == "auto" else ""
+    if config.tol is None or n_epochs <= config.n_iter_no_change:
+        return f"{n_epochs:,}{why}"
+    return f"at most {n_epochs:,}{why}, fewer if the loss stops falling for {config.n_iter_no_change} of them"
+
+
+def about_plan(source: Source, layout: Layout) -> list[str]:
+    """Say where memory goes, and how well rows will be mixed."""
+    n_windows = -(-source.n_rows // layout.window_rows)
+    windows = 3 if layout.resident else 2
+    lines = [
+        entry(
+            "memory",
+            f"{format_bytes(layout.planned_bytes)} of {format_bytes(layout.buffer_bytes)} planned: {windows} windows of "
+            f"{plural(layout.window_rows, 'row')} ({format_bytes(windows * layout.window_bytes)}), "
+            f"{plural(layout.n_open, 'open block')} ({format_bytes(layout.open_bytes)}), "
+            f"decoding ({format_bytes(layout.piece_bytes)}), open batch ({format_bytes(layout.carry_bytes)})",
+        ),
+        entry("windows", f"{n_windows:,} an epoch, slices of up to {plural(layout.slice_rows, 'row')}"),
+    ]
+    if layout.resident:
+        lines.append(entry("", "all rows fit in memory: they are read once"))
+    mixed = mixing(source, layout)
+    lines.append(entry("mixing", str(mixed)))
+    if mixed.verdict in ("poor", "fair"):
+        advice = ["a bigger --buffer would mix better"]
+        if hint := source.mixing_hint():
+            advice.insert(0, hint)
+        if mixed.verdict == "poor":
+            advice.insert(0, "if neighbouring rows are alike, as in sorted files, the fit will suffer")
+        lines += [entry("", text) for text in advice]
+    return lines
+
+
+def standing(run: Run) -> str:
+    """Say where a run stands."""
+    epoch, _, _ = run.state.cursor
+    rows = int(run.state.counters[kernels.EPOCH_ROWS])
+    if epoch >= run.n_epochs:
+        return f"after epoch {epoch:,} of {run.n_epochs:,}"
+    return f"in epoch {epoch + 1:,} of {run.n_epochs:,}, after {rows:,} of {plural(run.source.n_rows, 'row')}"
+
+
+def outcome(run: Run, folder: Path, *, resumed: bool) -> list[str]:
+    """Say how a finished run ended."""
+    state, null_loss = run.state, run.survey.null_loss
+    loss = state.loss_curve[-1]
+    explained = f", explains {100 * (1 - loss / null_loss):.2f} % of what a constant misses" if null_loss > 0 else ""
+    how = {
+        "max_iter": f"finished: all {plural(state.epoch, 'epoch')} done",
+        "converged": f"finished: converged after {plural(state.epoch, 'epoch')}",
+    }[run.finished or "max_iter"]
+    lines = [
+        f"{how}, {plural(int(state.counters[kernels.N_UPDATES]), 'update')}",
+        f"loss {loss:.6g} over the last epoch{explained}",
+    ]
+    if resumed and run.finished == "converged":
+        lines.append("nothing to do: it stopped because the loss no longer fell (--tol), and more epochs would not change that")
+    elif resumed:
+        lines.append(f"nothing to do; `streamgd resume {folder} --epochs N` with N above {state.epoch} goes on with it")
+    return lines
+
+
+def entry(name: str, text: str) -> str:
+    """Write a line of a report: what it is about, and what there is to say."""
+    return f"{name:<{_INDENT}}{text}"
+
+
+def listed(items: Sequence[str], limit: int = _LISTED) -> str:
+    """List items, cut short if they are many."""
+    shown = ", ".join(items[:limit])
+    return shown if len(items) <= limit else f"{shown}, … ({len(items) - limit:,} more)"
+
+
+def plural(number: int, noun: str) -> str:
+    """Write a number of things."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
