@@ -76,13 +76,13 @@ def silent_column(rng: np.random.Generator) -> Set:
 
 
 def _positives(rng: np.random.Generator, share: float) -> Set:
+    """Exactly `share` of the rows are positive: the offset of the logit is chosen so."""
     X = rng.standard_normal((N_ROWS, N_FEATURES))
-    logit = X @ (rng.standard_normal(N_FEATURES) / np.sqrt(N_FEATURES) * 1.5)
-    low, high = -30.0, 10.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if (1 / (1 + np.exp(-logit - middle))).mean() < share else (low, middle)
-    return Set(X, _draw(logit + low, rng), "classification")
+    logit = X @ (rng.standard_normal(N_FEATURES) / np.sqrt(N_FEATURES) * 2.0)
+    u = rng.random(N_ROWS)
+    needed = np.log(u / (1 - u)) - logit  # a row is positive when the offset is above this
+    n_positive = round(share * N_ROWS)
+    return Set(X, (needed <= np.sort(needed)[n_positive - 1]).astype(np.int64), "classification")
 
 
 def positives_1000(rng: np.random.Generator) -> Set:

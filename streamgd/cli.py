@@ -12,7 +12,6 @@ Anything else is a bug of streamgd's, which ends in a traceback.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import click
@@ -30,21 +29,26 @@ from streamgd.errors import StreamgdError
 FAILED = 2
 
 
+#: A line of its own for each example (click joins the lines of a paragraph that does not begin with a backspace).
+_HELP = """Linear models of tables larger than memory: HDF5 and Parquet in, coefficients out.
+
+\b
+streamgd inspect data.parquet --target y
+streamgd train data.parquet --target y --run run
+streamgd resume run
+streamgd evaluate run test.parquet
+streamgd predict run new.parquet --output predictions.parquet
+"""
+
+
 @click.group(
+    help=_HELP,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Each command has its own --help.",
 )
 @click.version_option(streamgd.__version__, message="streamgd %(version)s")
 def cli() -> None:
-    """Linear models of tables larger than memory: HDF5 and Parquet in, coefficients out.
-
-    \b
-    streamgd inspect data.parquet --target y
-    streamgd train data.parquet --target y --run run
-    streamgd resume run
-    streamgd evaluate run test.parquet
-    streamgd predict run new.parquet --output predictions.parquet
-    """
+    """Hold the commands together."""
 
 
 for _command in (train, resume, predict, evaluate, inspect, demo):
@@ -84,5 +88,3 @@ def _message(err: Exception) -> str:
     if isinstance(err, OSError) and not isinstance(err, StreamgdError) and err.strerror:
         return f"{err.filename}: {err.strerror}" if err.filename else err.strerror
     return str(err)
-
-

@@ -1,4 +1,4 @@
-"""From the options of ``streamgd train`` and the data's target to a configuration, with the reasons for what was open."""
+"""From the options of ``streamgd train`` and the data's target to a configuration, and why what was open is so."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def choose(source: Source, given: dict[str, Any]) -> tuple[Config, dict[str, str
         If options do not go together.
     """
     assert source.target is not None
-    task, reason = _choose_task(source.target, given)
+    task, reason = choose_task(
+        source.target, task=given["task"], loss=given["loss"], weighs_classes=given["class_weight"] is not None
+    )
     chosen = {name: given[name] for name in _FROM_OPTIONS if given[name] is not None}
     recipe = Recipe(
         task=task,
@@ -68,19 +70,31 @@ def choose(source: Source, given: dict[str, Any]) -> tuple[Config, dict[str, str
         shuffle=not given["no_shuffle"],
         seed=given["seed"],
         buffer_bytes=parse_bytes(given["buffer"]),
-        standardize={"true": True, "full": "full", "false": False}[given["standardize"]],
+        standardize="full" if given["standardize"] == "full" else given["standardize"] == "true",
         class_weight=_typed_labels(weights, source.target) if isinstance(weights, dict) else weights,
     )
     return config, {"task": reason}
 
 
-def _choose_task(target: TargetInfo, given: dict[str, Any]) -> tuple[Task, str]:
-    if given["task"] is not None:
-        task: Task = given["task"]
-        return task, ""
-    if given["loss"] is not None:
-        return LOSSES[given["loss"]].task, f"as loss {given['loss']} asks for"
-    if given["class_weight"] is not None:
+def choose_task(
+    target: TargetInfo, *, task: Task | None = None, loss: str | None = None, weighs_classes: bool = False
+) -> tuple[Task, str]:
+    """Tell what is to be learnt, and why.
+
+    Parameters
+    ----------
+    target : TargetInfo
+        What the target is.
+    task, loss : str or None
+        What the user asked for.
+    weighs_classes : bool, default=False
+        Whether the user gave weights of classes.
+    """
+    if task is not None:
+        return task, "as told"
+    if loss is not None:
+        return LOSSES[loss].task, f"as loss {loss} asks for"
+    if weighs_classes:
         return "classification", "as class weights ask for"
     if not target.numeric:
         return "classification", f"the target is {target.dtype}"

@@ -25,11 +25,12 @@ _MEANING = {
 }
 
 
-@click.command()
+@click.command(short_help="Judge a run's model by data with a target.")
 @click.argument("run_path", metavar="RUN", type=click.Path(path_type=Path))
 @kinds.data_argument
 @click.option("--target", metavar="NAME", help="What the target is called here. [default: as trained]")
-@kinds.column_options
+@kinds.features_option
+@kinds.weight_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
     run_path: Path,
@@ -40,7 +41,7 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Judge the model of the folder RUN by DATA, which has a target."""
-    from streamgd.commands.reading import load, open_for_model
+    from streamgd.commands.reading import known_target, known_weight, load, open_for_model
     from streamgd.run.scoring import evaluate as evaluate_model
 
     saved = load(run_path)
@@ -48,8 +49,8 @@ def evaluate(
         saved,
         data,
         features=kinds.split_names(features),
-        target=kinds.split_names((target,)) if target else saved.target_names,
-        weight=weight or saved.origin.get("weight"),
+        target=kinds.split_names((target,)) if target else known_target(saved),
+        weight=weight or known_weight(saved),
     )
     trained = saved.trained
     found = evaluate_model(trained.model(), source, trained.config.recipe)
@@ -65,7 +66,7 @@ def evaluate(
 
 
 def _as_json(found: Evaluation, labels: list[Any] | None) -> dict[str, Any]:
-    shown = {"n_rows": found.n_rows, "n_unknown": found.n_unknown, **found.metrics}
+    shown: dict[str, Any] = {"n_rows": found.n_rows, "n_unknown": found.n_unknown, **found.metrics}
     if found.confusion is not None and labels is not None:
         shown |= {"classes": [_plain(label) for label in labels], "confusion": found.confusion.tolist()}
     return shown
@@ -81,10 +82,11 @@ def _confusion_lines(found: Evaluation, labels: list[Any] | None) -> list[str]:
         lines.append(f"{found.n_unknown:,} rows are of classes that the model does not know; they count as wrong")
     if found.confusion is None or labels is None:
         return lines
-    heads = [str(label) for label in labels]
-    cells = [[f"{count:,}" for count in row] for row in found.confusion.tolist()]
-    width = max(len(text) for text in [*heads, *(cell for row in cells for cell in row)]) + 2
-    first = max(len("true \\ predicted"), *map(len, heads)) + 1
-    lines.append(f"{'true \\ predicted':<{first}}" + "".join(f"{head:>{width}}" for head in heads))
-    lines += [f"{head:<{first}}" + "".join(f"{c:>{width}}" for c in row) for head, row in zip(heads, cells, strict=True)]
-    return lines
+    heads = ["true \\ predicted", *map(str, labels)]
+    rows = [
+        [head, *(f"{count:,}" for count in counts)]
+        for head, counts in zip(heads[1:], found.confusion.tolist(), strict=True)
+    ]
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    table = ("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in (heads, *rows))
+    return [*lines, *table]

@@ -32,8 +32,11 @@ DTYPES = ("auto", "float32", "float64")
 BUFFER = "256MB"
 
 
-class NumberOr(click.ParamType):
-    """A number, or one of a few words.
+Callback = Callable[[click.Context, click.Parameter, str | None], Any]
+
+
+def number_or(kind: type[int] | type[float], *words: str, at_least: float | None = None) -> Callback:
+    """Return what reads an option that takes a number, or one of a few words.
 
     Parameters
     ----------
@@ -45,44 +48,39 @@ class NumberOr(click.ParamType):
         The smallest number.
     """
 
-    def __init__(self, kind: type[int] | type[float], *words: str, at_least: float | None = None) -> None:
-        self.name = "|".join(("integer" if kind is int else "number", *words))
-        self._kind, self._words, self._at_least = kind, words, at_least
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the number or the word."""
-        if not isinstance(value, str) or value.lower() in self._words:
-            return value.lower() if isinstance(value, str) else value
+    def read(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+        if value is None or value.lower() in words:
+            return None if value is None else value.lower()
         try:
-            number = self._kind(value)
+            number = kind(value)
         except ValueError:
             number = None
-        if number is None or number != number or (self._at_least is not None and number < self._at_least):
-            least = "" if self._at_least is None else f" of at least {self._at_least:g}"
-            words = "".join(f", or {word!r}" for word in self._words)
-            self.fail(f"{value!r} is not {'a whole number' if self._kind is int else 'a number'}{least}{words}")
+        if number is None or number != number or (at_least is not None and number < at_least):
+            least = "" if at_least is None else f" of at least {at_least:g}"
+            also = "".join(f", or {word!r}" for word in words)
+            what = "a whole number" if kind is int else "a number"
+            raise click.BadParameter(f"{value!r} is not {what}{least}{also}")
         return number
 
+    return read
 
-class Labels(click.ParamType):
-    """Class weights: ``balanced``, or label=weight pairs with commas between them."""
 
-    name = "balanced|label=weight,…"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the word, or a dict of the labels' text to numbers."""
-        if not isinstance(value, str) or value == "balanced":
-            return value
-        weights: dict[str, float] = {}
-        for pair in value.split(","):
-            label, equals, number = pair.rpartition("=")
-            try:
-                weights[label.strip()] = float(number)
-            except ValueError:
-                equals = ""
-            if not equals:
-                self.fail(f"{pair!r} is not a label, '=' and a number, such as 'spam=2.5'; or say 'balanced'")
-        return weights
+def read_class_weights(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+    """Read ``balanced``, or label=weight pairs with commas between them, as a dict of the labels' text to numbers."""
+    if value is None or value == "balanced":
+        return value
+    weights: dict[str, float] = {}
+    for pair in value.split(","):
+        label, equals, number = pair.rpartition("=")
+        try:
+            weights[label.strip()] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise click.BadParameter(
+                f"{pair!r} is not a label, '=' and a number, such as 'spam=2.5'; or say 'balanced'"
+            )
+    return weights
 
 
 def split_names(given: tuple[str, ...]) -> list[str] | None:
@@ -96,26 +94,26 @@ def data_argument(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.argument("data", nargs=-1, required=True, metavar="DATA…")(command)
 
 
-def column_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options that say what is read."""
-    for option in (
-        click.option("--weight", metavar="NAME", help="Column or dataset of sample weights."),
-        click.option(
-            "--features",
-            metavar="A,B,C",
-            multiple=True,
-            help="Feature columns, or HDF5 datasets; may be given several times. "
-            "[default: every column but target and weight; the dataset X]",
-        ),
-    ):
-        command = option(command)
-    return command
+def features_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the option that names the features."""
+    return click.option(
+        "--features",
+        metavar="A,B,C",
+        multiple=True,
+        help="Feature columns, or HDF5 datasets; may be given several times. "
+        "[default: every column but target and weight, or the dataset X; with RUN, those it was trained on]",
+    )(command)
+
+
+def weight_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the option that names the weights."""
+    return click.option("--weight", metavar="NAME", help="Column or dataset of sample weights.")(command)
 
 
 def running_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options that change how a run goes, but not what it computes."""
     for option in (
-        click.option("--quiet", is_flag=True, help="Say nothing but warnings and errors."),
+        click.option("--quiet", is_flag=True, help="No progress: only the result, warnings and errors."),
         click.option(
             "--checkpoint-every",
             type=click.FloatRange(0),

@@ -10,7 +10,7 @@ import click
 from streamgd.commands import parameters as kinds
 
 
-@click.command()
+@click.command(short_help="Predict for each row, into a Parquet file.")
 @click.argument("run_path", metavar="RUN", type=click.Path(path_type=Path))
 @kinds.data_argument
 @click.option(

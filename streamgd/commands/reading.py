@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from streamgd.data.sources import open_source
+import click
+
+from streamgd.data.sources import open_source, reopen
 from streamgd.data.sources.base import Source
 from streamgd.data.sources.files import data_files
 from streamgd.errors import ResumeError, SourceNotFoundError
-from streamgd.run.session import Saved
+from streamgd.run.folder import RunFolder
+from streamgd.run.session import Saved, load_saved
 
 
 def open_data(
@@ -44,8 +48,8 @@ def open_data(
     )
 
 
-def reopen(described: dict[str, Any], data: Sequence[str]) -> Source:
-    """Open the data of a run again.
+def open_again(described: dict[str, Any], data: Sequence[str]) -> Source:
+    """Open the data of a run again, with the row dtype that it was trained in.
 
     Parameters
     ----------
@@ -61,25 +65,32 @@ def reopen(described: dict[str, Any], data: Sequence[str]) -> Source:
     SourceNotFoundError
         If it is gone.
     """
-    origin = described["origin"]
+    origin = {**described["origin"], "dtype": described["row_dtype"]}
     if "data" not in origin:
         raise ResumeError(
-            f"the run was trained on {origin['kind']} data that only Python has: resume it there, with "
+            f"the run was trained on {origin.get('kind')} data that only Python has: resume it there, with "
             "fit(…, resume=True)"
         )
-    found: Any = list(data) if len(data) > 1 else data[0] if data else origin["data"]
+    if data:
+        origin["data"] = data[0] if len(data) == 1 else list(data)
     try:
-        return open_source(
-            found,
-            origin["target"],
-            features=origin["features"],
-            weight=origin["weight"],
-            dtype=described["row_dtype"],
-        )
+        return reopen(origin)
     except SourceNotFoundError as err:
         if data:
             raise
         raise SourceNotFoundError(f"{err}. If the data was moved, say where it is now: --data PATH") from err
+
+
+def load(run_path: Path) -> Saved:
+    """Read a run's newest checkpoint, and say if it is not the last word."""
+    folder = RunFolder(run_path)
+    saved = load_saved(folder, lambda text: click.echo(f"warning: {text}", err=True))
+    if saved.finished is None:
+        epochs = saved.trained.state.epoch
+        click.echo(
+            f"warning: the run is not finished ({epochs:,} epochs done); this is its newest checkpoint", err=True
+        )
+    return saved
 
 
 def open_for_model(
@@ -110,7 +121,20 @@ def open_for_model(
 
 def _known_features(saved: Saved, data: Sequence[str]) -> list[str] | None:
     kind, _ = data_files(list(data))
+    if kind == "npy":
+        return None
     of_origin = saved.origin.get("features")
     if kind == "hdf5" and saved.origin["kind"] == "hdf5" and of_origin is not None:
         return [of_origin] if isinstance(of_origin, str) else list(of_origin)  # datasets, each of several columns
     return None if saved.feature_names is None else list(saved.feature_names)
+
+
+def known_target(saved: Saved) -> list[str] | None:
+    """Return the name of the target as it was trained on, where it is a name."""
+    found = None if saved.origin["kind"] == "memory" else saved.origin.get("target")
+    return [found] if isinstance(found, str) else found
+
+
+def known_weight(saved: Saved) -> str | None:
+    """Return the name of the weights as trained with, where it is a name."""
+    return None if saved.origin["kind"] == "memory" else saved.origin.get("weight")

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from streamgd.run.progress import View
 
 
-@click.command()
+@click.command(short_help="Train a model on files, in a folder of its own.")
 @kinds.data_argument
 @click.option("--run", "run_path", required=True, type=click.Path(path_type=Path), help="Folder for the new run.")
 @click.option("--target", required=True, metavar="NAME", help="Target column or dataset; several columns with commas.")
-@kinds.column_options
+@kinds.features_option
+@kinds.weight_option
 @click.option("--task", type=click.Choice(kinds.TASKS), help="[default: as loss and target suggest]")
 @click.option("--loss", type=click.Choice(kinds.LOSSES), help="[default: squared_error, or log_loss]")
 @click.option("--epsilon", type=float, help="Shape of huber and the epsilon-insensitive losses. [default: 0.1]")
@@ -32,21 +33,38 @@ if TYPE_CHECKING:
 @click.option("--penalty", type=click.Choice(kinds.PENALTIES), default="none", show_default=True)
 @click.option("--alpha", type=float, help="Strength of the penalty. [default: 0.0001]")
 @click.option("--l1-ratio", type=float, help="Share of l1 in elasticnet. [default: 0.15]")
-@click.option("--class-weight", type=kinds.Labels(), help="Factor of each class.")
+@click.option(
+    "--class-weight", callback=kinds.read_class_weights, metavar="balanced|A=1,B=2.5", help="Factor of each class."
+)
 @click.option("--optimizer", type=click.Choice(kinds.OPTIMIZERS), default="auto", show_default=True)
 @click.option("--learning-rate", type=click.Choice(kinds.LEARNING_RATES), default="auto", show_default=True)
-@click.option("--eta0", type=kinds.NumberOr(float, "auto"), help="First learning rate.")
+@click.option(
+    "--eta0",
+    metavar="NUMBER|auto",
+    callback=kinds.number_or(float, "auto"),
+    help="First learning rate. [default: auto]",
+)
 @click.option("--power-t", type=float, help="Exponent of invscaling. [default: 0.25]")
 @click.option("--momentum", type=float, help="Momentum of sgd. [default: 0]")
 @click.option("--nesterov", is_flag=True, default=None, help="Nesterov's form of momentum.")
 @click.option("--average/--no-average", default=None, help="Average the coefficients. [default: as the optimizer does]")
 @click.option("--batch-size", type=click.IntRange(1), help="Rows behind one update. [default: 256]")
 @click.option(
-    "--epochs", type=kinds.NumberOr(int, "auto", at_least=1), help="Passes over the data at most. [default: auto]"
+    "--epochs",
+    metavar="N|auto",
+    callback=kinds.number_or(int, "auto", at_least=1),
+    help="Passes over the data at most. [default: auto, as many as make about 10,000 updates]",
 )
-@click.option("--tol", type=kinds.NumberOr(float, "auto", "none"), help="Improvement that counts. [default: auto]")
+@click.option(
+    "--tol",
+    metavar="NUMBER|auto|none",
+    callback=kinds.number_or(float, "auto", "none"),
+    help="Fall of an epoch's loss that counts. [default: auto, 1e-5 of a constant's loss]",
+)
 @click.option("--n-iter-no-change", type=click.IntRange(1), help="Epochs without any that end the run. [default: 5]")
-@click.option("--buffer", default=kinds.BUFFER, show_default=True, metavar="BYTES", help="Memory to read and shuffle in.")
+@click.option(
+    "--buffer", default=kinds.BUFFER, show_default=True, metavar="BYTES", help="Memory to read and shuffle in."
+)
 @click.option("--no-shuffle", is_flag=True, help="Take the rows in file order.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the shuffle.")
 @click.option(
@@ -60,7 +78,7 @@ if TYPE_CHECKING:
 @click.option("--dtype", type=click.Choice(kinds.DTYPES), default="auto", show_default=True, help="Of rows in memory.")
 @kinds.running_options
 @click.pass_obj
-def train(stop: StopRequest, data: tuple[str, ...], run_path: Path, **given: Any) -> int:
+def train(stop: StopRequest, /, data: tuple[str, ...], run_path: Path, **given: Any) -> int:
     """Train a linear model on DATA: files, folders or patterns of HDF5 or Parquet.
 
     The run lives in the folder that --run names. Killed at any moment, `streamgd resume` goes on with it as if nothing
@@ -93,15 +111,15 @@ def train(stop: StopRequest, data: tuple[str, ...], run_path: Path, **given: Any
         return _train(run, folder, options, view, stop, reasons)
 
 
-@click.command()
+@click.command(short_help="Go on with a run that was stopped or killed.")
 @click.argument("run_path", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the data at most, those done included.")
 @click.option("--data", "data", multiple=True, metavar="PATH", help="Where the data lies now, if it was moved.")
 @kinds.running_options
 @click.pass_obj
-def resume(stop: StopRequest, run_path: Path, epochs: int | None, data: tuple[str, ...], **given: Any) -> int:
+def resume(stop: StopRequest, /, run_path: Path, epochs: int | None, data: tuple[str, ...], **given: Any) -> int:
     """Go on with the run in the folder RUN, exactly as if it had not been stopped."""
-    from streamgd.commands.reading import reopen
+    from streamgd.commands.reading import open_again
     from streamgd.run.config import Config
     from streamgd.run.folder import RunFolder
     from streamgd.run.session import go_on, with_epochs
@@ -109,7 +127,7 @@ def resume(stop: StopRequest, run_path: Path, epochs: int | None, data: tuple[st
     options, view = _options(given), _view(quiet=given["quiet"])
     described = RunFolder(run_path).description()  # before the folder is made or locked
     with RunFolder(run_path) as folder:
-        source = reopen(described, data)
+        source = open_again(described, data)
         config = with_epochs(Config.from_json(described["config"]), epochs)
         try:
             run = go_on(folder, source, config, report=view.message)

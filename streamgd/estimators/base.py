@@ -6,6 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -13,25 +14,24 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils.metadata_routing import UNUSED
 from sklearn.utils.validation import check_is_fitted
 
 from streamgd.data.plan import parse_bytes
 from streamgd.data.sources.base import Source
 from streamgd.errors import OptionError
 from streamgd.estimators.inputs import is_streamed, rows_source, training_source
-from streamgd.estimators.runs import feature_names, folder_of, resumable
+from streamgd.estimators.runs import folder_of, open_run
 from streamgd.learn import kernels
 from streamgd.learn.losses import Task
 from streamgd.learn.model import LinearModel
 from streamgd.learn.recipe import Recipe
-from streamgd.learn.state import State
-from streamgd.run.checkpoint import Checkpoint
 from streamgd.run.config import Config, RunOptions
 from streamgd.run.continuing import Trained
 from streamgd.run.folder import RunFolder
 from streamgd.run.loop import Run, Watcher, prepare, train
 from streamgd.run.scoring import evaluate, predict_array, predict_source
-from streamgd.run.survey import Survey
+from streamgd.run.session import Saved
 
 Array = NDArray[Any]
 
@@ -39,112 +39,172 @@ Array = NDArray[Any]
 class SGDEstimator(BaseEstimator):  # type: ignore[misc]
     """Base of `SGDRegressor` and `SGDClassifier`; abstract.
 
-    Subclasses list every parameter in ``__init__``, as scikit-learn wants it, and set `_task`.
+    Subclasses say what the target is in `_task` and list every parameter in ``__init__``, as scikit-learn wants it.
     """
 
     _task: ClassVar[Task]
-    # `resume` says how to fit, it is no data that meta-estimators could route.
-    __metadata_request__fit: ClassVar[dict[str, str]] = {"resume": "$UNUSED$"}
+    # `resume` says how to fit: it is no data that meta-estimators could route.
+    __metadata_request__fit: ClassVar[dict[str, str]] = {"resume": UNUSED}
 
-    loss: str
     checkpoint_dir: str | os.PathLike[str] | None
     checkpoint_every_s: float
-    max_iter: int | str
     n_threads: int | None
     random_state: Any
-    tol: float | str | None
     verbose: int
     warm_start: bool
+    coef_: Array
+    intercept_: Array
     _trained: Trained
 
     # --- from parameters and data to a run ---
     def _config(self, seed: int) -> Config:
-        """Check the parameters and gather those that define the run."""
+        """Check the parameters that define a run, and gather them."""
         given = self.get_params(deep=False)
-        recipe = {name: given[name] for name in Recipe.__dataclass_fields__ if name in given}
-        own = {name: given[name] for name in Config.__dataclass_fields__ if name in given}
-        return Config(
-            recipe=Recipe(task=self._task, **recipe),
-            seed=seed,
-            buffer_bytes=parse_bytes(given["buffer"]),
-            **own,
-        )
+
+        def named(kind: type) -> dict[str, Any]:
+            return {field.name: given[field.name] for field in fields(kind) if field.name in given}
+
+        recipe = Recipe(task=self._task, **named(Recipe))
+        return Config(recipe=recipe, seed=seed, buffer_bytes=parse_bytes(given["buffer"]), **named(Config))
 
     def _options(self) -> RunOptions:
         return RunOptions(n_threads=self.n_threads, checkpoint_every_s=self.checkpoint_every_s)
 
+    def _source(self, X: Any, y: Any, sample_weight: Any, *, reset: bool) -> Source:
+        return training_source(self, X, y, sample_weight, reset=reset, labels=self._task == "classification")
+
     def _fit(self, X: Any, y: Any, sample_weight: Any, *, resume: bool) -> Self:
         config, options = self._config(_seed_of(self.random_state)), self._options()
-        if resume and self.checkpoint_dir is None:
-            raise OptionError("resume=True needs a checkpoint_dir, where the run to go on with lies")
-        if resume and self.random_state is None:
-            raise OptionError(
-                "resume=True with random_state=None: such a run draws its seed anew each time, and is never found "
-                "again. Set random_state to a number"
-            )
+        if resume:
+            self._require_findable()
         trained: Trained | None = getattr(self, "_trained", None) if self.warm_start else None
-        labels = self._task == "classification"
-        source = training_source(self, X, y, sample_weight, reset=trained is None, labels=labels)
-        start = None if trained is None else trained.warm_start(source, config, *self._coefficients())
+        source = self._source(X, y, sample_weight, reset=trained is None)
+        start = (
+            None if trained is None else trained.warm_start(source, config, np.atleast_2d(self.coef_), self.intercept_)
+        )
         watcher = _Announcer(self.verbose)
         if self.checkpoint_dir is None:
             run = start or prepare(source, config)
             train(run, options=options, watcher=watcher)
-            self._adopt(run, None)
-            return self
-        with RunFolder(folder_of(self.checkpoint_dir, config, source, start)) as folder:
-            found = resumable(folder, source, config) if resume else None
-            run = found or start or prepare(source, config)
-            self._begin(folder, run, anew=found is None)
-            train(run, options=options, folder=folder, watcher=watcher)
-        self._adopt(run, folder.path)
+            self.run_dir_ = None
+        else:
+            with RunFolder(folder_of(self.checkpoint_dir, config, source, start)) as folder:
+                run = open_run(folder, source, config, start, resume=resume)
+                train(run, options=options, folder=folder, watcher=watcher)
+            self.run_dir_ = folder.path
+        self._adopt(Trained.of(run))
+        if run.finished == "max_iter" and isinstance(config.tol, (int, float)) and config.tol > -np.inf:
+            warnings.warn(
+                f"the loss was still falling by more than tol={config.tol} when max_iter={run.n_epochs} epochs were "
+                "over: raise max_iter, or set tol to 'auto' or None if this is what you want",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
         return self
 
-    def _begin(self, folder: RunFolder, run: Run, *, anew: bool) -> None:
-        """Make the folder the run's, unless it is already."""
-        if not anew and folder.holds_run and folder.checkpoints.files():
-            folder.cut_metrics(run.state.cursor)
-            return
-        description = {
-            "config": run.config.to_json(),
-            "fingerprint": run.source.fingerprint,
-            "row_dtype": run.source.row_dtype.name,
-            "source": run.source.origin,
-        }
-        folder.start(description, replace=True)
-        if not anew:  # a run with another max_iter goes on here
-            folder.checkpoints.save(run.to_checkpoint(), int(run.state.counters[kernels.N_ROWS]))
+    def _require_findable(self) -> None:
+        if self.checkpoint_dir is None:
+            raise OptionError("resume=True needs a checkpoint_dir: that is where the run to go on with lies")
+        if self.random_state is None:
+            raise OptionError(
+                "resume=True with random_state=None: such a fit draws another seed each time, so that its run is never "
+                "found again. Set random_state to a number"
+            )
 
-    def _partial_fit(self, X: Any, y: Any, sample_weight: Any, classes: Any) -> Self:
+    def _partial_fit(self, X: Any, y: Any, sample_weight: Any, classes: Any = None) -> Self:
         trained: Trained | None = getattr(self, "_trained", None)
         config = self._config(_seed_of(self.random_state) if trained is None else trained.config.seed)
         if config.recipe.schedule == "cosine":
             raise OptionError(
-                "learning_rate='cosine' is shaped by the end of the run, which partial_fit does not know: use fit, or "
+                "learning_rate='cosine' is shaped by the end of the run, which partial_fit cannot know: use fit, or "
                 "another learning rate"
             )
-        labels = self._task == "classification"
-        source = training_source(self, X, y, sample_weight, reset=trained is None, labels=labels)
+        source = self._source(X, y, sample_weight, reset=trained is None)
         if trained is None:
-            run = prepare(source, _one_epoch(config), classes=classes)
+            run = prepare(source, replace(config, max_iter=1, tol=None), classes=classes)
         else:
             run = trained.next_epoch(source, config)
         train(run, options=self._options(), watcher=_Announcer(self.verbose))
-        self._adopt(run, None)
+        self.run_dir_ = None
+        self._adopt(Trained.of(run))
         return self
 
     # --- from a run to attributes ---
-    def _adopt(self, run: Run, folder: Path | None) -> None:
-        self._set_attributes(Trained.of(run))
-        self.run_dir_ = folder
-        tol = self.tol
-        if run.finished == "max_iter" and folder is not None or True:
-            pass
-        if run.config.tol is not None and not isinstance(tol, str) and run.finished == "max_iter" and tol is not None:
-            if tol > -np.inf:
-                warnings.warn(
-                    f"the loss still fell by more than tol={tol} when max_iter={run.n_epochs} epochs were over: raise "
-                    "max_iter, or set tol='auto' or None if that is wanted",
-                    ConvergenceWarning,
-                    stacklevel=4,
-                )
+    def _adopt(self, trained: Trained) -> None:
+        """Set the attributes of a fitted estimator, all at once and only after training went well."""
+        model, state = trained.model(), trained.state
+        self._trained = trained
+        self.coef_ = model.coef[0] if model.classes is None and model.is_vector else model.coef
+        self.intercept_ = model.intercept
+        if model.classes is not None:
+            self.classes_ = model.classes
+        self.n_iter_ = state.epoch
+        self.t_ = int(state.counters[kernels.N_UPDATES]) + 1
+        self.loss_curve_ = list(state.loss_curve)
+
+    def _restore(self, saved: Saved, run_dir: Path) -> None:
+        """Set them as of a run's newest checkpoint."""
+        self.n_features_in_ = saved.trained.state.theta.shape[1] - 1
+        if saved.feature_names is not None:
+            self.feature_names_in_ = np.array(saved.feature_names, dtype=object)
+        self.run_dir_ = run_dir
+        self._adopt(saved.trained)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        """Tell whether a fit has ended well."""
+        return hasattr(self, "_trained")
+
+    # --- predicting ---
+    def _model(self) -> LinearModel:
+        """Return the model that the attributes describe, as they are now."""
+        check_is_fitted(self)
+        kept = self._trained
+        return LinearModel(
+            self._task,
+            kept.config.recipe.loss,
+            np.atleast_2d(self.coef_),
+            self.intercept_,
+            getattr(self, "classes_", None),
+            kept.is_vector,
+        )
+
+    def _predictions(self, X: Any, method: str) -> Array | Iterator[Array]:
+        model = self._model()
+        rows = rows_source(self, X)
+        if not isinstance(rows, Source):
+            return predict_array(model, rows, method, type(self).__name__)
+        parts = predict_source(model, rows, method)
+        return parts if is_streamed(X) else np.concatenate(list(parts))
+
+    def _score_of_source(self, X: Any, y: Any, sample_weight: Any) -> float:
+        model = self._model()
+        return evaluate(model, self._source(X, y, sample_weight, reset=False)).score
+
+
+class _Announcer(Watcher):
+    """Turns what the loop says into warnings, and into a line for each epoch where that is wanted."""
+
+    def __init__(self, verbose: int) -> None:
+        self._verbose = verbose
+        self._began = time.monotonic()
+
+    def message(self, text: str) -> None:
+        warnings.warn(text, stacklevel=7)  # the caller of fit
+
+    def epoch_ended(self, run: Run, loss: float) -> None:
+        if self._verbose > 0:
+            null = run.survey.null_loss
+            explained = f", explained {1 - loss / null:.4f}" if null > 0 else ""
+            took = time.monotonic() - self._began
+            print(f"epoch {run.state.epoch}/{run.n_epochs}: loss {loss:.6g}{explained}, {took:.1f} s", flush=True)
+
+
+def _seed_of(random_state: Any) -> int:
+    """Turn scikit-learn's `random_state` into a seed."""
+    if random_state is None:
+        return int(np.random.SeedSequence().generate_state(1, np.uint64)[0] >> np.uint64(1))
+    if isinstance(random_state, np.random.RandomState):
+        return int(random_state.randint(np.iinfo(np.int32).max))
+    if isinstance(random_state, (int, np.integer)) and not isinstance(random_state, bool):
+        return int(random_state)
+    raise OptionError(f"random_state={random_state!r}: expected a whole number, None or a numpy.random.RandomState")

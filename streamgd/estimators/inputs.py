@@ -13,6 +13,7 @@ import numpy as np
 from sklearn.utils.validation import check_array, column_or_1d, validate_data
 
 from streamgd.data.sources.base import Source
+from streamgd.data.sources.frames import is_pandas
 from streamgd.data.sources.memory import MemorySource
 from streamgd.errors import DataError, OptionError, SchemaError
 
@@ -20,9 +21,7 @@ from streamgd.errors import DataError, OptionError, SchemaError
 _PIECE = 1 << 16
 
 
-def training_source(
-    estimator: Any, X: Any, y: Any, sample_weight: Any, *, reset: bool, labels: bool
-) -> Source:
+def training_source(estimator: Any, X: Any, y: Any, sample_weight: Any, *, reset: bool, labels: bool) -> Source:
     """Turn what `fit` was given into a source with a target.
 
     Parameters
@@ -140,9 +139,7 @@ def _as_source(X: Any, y: Any, weight: Any) -> Source:
     if not isinstance(X, Source):
         from streamgd.data.sources import open_source
 
-        if hasattr(X, "columns"):
-            return open_source(X, y, weight=weight)
-        return open_source(X if y is None else (X, y), weight=weight)
+        return open_source(X, y, weight=weight)
     for name, value in (("y", y), ("sample_weight", weight)):
         if value is not None:
             raise OptionError(
@@ -153,11 +150,8 @@ def _as_source(X: Any, y: Any, weight: Any) -> Source:
 
 
 def _is_plain_frame(X: Any) -> bool:
-    """Whether it is a pandas DataFrame that the source reads as it is: objects are scikit-learn's to convert."""
-    pandas = sys.modules.get("pandas")
-    if pandas is None or not isinstance(X, getattr(pandas, "DataFrame", ())):
-        return False
-    return len(X) > 0 and X.shape[1] > 0 and not any(dtype == object for dtype in X.dtypes)
+    """Whether it is a pandas DataFrame that the source reads as it is; objects are scikit-learn's to convert."""
+    return is_pandas(X, "DataFrame") and X.size > 0 and not any(dtype.kind == "O" for dtype in X.dtypes)
 
 
 def _checked_target(estimator: Any, y: Any, *, labels: bool) -> Any:

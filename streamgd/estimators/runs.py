@@ -1,4 +1,4 @@
-"""The run folders of `fit`: where they lie, which one to go on with, and estimators made from them."""
+"""The run folders of `fit`: where they lie, which run to go on with, and estimators made from them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from streamgd.data.sources.base import Source
 from streamgd.errors import CheckpointError
@@ -21,8 +18,13 @@ from streamgd.run.checkpoint import Checkpoint
 from streamgd.run.config import Config
 from streamgd.run.folder import RunFolder
 from streamgd.run.loop import Run, restore
+from streamgd.run.session import begin, describe, go_on, load_saved
 
-#: Digits of the hash in a folder's name.
+if TYPE_CHECKING:
+    from streamgd.estimators.classifier import SGDClassifier
+    from streamgd.estimators.regressor import SGDRegressor
+
+#: Bytes of the hash in a folder's name.
 _DIGEST_BYTES = 10
 
 
@@ -34,7 +36,7 @@ def folder_of(parent: str | os.PathLike[str], config: Config, source: Source, st
     parent : path-like
         The estimator's ``checkpoint_dir``.
     config : Config
-        What defines the run. The hash leaves `max_iter` out, so that runs which differ in nothing else find each other.
+        What defines the run. The hash leaves `max_iter` out, so that a run finds those that differ in it alone.
     source : Source
         The data; its fingerprint counts, not where it lies.
     start : Run or None
@@ -49,53 +51,70 @@ def folder_of(parent: str | os.PathLike[str], config: Config, source: Source, st
     return Path(parent) / f"{digest.hexdigest()}-{max_iter}"
 
 
-def resumable(folder: RunFolder, source: Source, config: Config) -> Run | None:
-    """Restore the run that a fit with these options would go on with, or return None.
+def open_run(folder: RunFolder, source: Source, config: Config, start: Run | None, *, resume: bool) -> Run:
+    """Begin a run in its folder, which is locked, or go on with one.
 
-    It is the folder's own run, else the one that got furthest among those with another `max_iter`, as far as it has not
-    gone beyond what is asked for now.
+    Parameters
+    ----------
+    folder : RunFolder
+        As from `folder_of`, entered.
+    source : Source
+        With a target.
+    config : Config
+        What defines the run.
+    start : Run or None
+        What to begin with, if not with the survey.
+    resume : bool
+        Whether to go on with what is there: the folder's own run, else the one that got furthest among those which
+        differ in `max_iter` alone and have not gone beyond what is asked for now. That one stays as it is.
     """
-    if folder.holds_run:
-        found = folder.newest(_warn)
-        if found is not None:
-            return restore(source, found, config)
-    furthest: tuple[int, Checkpoint] | None = None
-    for checkpoint in _siblings(folder):
-        n_rows = int(checkpoint.tensors["counters"][kernels.N_ROWS])
-        if n_rows <= config.n_epochs(source.n_rows) * source.n_rows and (furthest is None or n_rows > furthest[0]):
-            furthest = n_rows, checkpoint
-    return None if furthest is None else restore(source, furthest[1], config)
+    if resume and folder.holds_run and folder.checkpoints.files():
+        return go_on(folder, source, config, report=warn)
+    other = _furthest(folder, config.n_epochs(source.n_rows) * source.n_rows) if resume else None
+    if other is not None:
+        run = restore(source, other, config)
+        folder.start(describe(source, config), replace=True)
+        folder.checkpoints.save(run.to_checkpoint(), int(run.state.counters[kernels.N_ROWS]))
+        return run
+    if start is not None:
+        folder.start(describe(source, config), replace=True)
+        return start
+    return begin(folder, source, config, replace_old=True)
+
+
+def _furthest(folder: RunFolder, most_rows: int) -> Checkpoint | None:
+    def progress(checkpoint: Checkpoint) -> int:
+        return int(checkpoint.tensors["counters"][kernels.N_ROWS])
+
+    found = [checkpoint for checkpoint in _siblings(folder) if progress(checkpoint) <= most_rows]
+    return max(found, key=progress, default=None)
 
 
 def _siblings(folder: RunFolder) -> Iterator[Checkpoint]:
     stem = folder.path.name.rpartition("-")[0]
     for path in sorted(folder.path.parent.glob(f"{stem}-*")):
         if path != folder.path and (other := RunFolder(path)).holds_run:
-            # Another process may be writing there, or have left nothing that can be read: then it is no help.
+            # It may have left nothing that can be read, or be written to at this moment: then it is no help.
             with contextlib.suppress(CheckpointError):
-                checkpoint = other.newest(_warn)
+                checkpoint = other.newest(warn)
                 if checkpoint is not None:
                     yield checkpoint
 
 
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=2)
-
-
-def load(run_dir: str | os.PathLike[str]) -> Any:
+def load(run_dir: str | os.PathLike[str]) -> SGDRegressor | SGDClassifier:
     """Return the estimator of a run, fitted as far as the run got.
 
     Parameters
     ----------
     run_dir : path-like
         A run folder: one that ``streamgd train`` made, or ``run_dir_`` of an estimator that was fitted with a
-        ``checkpoint_dir``.
+        `checkpoint_dir`.
 
     Returns
     -------
     SGDRegressor or SGDClassifier
-        With the run's options, and the coefficients of its newest checkpoint; of the run of an unfinished epoch, too.
-        It predicts, and `partial_fit` goes on with it. ``run_dir_`` is the folder.
+        With the run's options, and the coefficients as of its newest checkpoint, whether the run has ended or not. It
+        predicts, and `partial_fit` goes on with it. ``run_dir_`` is the folder.
 
     Raises
     ------
@@ -108,8 +127,8 @@ def load(run_dir: str | os.PathLike[str]) -> Any:
 
     Notes
     -----
-    A newest checkpoint that is damaged is reported as a warning and the one before it used. Nothing is locked or
-    written, so a run may be looked at while it trains.
+    A damaged checkpoint is reported as a warning and the one before it used. Nothing is locked or written, so a run may
+    be looked at while it trains.
 
     Examples
     --------
@@ -120,29 +139,16 @@ def load(run_dir: str | os.PathLike[str]) -> Any:
     from streamgd.estimators.regressor import SGDRegressor
 
     folder = RunFolder(run_dir)
-    folder.description()  # says so if there is no run, or one of a newer format
-    checkpoint = folder.newest(_warn)
-    if checkpoint is None:
-        raise CheckpointError(
-            f"the run in {folder.path} has no checkpoint yet: wait for its first, or start it again if it was killed "
-            "before"
-        )
-    config = Config.from_json(checkpoint.meta["config"])
+    saved = load_saved(folder, warn)
+    config = saved.trained.config
     kind = SGDRegressor if config.recipe.task == "regression" else SGDClassifier
-    estimator = kind(**options_of(config, kind))
-    estimator._restore(checkpoint, config, folder.path)
+    values = config.to_json()
+    values |= {"random_state": config.seed, "buffer": config.buffer_bytes, "class_weight": config.class_weight}
+    estimator = kind(**{name: value for name, value in values.items() if name in kind._get_param_names()})
+    estimator._restore(saved, folder.path)
     return estimator
 
 
-def options_of(config: Config, kind: Any) -> dict[str, Any]:
-    """Return the parameters of an estimator that a configuration amounts to."""
-    values = config.to_json()
-    values["random_state"], values["buffer"] = values.pop("seed"), values.pop("buffer_bytes")
-    values["class_weight"] = config.class_weight
-    return {name: value for name, value in values.items() if name in kind._get_param_names()}
-
-
-def feature_names(checkpoint: Checkpoint) -> NDArray[Any] | None:
-    """Return the names of the features that a run was trained on, where they had names."""
-    names = checkpoint.meta["features"]
-    return None if names is None else np.array(names, dtype=object)
+def warn(text: str) -> None:
+    """Say something in the way of a library."""
+    warnings.warn(text, stacklevel=2)

@@ -771,8 +771,8 @@ def consume(
 
 
 @_entry
-def constant_loss(y, weight, start, codes, params, class_weight):
-    """Weighted mean loss of predicting `start` for every row: what a model has to beat.
+def mean_loss(y, weight, decisions, codes, params, class_weight):
+    """Weighted mean loss of some predictions.
 
     Parameters
     ----------
@@ -780,12 +780,13 @@ def constant_loss(y, weight, start, codes, params, class_weight):
         Targets or class indices.
     weight : ndarray of shape (n_rows,), float64
         Weight of each row.
-    start : ndarray of shape (n_outputs,), float64
-        The constant prediction.
+    decisions : ndarray of shape (n_rows, n_outputs) or (1, n_outputs), float64
+        The predictions, before any link; a single row stands for all rows.
     codes, params, class_weight : ndarrays
         As in `consume`.
     """
-    n_outputs, tile = start.shape[0], 1024
+    n_outputs, tile = decisions.shape[1], 1024
+    step = 0 if decisions.shape[0] == 1 else 1
     P, D, H = np.zeros((n_outputs, tile)), np.zeros((n_outputs, tile)), np.zeros((n_outputs, tile))
     T, L = np.zeros((max(n_outputs, 2), tile)), np.zeros((max(n_outputs, 2), tile))
     n_losses = 1 if codes[CODE_SOFTMAX] else n_outputs
@@ -794,7 +795,7 @@ def constant_loss(y, weight, start, codes, params, class_weight):
         n = min(tile, y.shape[0] - first)
         for k in range(n_outputs):
             for i in range(n):
-                P[k, i] = start[k]
+                P[k, i] = decisions[step * (first + i), k]
         _targets(y, first, n, T, n_outputs, codes)
         if codes[CODE_SOFTMAX]:
             softmax_loss(P, T, L, D, H, n)

@@ -106,8 +106,8 @@ class RunFolder:
             )
         if not self.holds_run and (self.checkpoints.path.exists() or self._metrics_path.exists()):
             raise RunExistsError(
-                f"{self.path} is no run folder, but has {self.checkpoints.path.name!r} or {self._metrics_path.name!r} of "
-                "something else in it, which a run would overwrite: choose another folder"
+                f"{self.path} holds no run, but {self.checkpoints.path.name!r} or {self._metrics_path.name!r} of "
+                "something else, which a run would overwrite: choose another folder"
             )
         # The description goes last: as long as it is there, what is here is known to be a run's.
         shutil.rmtree(self.checkpoints.path, ignore_errors=True)

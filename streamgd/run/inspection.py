@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from streamgd.data.layout import Layout, format_bytes, mixing
 from streamgd.data.sources.base import Source
 from streamgd.learn import kernels
@@ -64,6 +66,15 @@ def about_data(source: Source) -> list[str]:
     return lines
 
 
+def about_blocks(source: Source) -> list[str]:
+    """Say how rows lie in blocks."""
+    rows = source.block_rows
+    if len(rows) == 1:
+        return []
+    median = int(np.median(rows))
+    return [entry("blocks", f"of {int(rows.min()):,} to {int(rows.max()):,} rows, half of them of at most {median:,}")]
+
+
 def _about_target(run: Run, reason: str) -> list[str]:
     target, survey, recipe = run.source.target, run.survey, run.config.recipe
     assert target is not None
@@ -118,11 +129,12 @@ def about_plan(source: Source, layout: Layout) -> list[str]:
     """Say where memory goes, and how well rows will be mixed."""
     n_windows = -(-source.n_rows // layout.window_rows)
     windows = 3 if layout.resident else 2
+    window_bytes = format_bytes(windows * layout.window_bytes)
     lines = [
         entry(
             "memory",
-            f"{format_bytes(layout.planned_bytes)} of {format_bytes(layout.buffer_bytes)} planned: {windows} windows of "
-            f"{plural(layout.window_rows, 'row')} ({format_bytes(windows * layout.window_bytes)}), "
+            f"{format_bytes(layout.planned_bytes)} of {format_bytes(layout.buffer_bytes)} planned: "
+            f"{windows} windows of {plural(layout.window_rows, 'row')} ({window_bytes}), "
             f"{plural(layout.n_open, 'open block')} ({format_bytes(layout.open_bytes)}), "
             f"decoding ({format_bytes(layout.piece_bytes)}), open batch ({format_bytes(layout.carry_bytes)})",
         ),
@@ -165,7 +177,9 @@ def outcome(run: Run, folder: Path, *, resumed: bool) -> list[str]:
         f"loss {loss:.6g} over the last epoch{explained}",
     ]
     if resumed and run.finished == "converged":
-        lines.append("nothing to do: it stopped because the loss no longer fell (--tol), and more epochs would not change that")
+        lines.append(
+            "nothing to do: it stopped because the loss no longer fell (--tol), and more epochs would not change that"
+        )
     elif resumed:
         lines.append(f"nothing to do; `streamgd resume {folder} --epochs N` with N above {state.epoch} goes on with it")
     return lines

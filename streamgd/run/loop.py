@@ -1,8 +1,9 @@
 """The only training loop.
 
 `Run` is what a run is made of; `prepare` makes one from data and a configuration, `restore` from a checkpoint, and
-`train` takes it to its end. The loop takes windows from `streamgd.data.prefetch`, hands their rows to the kernel, closes
-epochs, saves checkpoints and tells a `Watcher` how it goes. Nothing that it does depends on time except when it saves.
+`train` takes it to its end. The loop takes windows from `streamgd.data.prefetch`, hands their rows to the kernel,
+closes epochs, saves checkpoints and tells a `Watcher` how it goes. Nothing that it does depends on time except when it
+saves.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from streamgd.data.window import Window
 from streamgd.errors import DataError, DivergenceError, ResumeError, RowAccountingError
 from streamgd.learn import kernels
 from streamgd.learn.model import LinearModel
-from streamgd.learn.recipe import AVERAGE_NONE
 from streamgd.learn.schedules import ADAPTIVE_FLOOR
 from streamgd.learn.state import State
 from streamgd.run.checkpoint import Checkpoint
@@ -145,7 +145,7 @@ def model_of(config: Config, survey: Survey, state: State, is_vector: bool) -> L
 
     With averaging the coefficients are the averages; under l1 they are exactly zero where the last iterate is.
     """
-    averaged = config.recipe.average_kind != AVERAGE_NONE and state.counters[kernels.N_UPDATES] > 0
+    averaged = config.recipe.average_kind != kernels.AVERAGE_NONE and state.counters[kernels.N_UPDATES] > 0
     theta = (state.average if averaged else state.theta).copy()
     if config.recipe.penalty in ("l1", "elasticnet"):
         theta[:, :-1][state.theta[:, :-1] == 0] = 0.0
@@ -247,8 +247,8 @@ def restore(source: Source, checkpoint: Checkpoint, config: Config | None = None
     elif run.finished is None and epoch >= run.n_epochs:
         if window or row or epoch > run.n_epochs:
             raise ResumeError(
-                f"max_iter={run.n_epochs}, but the run is already in epoch {epoch + 1}: it can go on to the end of that "
-                "epoch or further, not back"
+                f"max_iter={run.n_epochs}, but the run is already in epoch {epoch + 1}: it can go on to the end of "
+                "that epoch or further, not back"
             )
         run.finished = "max_iter"
     return run

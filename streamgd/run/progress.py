@@ -374,4 +374,3 @@ def format_seconds(seconds: float) -> str:
     """Write a duration as h:mm:ss."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
-

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from streamgd.data.sources.base import Source
 from streamgd.data.targets import TargetCodec
 from streamgd.errors import DataError, NonFiniteError, OptionError, SchemaError
-from streamgd.learn.kernels import add_moments
+from streamgd.learn.kernels import add_moments, mean_loss
 from streamgd.learn.model import PROBABILISTIC, LinearModel
+from streamgd.learn.recipe import Recipe
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -29,6 +30,9 @@ METHODS = ("predict", "predict_proba", "predict_log_proba", "decision_function")
 _SLICE_BYTES = 4 << 20
 #: Blocks that a source which computes is told of ahead of time, the one being read included.
 _AHEAD = 3
+#: Classes up to which confusions are counted.
+MOST_CONFUSED = 20
+_NONE: Floats = np.zeros(0)
 
 
 class Piece(NamedTuple):
@@ -166,15 +170,23 @@ class Evaluation:
         R² (the mean over the targets, if several) for regression, accuracy for classification; weighted. NaN for R²
         of fewer than two rows.
     metrics : dict of str to float
-        ``r2``, ``rmse`` and ``mae``, or ``accuracy`` and, where the loss gives probabilities, ``log_loss``.
+        ``r2``, ``mse``, ``rmse`` and ``mae``, or ``accuracy`` and, where the loss gives probabilities, ``log_loss``;
+        and ``loss``, the mean of the loss that the model was trained for, if a recipe was given.
+    n_unknown : int
+        Rows whose label the model does not know.
+    confusion : ndarray of shape (n_classes, n_classes), or None
+        Rows by true class (first axis) and predicted class, without those unknown; None for regression, and for more
+        than `MOST_CONFUSED` classes.
     """
 
     n_rows: int
     score: float
     metrics: dict[str, float]
+    n_unknown: int = 0
+    confusion: NDArray[np.int64] | None = None
 
 
-def evaluate(model: LinearModel, source: Source) -> Evaluation:
+def evaluate(model: LinearModel, source: Source, recipe: Recipe | None = None) -> Evaluation:
     """Compare predictions with the target of every row of a source.
 
     Parameters
@@ -183,6 +195,8 @@ def evaluate(model: LinearModel, source: Source) -> Evaluation:
         What predicts.
     source : Source
         Rows with a target, and weights where it has them.
+    recipe : Recipe, optional
+        What the model was trained for, to have the mean of that loss too; class weights do not count in it.
 
     Raises
     ------
@@ -196,23 +210,30 @@ def evaluate(model: LinearModel, source: Source) -> Evaluation:
     Notes
     -----
     Sums are kept about running means (West 1979), so that targets far from zero lose no digits. A label that the model
-    does not know counts as a wrong prediction; for log_loss, as one of probability 2**-52.
+    does not know counts as a wrong prediction; for log_loss, as one of probability 2**-52. It has no
+    place in the mean loss.
     """
     require_features(model, source)
     if source.target is None:
         raise DataError(f"{source.name}: no target to compare with. Name the target column or dataset (target=…)")
     sums = _Values(model, source) if model.classes is None else _Labels(model, source)
+    loss = None if recipe is None else _Loss(model, recipe)
     n_rows = 0
     with contextlib.closing(iter_pieces(source, len(model.coef))) as pieces:
         for piece in pieces:
             weight = np.ones(len(piece.X)) if piece.weight is None else np.ascontiguousarray(piece.weight, np.float64)
             _require_finite_piece(source, piece)
-            sums.add(piece, weight)
+            y, decided = sums.add(piece, weight)
+            if loss is not None:
+                loss.add(y, weight, decided)
             n_rows += len(piece.X)
     if not sums.weight > 0:
-        raise DataError(f"{source.name}: the sample weights sum to {sums.weight}: at least one row needs one above 0")
+        raise DataError(f"{source.name}: the sample weights are all zero: at least one row needs a weight above 0")
     metrics = sums.metrics(n_rows)
-    return Evaluation(n_rows, next(iter(metrics.values())), metrics)
+    score = next(iter(metrics.values()))
+    if loss is not None:
+        metrics["loss"] = loss.mean
+    return Evaluation(n_rows, score, metrics, sums.n_unknown, sums.confusion)
 
 
 def require_features(model: LinearModel, source: Source) -> None:
@@ -227,6 +248,8 @@ def require_features(model: LinearModel, source: Source) -> None:
 
 class _Values:
     """Sums behind R², for numbers."""
+
+    n_unknown, confusion = 0, None
 
     def __init__(self, model: LinearModel, source: Source) -> None:
         assert source.target is not None
@@ -245,7 +268,8 @@ class _Values:
     def weight(self) -> float:
         return float(self._total[0])
 
-    def add(self, piece: Piece, weight: Floats) -> None:
+    def add(self, piece: Piece, weight: Floats) -> tuple[Floats, Floats]:
+        """Add rows; return their targets as numbers, and the model's decisions."""
         y = self._codec.encode(piece.y)
         bad = np.flatnonzero(~np.isfinite(y).all(axis=1))
         if len(bad):
@@ -255,6 +279,7 @@ class _Values:
         add_moments(y, weight, self._mean, self._squares, self._total)
         add_moments(residual, weight, self._residual_mean, self._residual_squares, self._residual_total)
         self._absolute += weight @ np.abs(residual)
+        return y, decided
 
     def metrics(self, n_rows: int) -> dict[str, float]:
         left = self._residual_squares + self.weight * self._residual_mean**2
@@ -264,6 +289,7 @@ class _Values:
         explained = np.where(self._squares > 0, explained, np.where(left > 0, 0.0, 1.0))
         return {
             "r2": float(explained.mean()) if n_rows >= 2 else float("nan"),
+            "mse": float((left / self.weight).mean()),
             "rmse": float(np.sqrt(left / self.weight).mean()),
             "mae": float((self._absolute / self.weight).mean()),
         }
@@ -277,10 +303,14 @@ class _Labels:
         self._model, self._source, self._codec = model, source, TargetCodec(model.classes)
         self._probabilities = model.loss in PROBABILISTIC
         self.weight = self._right = self._loss = 0.0
+        self.n_unknown = 0
+        n = len(model.classes)
+        self.confusion = np.zeros((n, n), np.int64) if n <= MOST_CONFUSED else None
 
-    def add(self, piece: Piece, weight: Floats) -> None:
-        codes, _ = self._codec.look_up(piece.y)
-        codes = codes[:, 0]
+    def add(self, piece: Piece, weight: Floats) -> tuple[Floats, Floats]:
+        """Add rows; return their classes' numbers, -1 for those unknown, and the model's decisions."""
+        found, _ = self._codec.look_up(piece.y)
+        codes = found[:, 0]
         bad = np.flatnonzero(np.isnan(codes))
         if len(bad):
             raise _missing_target(self._source, piece, int(bad[0]))
@@ -288,15 +318,50 @@ class _Labels:
         chosen = decided > 0 if decided.ndim == 1 else decided.argmax(axis=1)
         self.weight += float(weight.sum())
         self._right += float(weight[chosen == codes].sum())
+        known = codes >= 0
+        self.n_unknown += len(codes) - int(known.sum())
+        if self.confusion is not None:
+            n = len(self.confusion)
+            pairs = codes[known].astype(np.intp) * n + chosen[known]
+            self.confusion += np.bincount(pairs, minlength=n * n).reshape(n, n)
         if self._probabilities:
             log_probabilities = self._model.predict_log_proba(piece.X)
             of_target = log_probabilities[np.arange(len(codes)), np.maximum(codes, 0).astype(np.intp)]
             floor = np.log(np.finfo(np.float64).eps)
             self._loss -= float(weight @ np.where(codes < 0, floor, np.maximum(of_target, floor)))
+        return found, decided
 
     def metrics(self, n_rows: int) -> dict[str, float]:
         found = {"accuracy": self._right / self.weight}
         return {**found, "log_loss": self._loss / self.weight} if self._probabilities else found
+
+
+class _Loss:
+    """The mean of the loss that a model was trained for."""
+
+    def __init__(self, model: LinearModel, recipe: Recipe) -> None:
+        n_classes = 0 if model.classes is None else len(model.classes)
+        self._packed = recipe.pack(n_classes=n_classes, n_updates=1, mean_weight=1.0, moments=False)
+        self._labels = n_classes > 0
+        self._sum = self._weight = 0.0
+
+    def add(self, y: Floats, weight: Floats, decided: Floats) -> None:
+        decided = decided.reshape(len(y), -1)
+        if self._labels and (y < 0).any():
+            known = y[:, 0] >= 0
+            y, weight, decided = y[known], weight[known], decided[known]
+        if len(y):
+            total = float(weight.sum())
+            packed = self._packed
+            mean = mean_loss(
+                np.ascontiguousarray(y), weight, np.ascontiguousarray(decided), packed.codes, packed.params, _NONE
+            )
+            self._sum += float(mean) * total
+            self._weight += total
+
+    @property
+    def mean(self) -> float:
+        return self._sum / self._weight if self._weight > 0 else float("nan")
 
 
 def _function(model: LinearModel, method: str) -> Callable[[Array], Array]:

@@ -149,8 +149,6 @@ class Saved:
         Why the run ended; None if it has not.
     feature_names : tuple of str, or None
         As trained on.
-    target_name : str
-        What the target is called.
     origin : dict
         How the data was opened.
     """
@@ -158,13 +156,7 @@ class Saved:
     trained: Trained
     finished: str | None
     feature_names: tuple[str, ...] | None
-    target_name: str
     origin: dict[str, Any]
-
-    @property
-    def n_features(self) -> int:
-        """Columns of X."""
-        return self.trained.state.theta.shape[1] - 1
 
 
 def load_saved(folder: RunFolder, report: Report) -> Saved:
@@ -205,6 +197,5 @@ def load_saved(folder: RunFolder, report: Report) -> Saved:
         trained=Trained(Config.from_json(meta["config"]), survey, state, meta["target"]["is_vector"]),
         finished=meta["finished"],
         feature_names=None if names is None else tuple(names),
-        target_name=meta["target"]["name"],
         origin=described["origin"],
     )

@@ -24,7 +24,7 @@ from streamgd.learn.kernels import (
     QUANTILE,
     SQUARED_ERROR,
     add_moments,
-    constant_loss,
+    mean_loss,
 )
 from streamgd.learn.losses import start_intercept
 from streamgd.learn.scaling import Scaling
@@ -158,7 +158,7 @@ def take_survey(source: Source, config: Config, *, classes: NDArray[Any] | None 
         null_loss = float(0.5 * targets.variance.mean())
     else:
         null_loss = float(
-            constant_loss(targets.sample, targets.sample_weight, start, packed.codes, packed.params, factors)
+            mean_loss(targets.sample, targets.sample_weight, start[None, :], packed.codes, packed.params, factors)
         )
     deviation = np.sqrt(targets.variance)
     return Survey(
@@ -369,7 +369,7 @@ def _require_finite(source: Source, block: int, start: int, values: Floats, what
 
 def _require_weight(source: Source, total: float) -> None:
     if not total > 0:
-        raise DataError(f"{source.name}: the sample weights sum to {total}: at least one row needs a weight above 0")
+        raise DataError(f"{source.name}: the sample weights are all zero: at least one row needs a weight above 0")
 
 
 def _quantile(values: Floats, weight: Floats, share: float) -> float:

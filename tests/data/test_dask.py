@@ -5,20 +5,28 @@ from __future__ import annotations
 import gc
 import logging
 import pickle
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import dask
 import dask.array as da
 import dask.dataframe as dd
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
+from distributed import Client
+from scipy import sparse
 
 from streamgd.data.sources.base import Source
 from streamgd.data.sources.dask import DaskSource
 from streamgd.errors import DataError, EmptySourceError, SchemaError, SourceNotFoundError
-from tests.data.contract import SourceContract, dense, make_rows, make_target, plain, read_all, read_block
+from tests.data.contract import SourceContract, make_rows, make_target, plain, read_all, read_block
 
 
 def blocks_of(array: np.ndarray, n_blocks: int) -> da.Array:
@@ -74,3 +82,387 @@ class TestDaskDataFrameContract(SourceContract):
             frame["weight"] = weight
         lazy = dd.from_pandas(frame, npartitions=n_blocks)
         return DaskSource.from_dataframe(lazy, target, weight=None if weight is None else "weight", dtype=dtype)
+
+
+def lazy(n: int = 40, n_blocks: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray, da.Array, da.Array]:
+    X, y = make_rows(n, 3, seed=seed), make_target(n)
+    return X, y, blocks_of(X, n_blocks), blocks_of(y, n_blocks)
+
+
+class Notes(list[Any]):
+    """A list that tasks of a cluster in this process share, though they are pickled."""
+
+    kept: ClassVar[dict[int, Notes]] = {}
+
+    def __reduce__(self) -> Any:
+        self.kept[id(self)] = self
+        return find_notes, (id(self),)
+
+
+def find_notes(number: int) -> Notes:
+    return Notes.kept[number]
+
+
+def noting(array: da.Array, notes: Notes, note: Any = lambda info: info[None]["chunk-location"][0]) -> da.Array:
+    """Note the number of each block that is computed."""
+
+    def pass_on(block: np.ndarray, block_info: Any = None) -> np.ndarray:
+        notes.append(note(block_info))
+        return block
+
+    return array.map_blocks(pass_on, dtype=array.dtype, meta=np.empty((0,) * array.ndim, array.dtype))
+
+
+class TestArrays:
+    def test_unknown_lengths_are_measured_with_a_message(self, caplog: pytest.LogCaptureFixture) -> None:
+        X, y, lazy_X, lazy_y = lazy()
+        keep = lazy_y % 1 == 0
+        unknown_X, unknown_y = lazy_X[keep], lazy_y[keep]
+        with caplog.at_level(logging.INFO, logger="streamgd"):
+            source = DaskSource(unknown_X, unknown_y)
+        assert "unknown length: measuring all 4" in caplog.text
+        assert np.isnan(unknown_X.shape[0])  # the caller's array is left as it is
+        kept = y % 1 == 0
+        found_X, found_y, _ = read_all(source)
+        np.testing.assert_array_equal(found_X, X[kept])
+        np.testing.assert_array_equal(found_y, y[kept])
+
+    def test_known_lengths_compute_nothing(self) -> None:
+        _, _, lazy_X, lazy_y = lazy()
+        notes = Notes()
+        DaskSource(noting(lazy_X, notes), lazy_y)
+        assert notes == []
+
+    def test_blocks_without_rows_are_passed_over(self) -> None:
+        X, y, _, _ = lazy()
+        chunks = (0, 7, 0, 0, 33, 0)
+        source = DaskSource(da.from_array(X, chunks=(chunks, 3)), da.from_array(y, chunks=40))
+        assert source.block_rows.tolist() == [7, 33]
+        np.testing.assert_array_equal(read_all(source)[0], X)
+        assert source.locate(1, 2) == "Dask block 4, row 2 of it (row 9 of all, counted from 0)"
+
+    def test_no_rows(self) -> None:
+        _, _, lazy_X, lazy_y = lazy()
+        with pytest.raises(EmptySourceError):
+            DaskSource(lazy_X[:0], lazy_y[:0])
+        with pytest.raises(EmptySourceError):
+            DaskSource(lazy_X[lazy_y < 0], lazy_y[lazy_y < 0])
+
+    def test_row_counts_must_agree(self) -> None:
+        _, _, lazy_X, lazy_y = lazy()
+        with pytest.raises(SchemaError, match="X has 40 rows, but y has 39"):
+            DaskSource(lazy_X, lazy_y[1:])
+        with pytest.raises(SchemaError, match="weight has 38"):
+            DaskSource(lazy_X, lazy_y, weight=lazy_y[2:])
+
+    def test_arrays_that_are_not_dask_may_be_target(self) -> None:
+        _, y, lazy_X, _ = lazy()
+        source = DaskSource(lazy_X, y, weight=list(range(40)))
+        np.testing.assert_array_equal(read_all(source)[1], y)
+        np.testing.assert_array_equal(read_all(source)[2], np.arange(40))
+
+    @pytest.mark.parametrize(
+        ("make", "words"),
+        [
+            (lambda X: X[:, 0], r"Expected 2D array.*X\[:, None\]"),
+            (lambda X: X[:, :, None], "got 3D"),
+            (lambda X: X.astype("datetime64[s]"), "datetime64"),
+            (lambda X: X.astype(complex), "Complex"),
+            (lambda X: X[:, X[0] > 99], "number of columns"),
+            (lambda X: X.map_blocks(sparse.csr_array, meta=sparse.csr_array((0, 0))), "csr_array.*toarray"),
+        ],
+        ids=["vector", "cube", "dates", "complex", "unknown columns", "sparse"],
+    )
+    def test_what_cannot_be_features(self, make: Any, words: str) -> None:
+        with pytest.raises(SchemaError, match=words):
+            DaskSource(make(lazy()[2]))
+
+    def test_failing_block_is_named_and_keeps_its_cause(self) -> None:
+        _, _, lazy_X, lazy_y = lazy()
+
+        def fail(block: np.ndarray, block_info: Any = None) -> np.ndarray:
+            if block_info[None]["chunk-location"][0] == 2:
+                raise OSError("disk on fire")
+            return block
+
+        source = DaskSource(lazy_X.map_blocks(fail, dtype="f4", meta=np.empty((0, 0), "f4")), lazy_y)
+        read_block(source, 1)
+        with pytest.raises(DataError, match="Dask block 2 cannot be computed: OSError: disk on fire") as caught:
+            source.open_block(2)
+        assert isinstance(caught.value.__cause__, OSError)
+
+    def test_vanished_file_of_a_block(self, tmp_path: Path) -> None:
+        np.save(tmp_path / "0.npy", np.ones((5, 2)))
+        lazy_X = da.from_delayed(dask.delayed(np.load)(tmp_path / "0.npy"), (5, 2), dtype=float)
+        source = DaskSource(lazy_X)
+        (tmp_path / "0.npy").unlink()
+        with pytest.raises(SourceNotFoundError, match=r"Dask block 0.*0\.npy"):
+            source.open_block(0)
+
+    @pytest.mark.parametrize(
+        ("block", "words"),
+        [
+            (np.ones((3, 3)), r"shape \(3, 3\) where \(5, 3\)"),
+            (np.ones((5, 2)), r"\(5, 2\) where \(5, 3\)"),
+            (np.array([["a"] * 3] * 5), "not what its collection promised"),
+        ],
+        ids=["rows", "columns", "type"],
+    )
+    def test_block_that_is_not_as_promised(self, block: np.ndarray, words: str) -> None:
+        source = DaskSource(da.from_delayed(dask.delayed(lambda: block)(), (5, 3), dtype=float))
+        with pytest.raises(SchemaError, match=words):
+            source.open_block(0)
+
+    def test_target_pass_computes_no_features(self) -> None:
+        _, y, lazy_X, lazy_y = lazy()
+        notes = Notes()
+        source = DaskSource(noting(lazy_X, notes), lazy_y)
+        np.testing.assert_array_equal(np.concatenate([part for _, _, part, _ in source.iter_targets()]), y)
+        assert notes == []
+
+    def test_an_epoch_computes_every_block_once(self) -> None:
+        _, _, lazy_X, lazy_y = lazy()
+        notes = Notes()
+        noted = noting(lazy_X, notes)
+        read_all(DaskSource(noted, noted.sum(axis=1) + lazy_y))  # the target is made from the features
+        assert sorted(notes) == [0, 1, 2, 3]
+
+    def test_a_closed_block_is_dropped(self) -> None:
+        source = DaskSource(lazy()[2] + 1)
+        reader = source.open_block(0)
+        held = weakref.ref(reader.read(3).X.base)
+        reader.close()
+        gc.collect()
+        assert held() is None
+        with pytest.raises(ValueError, match="closed"):
+            reader.read(1)
+
+    def test_blocks_out_of_hdf5(self, tmp_path: Path) -> None:
+        X, y, _, _ = lazy(400)
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            file["X"], file["y"] = X, y
+        with h5py.File(tmp_path / "a.h5") as file:
+            source = DaskSource(da.from_array(file["X"], chunks=(50, 2)), da.from_array(file["y"], chunks=50))
+            with ThreadPoolExecutor(4) as pool:
+                parts = list(pool.map(lambda block: read_block(source, block)[0], range(8)))
+            source.close()
+        np.testing.assert_array_equal(np.concatenate(parts), X)
+
+    def test_cost_counts_whole_blocks(self) -> None:
+        lazy_X, lazy_y = da.zeros((100, 5), chunks=(30, 5)), da.zeros(100, chunks=30)
+        source = DaskSource(lazy_X, lazy_y)
+        assert source.holds_block
+        assert source.open_block_bytes == 30 * 6 * 8
+        assert source.stored_bytes == 100 * 6 * 8
+        joined = DaskSource(lazy_X.rechunk((30, 2)), lazy_y)
+        assert joined.open_block_bytes == 2 * 30 * 6 * 8
+
+    def test_hint_where_blocks_are_big(self) -> None:
+        assert DaskSource(*lazy()[2:]).mixing_hint() is None
+        big = DaskSource(da.zeros((1_000_000, 8), chunks=(500_000, 8)))
+        assert "X.rechunk((65536, -1))" in str(big.mixing_hint())
+
+    def test_fingerprint_does_not_depend_on_keys(self) -> None:
+        X, y, _, _ = lazy()
+        one, other = (DaskSource(da.from_array(X, chunks=(10, 3), name=False), y) for _ in range(2))
+        assert one.fingerprint == other.fingerprint
+        assert DaskSource(da.from_array(X, chunks=(20, 3)), y).fingerprint != one.fingerprint
+
+    def test_string_targets(self) -> None:
+        labels = np.array(["u", "vw"])[np.arange(40) % 2]
+        for array in (labels, labels.astype(object)):
+            source = DaskSource(lazy()[2], da.from_array(array, chunks=10))
+            assert not source.target.numeric
+            assert plain(read_all(source)[1]).tolist() == labels.tolist()
+            assert source.fingerprint == DaskSource(lazy()[2], da.from_array(array.copy(), chunks=10)).fingerprint
+
+
+class TestDataFrames:
+    def frame(self) -> pd.DataFrame:
+        n = 30
+        return pd.DataFrame(
+            {
+                "a": np.arange(n, dtype=np.int32),
+                "flag": np.arange(n) % 2 == 0,
+                "b": pd.array(np.arange(n) / 4, dtype="Float64"),
+                "label": np.array(["u", "v"])[np.arange(n) % 2],
+                "kind": pd.Categorical(np.array(["p", "q", "r"])[np.arange(n) % 3]),
+                "day": pd.date_range("2020-01-01", periods=n),
+                "w": np.linspace(1, 2, n),
+            }
+        )
+
+    def test_all_unusable_columns_are_named(self) -> None:
+        table = dd.from_pandas(self.frame(), npartitions=3)
+        with pytest.raises(SchemaError) as caught:
+            DaskSource.from_dataframe(table, "w")
+        for name in ("label", "kind", "day"):
+            assert f"'{name}' (" in str(caught.value)
+        assert "'flag'" not in str(caught.value)
+
+    @pytest.mark.parametrize("target", ["label", "kind", "day", "flag"])
+    def test_targets_with_classes(self, target: str) -> None:
+        frame = self.frame()
+        features = ["b", "a"]
+        source = DaskSource.from_dataframe(dd.from_pandas(frame, npartitions=3), target, features, "w")
+        assert source.feature_names == ("b", "a")
+        assert source.target.numeric == (target == "flag")
+        X, y, weight = read_all(source)
+        np.testing.assert_array_equal(X, frame[features].to_numpy(float))
+        assert list(y) == list(frame[target].to_numpy())
+        np.testing.assert_array_equal(weight, frame["w"])
+        pieces = [plain(part) for _, _, part, _ in source.iter_targets()]
+        assert list(np.concatenate(pieces)) == list(frame[target].to_numpy())
+
+    def test_missing_column(self) -> None:
+        table = dd.from_pandas(self.frame(), npartitions=3)
+        with pytest.raises(SourceNotFoundError, match="'z'"):
+            DaskSource.from_dataframe(table, "z", ["a"])
+
+    def test_partitions_without_rows(self) -> None:
+        table = dd.from_pandas(self.frame(), npartitions=3)
+        source = DaskSource.from_dataframe(table[table.a >= 10], "w", ["a"])
+        assert source.block_rows.tolist() == [10, 10]
+        np.testing.assert_array_equal(read_all(source)[0][:, 0], np.arange(10, 30))
+
+    @pytest.mark.parametrize("kind", ["series", "array", "numpy"])
+    def test_targets_beside_the_frame(self, kind: str) -> None:
+        frame = self.frame()
+        table = dd.from_pandas(frame[["a", "b"]], npartitions=3)
+        y = {"series": dd.from_pandas(frame["w"], npartitions=3), "array": da.from_array(frame["w"].to_numpy(), 7)}.get(
+            kind, frame["w"].to_numpy()
+        )
+        source = DaskSource.from_dataframe(table, y)
+        assert source.n_features == 2
+        np.testing.assert_array_equal(read_all(source)[1], frame["w"])
+        np.testing.assert_array_equal(np.concatenate([part for _, _, part, _ in source.iter_targets()]), frame["w"])
+
+    @pytest.mark.filterwarnings("ignore:The inplace keyword")  # between Dask and pandas
+    def test_parquet_through_dask(self, tmp_path: Path) -> None:
+        frame = self.frame()[["a", "w"]]
+        for part in range(3):
+            frame.iloc[part * 10 : part * 10 + 10].to_parquet(tmp_path / f"{part}.parquet", index=False)
+        source = DaskSource.from_dataframe(dd.read_parquet(tmp_path), "w")
+        np.testing.assert_array_equal(read_all(source)[1], frame["w"])
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with (
+        dask.config.set({"distributed.worker.profile.enabled": False}),
+        Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None) as client,
+    ):
+        yield client
+
+
+def eventually(condition: Any, timeout_s: float = 5) -> bool:
+    end = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return bool(condition())
+
+
+class TestWithoutClient:
+    def test_blocks_are_computed_by_the_caller(self) -> None:
+        notes = Notes()
+        lazy_X = noting(lazy()[2], notes, lambda _: threading.get_ident())
+        source = DaskSource(lazy_X)
+        source.announce([0, 1, 2])
+        assert notes == []
+        read_block(source, 0)
+        assert notes == [threading.get_ident()]
+
+
+class TestWithClient:
+    def test_blocks_are_computed_on_the_client(self, client: Client) -> None:
+        X, y, lazy_X, lazy_y = lazy()
+        notes = Notes()
+        source = DaskSource(noting(lazy_X, notes, lambda _: threading.get_ident()), lazy_y)
+        found_X, found_y, _ = read_all(source)
+        np.testing.assert_array_equal(found_X, X)
+        np.testing.assert_array_equal(found_y, y)
+        assert len(notes) == 4
+        assert threading.get_ident() not in notes
+        np.testing.assert_array_equal(np.concatenate([part for _, _, part, _ in source.iter_targets()]), y)
+
+    def test_a_bounded_number_is_computed_ahead(self, client: Client) -> None:
+        _, _, lazy_X, lazy_y = lazy(200, 20, seed=1)
+        notes = Notes()
+        source = DaskSource(noting(lazy_X, notes), lazy_y)
+        readers = [source.open_block(block) for block in range(3)]
+        source.announce(range(3, 20))
+        assert eventually(lambda: sorted(notes) == list(range(9)))  # three are open: six ahead
+        time.sleep(0.05)
+        assert sorted(notes) == list(range(9))
+        readers.append(source.open_block(3))
+        assert notes.count(3) == 1  # it was there
+        for reader in readers:
+            reader.close()
+        source.close()
+        assert eventually(lambda: not client.futures)  # nothing stays on the workers
+
+    def test_blocks_no_longer_wanted_are_forgotten(self, client: Client) -> None:
+        _, _, lazy_X, lazy_y = lazy(200, 20, seed=2)
+        notes = Notes()
+        source = DaskSource(noting(lazy_X, notes), lazy_y)
+        source.announce([0, 1, 2, 3])
+        assert eventually(lambda: sorted(notes) == [0, 1, 2, 3])
+        source.announce([3, 10])
+        assert eventually(lambda: sorted(notes) == [0, 1, 2, 3, 10])
+        assert eventually(lambda: len(client.futures) == 4)  # features and target of two blocks
+        source.close()
+
+    def test_unknown_lengths(self, client: Client) -> None:
+        X, y, lazy_X, lazy_y = lazy(seed=3)
+        source = DaskSource(lazy_X[lazy_y % 1 == 0], lazy_y[lazy_y % 1 == 0])
+        np.testing.assert_array_equal(read_all(source)[0], X[y % 1 == 0])
+
+    def test_dataframe(self, client: Client) -> None:
+        frame = pd.DataFrame({"a": np.arange(12.0), "y": np.arange(12)})
+        source = DaskSource.from_dataframe(dd.from_pandas(frame, npartitions=3), "y")
+        source.announce(range(3))
+        np.testing.assert_array_equal(read_all(source)[1], frame["y"])
+        np.testing.assert_array_equal(np.concatenate([part for _, _, part, _ in source.iter_targets()]), frame["y"])
+        source.close()
+
+    def test_persisted_data(self, client: Client) -> None:
+        X, _, lazy_X, _ = lazy(seed=4)
+        kept = lazy_X.persist()
+        source = DaskSource(kept, kept.sum(axis=1))
+        source.announce(range(4))
+        np.testing.assert_array_equal(read_all(source)[0], X)
+        source.compute_here = True
+        found = read_all(source)
+        np.testing.assert_array_equal(found[0], X)
+        np.testing.assert_allclose(found[1], X.sum(axis=1), rtol=1e-6)
+        source.close()
+
+    def test_failing_block(self, client: Client, caplog: pytest.LogCaptureFixture) -> None:
+        def fail(block: np.ndarray) -> np.ndarray:
+            raise ZeroDivisionError("on purpose")
+
+        source = DaskSource(lazy(seed=5)[2].map_blocks(fail, dtype="f4", meta=np.empty((0, 0), "f4")))
+        source.announce([1, 2])
+        with pytest.raises(DataError, match="Dask block 1 cannot be computed: ZeroDivisionError: on purpose") as caught:
+            source.open_block(1)
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+        source.close()
+
+    def test_within_a_task_blocks_are_computed_there(self, client: Client) -> None:
+        X, _, lazy_X, lazy_y = lazy(seed=6)
+        source = DaskSource(lazy_X, lazy_y)
+
+        def total(some: DaskSource) -> float:
+            return float(sum(read_block(some, block)[0].sum(dtype=float) for block in range(4)))
+
+        tasks = [client.submit(total, source, pure=False) for _ in range(2)]  # as many as there are threads
+        assert client.gather(tasks, direct=True) == [pytest.approx(X.sum(dtype=float))] * 2
+        source.close()
+
+    def test_sent_elsewhere_it_computes_there(self, client: Client) -> None:
+        source = pickle.loads(pickle.dumps(DaskSource(*lazy()[2:])))
+        assert source.compute_here
+        before = set(client.futures)
+        source.announce([0, 1])
+        assert set(client.futures) <= before
+        assert len(read_all(source)[0]) == 40

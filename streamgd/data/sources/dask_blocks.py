@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import dask.core
+from dask.highlevelgraph import HighLevelGraph
 
 #: Dask is annotated in parts only.
 _dask: Any = dask
@@ -57,11 +58,8 @@ class BlockGraph:
 
     def __init__(self, collections: Sequence[Any]) -> None:
         self._collections = tuple(collections)  # also keeps what was persisted alive
-        optimized: tuple[Any, ...] = _dask.optimize(*collections)
-        self._tasks: dict[Any, Any] = {}
-        for collection in optimized:
-            self._tasks.update(dict(collection.__dask_graph__()))
-        self._keys = [list(_dask.core.flatten(collection.__dask_keys__())) for collection in optimized]
+        self._tasks, keys = _optimized(self._collections)
+        self._keys = [list(_dask.core.flatten(some)) for some in keys]
 
     def compute(self, block: int) -> list[Any]:
         """Compute a block in the calling thread; the caller's threads are the parallelism."""
@@ -98,6 +96,26 @@ class BlockGraph:
             else:
                 persisted[key] = True
         return tasks, keys, list(persisted)
+
+
+def _optimized(collections: Sequence[Any]) -> tuple[dict[Any, Any], list[Any]]:
+    """Optimize collections; return their tasks, and the keys of each collection.
+
+    Arrays are optimized together, as `dask.compute` does: one by one (as `dask.optimize` does), a target made from the
+    features would load them a second time.
+    """
+    arrays = [each for each in collections if isinstance(each.__dask_graph__(), HighLevelGraph)]
+    tasks: dict[Any, Any] = {}
+    if arrays:
+        merged = HighLevelGraph.merge(*(array.__dask_graph__() for array in arrays))
+        tasks.update(arrays[0].__dask_optimize__(merged, [array.__dask_keys__() for array in arrays]))
+    keys = []
+    for each in collections:
+        if not any(each is array for array in arrays):
+            (each,) = _dask.optimize(each)
+            tasks.update(each.__dask_graph__())
+        keys.append(each.__dask_keys__())
+    return tasks, keys
 
 
 def _value(future: Any) -> Any:

@@ -1,0 +1,333 @@
+"""`SGDRegressor`: linear regression with the conventions of scikit-learn."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Self
+
+import numpy as np
+from sklearn.base import RegressorMixin
+
+from streamgd.estimators.base import SGDEstimator
+from streamgd.estimators.inputs import is_streamed
+
+
+class SGDRegressor(RegressorMixin, SGDEstimator):  # type: ignore[misc]
+    """Linear regression by mini-batch gradient descent, on data of any size.
+
+    Minimises mean loss + alpha * penalty. Takes arrays, DataFrames and Dask collections, or a source that reads files
+    where they lie; one target or several.
+
+    Parameters
+    ----------
+    loss : str, default="squared_error"
+        With p the prediction: ``"squared_error"`` is (p - y)**2 / 2; ``"huber"`` is that up to errors of `epsilon` and
+        epsilon * abs(p - y) - epsilon**2 / 2 beyond; ``"epsilon_insensitive"`` is max(0, abs(p - y) - epsilon), and
+        ``"squared_epsilon_insensitive"`` its square; ``"quantile"`` is the pinball loss, which predicts a quantile.
+    penalty : {None, "l2", "l1", "elasticnet"}, default=None
+        What is added to the mean loss, `alpha` times: half the sum of squares of the coefficients, the sum of their
+        sizes, or a mixture. It acts on the coefficients of the scaled features, see Notes; never on the intercept.
+    alpha : float, default=1e-4
+        Strength of the penalty. Also sets the pace of ``learning_rate="optimal"``.
+    l1_ratio : float, default=0.15
+        Share of the l1 part under ``penalty="elasticnet"``, from 0 to 1.
+    fit_intercept : bool, default=True
+        Whether there is an intercept. Without one, features are scaled but not shifted.
+    max_iter : int or "auto", default="auto"
+        Epochs (passes over the data) at most. By default a small set gets enough epochs to converge and a large one
+        few: many updates, not many passes, are what converges. ``"auto"`` is as many epochs as make about 10,000
+        updates, at most 1,000 and at least 1.
+    tol : float, None or "auto", default="auto"
+        Training ends when the loss of `n_iter_no_change` epochs in a row is not below the best one before by more than
+        `tol`. ``"auto"`` is 1e-5 of the loss of the best constant prediction; None goes on to `max_iter`.
+    shuffle : bool, default=True
+        Whether rows are shuffled, anew in each epoch. False keeps the order of the data.
+    verbose : int, default=0
+        Above 0, a line is printed after each epoch.
+    epsilon : float, default=0.1
+        Where huber goes from squares to sizes, and what errors the epsilon-insensitive losses ignore; in the units of
+        the target.
+    random_state : int, RandomState instance or None, default=0
+        Seed of the shuffle. None draws a fresh one for every fit.
+    learning_rate : str, default="auto"
+        How the size of the steps goes with the number t of the update: ``"constant"`` is eta0, ``"optimal"`` is
+        1 / (alpha (t0 + t - 1)), ``"invscaling"`` is eta0 / t**power_t, ``"adaptive"`` is eta0 and a fifth of that
+        whenever training would end by `tol`, ``"cosine"`` falls to zero over `max_iter` epochs. Setting one means
+        ``optimizer="sgd"`` unless an optimizer is set too. See Notes for the pairs that go together.
+    eta0 : float or "auto", default="auto"
+        First learning rate: 0.5 for auto and adagrad, 0.01 for sgd, 0.001 for adam.
+    power_t : float, default=0.25
+        Exponent of ``learning_rate="invscaling"``.
+    n_iter_no_change : int, default=5
+        See `tol`.
+    warm_start : bool, default=False
+        Whether `fit` begins with the coefficients that are there. Scaling, classes and the unit of the steps stay those
+        of the first call.
+    average : bool, int or "auto", default="auto"
+        Whether ``coef_`` is an average over the updates. ``"auto"`` averages for the optimizers auto and dowg, later
+        updates counting more. Under sgd, all updates count alike, and an int n above 1 begins with the n-th.
+    quantile : float, default=0.5
+        Which quantile ``loss="quantile"`` predicts, between 0 and 1.
+    momentum : float, default=0.0
+        Momentum of ``optimizer="sgd"``, from 0 to below 1.
+    nesterov : bool, default=False
+        Whether momentum is Nesterov's.
+    optimizer : {"auto", "sgd", "adagrad", "adam", "dowg"}, default="auto"
+        How gradients become steps. ``"auto"`` needs no tuning: AdaGrad in the units of the data, no step of which goes
+        beyond the minimum of its batch, averaged.
+    batch_size : int, default=256
+        Rows behind one update.
+    buffer : str or int, default="256MB"
+        Memory for the data, all told; a number of bytes, or a text such as ``"2GB"`` or ``"512MiB"``. Rows are shuffled
+        within windows of about half of it that are drawn from many places of the data; what fits is shuffled whole.
+    standardize : {True, "full", False}, default=True
+        Whether features are scaled to mean 0 and standard deviation 1 while training: by a sample of at least 65,536
+        rows, by all rows (one pass more), or not. ``coef_`` is in the units of the data in any case.
+    checkpoint_dir : path-like or None, default=None
+        Folder where every fit keeps a run folder of its own, with checkpoints to resume from; see `fit`.
+    checkpoint_every_s : float, default=60.0
+        Seconds between checkpoints; there is one at the end of each epoch, too.
+    n_threads : int or None, default=None
+        Threads that read ahead; None is one for each processor. The result does not depend on it.
+
+    Attributes
+    ----------
+    coef_ : ndarray of shape (n_features,) or (n_targets, n_features)
+        Coefficients, in the units of the data; 2-D if the target is.
+    intercept_ : ndarray of shape (1,) or (n_targets,)
+        Intercepts.
+    n_features_in_ : int
+        Number of features.
+    feature_names_in_ : ndarray of shape (n_features,), object
+        Their names; only if the data has names that are strings.
+    n_iter_ : int
+        Epochs: of the last `fit`, and of every `partial_fit` since.
+    t_ : int
+        Updates of these epochs, plus 1. An update takes `batch_size` rows.
+    loss_curve_ : list of float
+        Mean loss of each epoch, without the penalty. It is progressive: each row's loss before the update that uses the
+        row, so that the first epoch's is an honest estimate for new rows.
+    run_dir_ : Path or None
+        The run folder of the last fit, if it has one.
+
+    See Also
+    --------
+    SGDClassifier : The same for classes.
+    streamgd.open_source : Opens HDF5, Parquet and other data as a source.
+    streamgd.load : Makes an estimator of a run folder.
+
+    Notes
+    -----
+    **Optimizers and learning rates.** These go together, every other pair is an error:
+
+    =========  ====================================================  ========================================
+    optimizer  learning_rate                                         ``"auto"`` stands for
+    =========  ====================================================  ========================================
+    auto       auto                                                  constant
+    sgd        constant, optimal, invscaling, adaptive, cosine       invscaling, with eta0 0.01
+    adagrad    constant, invscaling, adaptive, cosine                constant
+    adam       constant, invscaling, adaptive, cosine                constant
+    dowg       auto                                                  nothing: it needs no rate
+    =========  ====================================================  ========================================
+
+    **Penalties** act on the coefficients of the scaled features (as in glmnet and H2O), so that a feature in metres is
+    treated like one in kilometres. With ``standardize=False`` they act on the coefficients as they are.
+
+    **What differs from scikit-learn's estimator of the same name**
+
+    - Other defaults: `penalty`, `optimizer`, `learning_rate`, `eta0`, `average`, `max_iter`, `tol`, `standardize`. They
+      are made for data that nobody has scaled, shuffled or looked at.
+    - An update is made of `batch_size` rows, by the mean of their gradients.
+    - Gradients are divided by the mean sample weight, so that the scale of the weights does not matter.
+    - The intercept starts at the best constant prediction, not at zero (but for plain sgd without scaling).
+    - There is no early stopping on a part held out.
+
+    With ``optimizer="sgd"``, ``batch_size=1``, ``standardize=False``, ``average=False`` and ``shuffle=False`` the
+    coefficients are scikit-learn's, for every loss and learning rate that both have and penalty None or ``"l2"``.
+
+    **Cost.** An epoch takes about as long as reading the data once. Memory is `buffer`, a constant, and some arrays of
+    the size of ``coef_``. Arrays are neither copied nor cast: float32 data is trained in float32 rows, with
+    coefficients kept in float64.
+
+    **Determinism.** The result is a function of data, parameters and `random_state` alone, to the bit: neither threads,
+    nor the type of processor, nor kills and resumes change it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from streamgd import SGDRegressor
+    >>> X = np.random.default_rng(0).normal(size=(1000, 2))
+    >>> y = X @ [3.0, -2.0] + 1.0
+    >>> model = SGDRegressor().fit(X, y)
+    >>> model.coef_.round(3), model.intercept_.round(3)
+    (array([ 3., -2.]), array([1.]))
+    """
+
+    _task = "regression"
+
+    def __init__(
+        self,
+        loss: str = "squared_error",
+        *,
+        penalty: str | None = None,
+        alpha: float = 1e-4,
+        l1_ratio: float = 0.15,
+        fit_intercept: bool = True,
+        max_iter: int | str = "auto",
+        tol: float | str | None = "auto",
+        shuffle: bool = True,
+        verbose: int = 0,
+        epsilon: float = 0.1,
+        random_state: int | np.random.RandomState | None = 0,
+        learning_rate: str = "auto",
+        eta0: float | str = "auto",
+        power_t: float = 0.25,
+        n_iter_no_change: int = 5,
+        warm_start: bool = False,
+        average: bool | int | str = "auto",
+        quantile: float = 0.5,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        optimizer: str = "auto",
+        batch_size: int = 256,
+        buffer: str | int = "256MB",
+        standardize: bool | str = True,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        checkpoint_every_s: float = 60.0,
+        n_threads: int | None = None,
+    ) -> None:
+        self.loss = loss
+        self.penalty = penalty
+        self.alpha = alpha
+        self.l1_ratio = l1_ratio
+        self.fit_intercept = fit_intercept
+        self.max_iter = max_iter
+        self.tol = tol
+        self.shuffle = shuffle
+        self.verbose = verbose
+        self.epsilon = epsilon
+        self.random_state = random_state
+        self.learning_rate = learning_rate
+        self.eta0 = eta0
+        self.power_t = power_t
+        self.n_iter_no_change = n_iter_no_change
+        self.warm_start = warm_start
+        self.average = average
+        self.quantile = quantile
+        self.momentum = momentum
+        self.nesterov = nesterov
+        self.optimizer = optimizer
+        self.batch_size = batch_size
+        self.buffer = buffer
+        self.standardize = standardize
+        self.checkpoint_dir = checkpoint_dir
+        self.checkpoint_every_s = checkpoint_every_s
+        self.n_threads = n_threads
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None, *, resume: bool = False) -> Self:
+        """Fit the model.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features), DataFrame, Dask collection or Source
+            The features. A source (`streamgd.open_source`) brings its target and weights along.
+        y : array-like of shape (n_samples,) or (n_samples, n_targets), or None
+            The target; None where X brings it.
+        sample_weight : array-like of shape (n_samples,) or None, default=None
+            Weights of the rows; at least 0, not all 0.
+        resume : bool, default=False
+            Whether to go on with the newest checkpoint of the same fit in `checkpoint_dir`, where there is one: same
+            data, same parameters, at most `max_iter` epochs done. A finished fit is left as it is; a larger `max_iter`
+            goes on with it. False starts afresh.
+
+        Returns
+        -------
+        self
+            The fitted estimator.
+
+        Raises
+        ------
+        ValueError
+            If data or parameters cannot be used. Most such errors are of `streamgd.errors`.
+        DivergenceError
+            If the coefficients leave the finite numbers: a learning rate that is too large.
+        RunLockedError
+            If another process is at the same fit, in the same `checkpoint_dir`.
+
+        Notes
+        -----
+        With a `checkpoint_dir`, the run folder is named by a hash of parameters and data, so that no two fits of a
+        grid search meet. A KeyboardInterrupt saves a checkpoint on its way out; a process that is killed loses what it
+        did since the last one. A resumed fit equals an uninterrupted one bit for bit. `streamgd.load` makes an
+        estimator of a run folder.
+        """
+        return self._fit(X, y, sample_weight, resume=resume)
+
+    def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+        """Train for one epoch on some rows: further rows of a stream, or the same once more.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features), DataFrame, Dask collection or Source
+            The features.
+        y : array-like of shape (n_samples,) or (n_samples, n_targets), or None
+            The target; None where X brings it.
+        sample_weight : array-like of shape (n_samples,) or None, default=None
+            Weights of the rows.
+
+        Returns
+        -------
+        self
+            The estimator, trained further. After an error it is as it was before.
+
+        Notes
+        -----
+        Scaling, mean weight and the unit of the target are found in the first call and kept:
+        let it have enough rows to tell. The last batch of a call is closed with the rows it has. `tol` and
+        `checkpoint_dir` are not used, and ``learning_rate="adaptive"`` keeps its rate.
+        """
+        return self._partial_fit(X, y, sample_weight)
+
+    def predict(self, X: Any) -> Any:
+        """Predict the target.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features), DataFrame, Dask collection or Source
+            The features.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,) or (n_samples, n_targets), float64
+            Predictions.
+            For a source or a Dask collection an iterator of such arrays, of consecutive rows in the order of the data,
+            none larger than a few megabytes.
+        """
+        return self._predictions(X, "predict")
+
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        """Return R², the share of the target's variance that the predictions explain.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features), DataFrame, Dask collection or Source
+            The features.
+        y : array-like of shape (n_samples,) or (n_samples, n_targets), or None
+            The target; None where X brings it.
+        sample_weight : array-like of shape (n_samples,) or None, default=None
+            Weights of the rows. Those of a source are used.
+
+        Returns
+        -------
+        float
+            At most 1; the mean over the targets if there are several.
+        """
+        if is_streamed(X):
+            return self._score_of_source(X, y, sample_weight)
+        return float(super().score(X, y, sample_weight))
+
+    def __sklearn_tags__(self) -> Any:
+        """Say what scikit-learn's checks and meta-estimators may expect."""
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
