@@ -32,7 +32,7 @@ def make_stream(source):
 
 
 def make_network() -> MLPRegressor:
-    return MLPRegressor((32, 32), learning_rate_init=0.005, random_state=0)
+    return MLPRegressor(hidden_layer_sizes=(32, 32), learning_rate_init=0.005, random_state=0)
 
 
 def main() -> None:
@@ -58,9 +58,8 @@ def main() -> None:
             (folder / "state.pickle").write_bytes(pickle.dumps((other, batches.state_dict())))
 
         other, state = pickle.loads((folder / "state.pickle").read_bytes())
-        print(
-            f"stopped after {stopped_at} batches: epoch {state['epoch']}, window {state['window']}, row {state['row']}"
-        )
+        where = ", ".join(f"{name} {state[name]}" for name in ("epoch", "window", "row"))
+        print(f"stopped after {stopped_at} batches, at {where}")
         n_batches = 0
         with make_stream(source) as batches:
             batches.load_state_dict(state)

@@ -3,6 +3,8 @@
 python examples/resume_after_kill.py
 """
 
+import contextlib
+import io
 import signal
 import subprocess
 import sys
@@ -15,8 +17,8 @@ import numpy as np
 
 import streamgd
 
-N_ROWS, N_FEATURES, N_EPOCHS = 100_000, 10, 60
-KILL_AFTER_EPOCH = 10
+N_ROWS, N_FEATURES, N_EPOCHS = 60_000, 10, 30
+KILL_AFTER_EPOCH = 5
 
 
 def write_data(path: Path) -> None:
@@ -28,12 +30,13 @@ def write_data(path: Path) -> None:
         file.create_dataset("y", data=y)
 
 
-def make_model(checkpoint_dir: Path | None) -> streamgd.SGDRegressor:
+def make_model(checkpoint_dir: Path | None, verbose: int = 0) -> streamgd.SGDRegressor:
     """Make the estimator: resuming takes the same parameters."""
     return streamgd.SGDRegressor(
         max_iter=N_EPOCHS,
         tol=None,
         buffer="1MB",
+        verbose=verbose,
         checkpoint_dir=checkpoint_dir,
         checkpoint_every_s=0.01,  # 60 by default, which is what a run of days wants
     )
@@ -64,13 +67,17 @@ def main() -> None:
         data, checkpoint_dir = Path(name) / "data.h5", Path(name) / "checkpoints"
         write_data(data)
         run_dir = kill_a_fit(data, checkpoint_dir)
-        print(f"killed; its newest checkpoint is from after {streamgd.load(run_dir).n_iter_} of {N_EPOCHS} epochs")
+        left = streamgd.load(run_dir)
+        print(f"killed by SIGKILL; left behind: {left.n_iter_} of {N_EPOCHS} epochs, {left.t_ - 1:,} updates")
 
         source = streamgd.open_source(data)
-        resumed = make_model(checkpoint_dir).fit(source, resume=True)
+        told = io.StringIO()
+        with contextlib.redirect_stdout(told):
+            resumed = make_model(checkpoint_dir, verbose=1).fit(source, resume=True)
+        print(f"resumed; the first epoch to end was {told.getvalue().splitlines()[0]}")
         undisturbed = make_model(None).fit(source)
-        print("resumed:    ", np.array2string(resumed.coef_[:4], precision=17))
-        print("undisturbed:", np.array2string(undisturbed.coef_[:4], precision=17))
+        print("resumed:    ", np.array2string(resumed.coef_[:3], precision=17))
+        print("undisturbed:", np.array2string(undisturbed.coef_[:3], precision=17))
         same = (
             resumed.coef_.tobytes() == undisturbed.coef_.tobytes()
             and resumed.intercept_.tobytes() == undisturbed.intercept_.tobytes()

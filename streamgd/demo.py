@@ -35,7 +35,7 @@ Say = Callable[[str], None]
 
 N_FEATURES = 20
 #: Rows trained in all, about: a few seconds' work, so that there is a half-way to be killed at.
-_TOTAL_ROWS = 16_000_000
+_TOTAL_ROWS = 6_000_000
 #: The data is so many times larger than the buffer.
 _TIMES = 5
 _SEED = 20
@@ -77,8 +77,11 @@ def make_data(folder: Path, n_rows: int, truth: Truth) -> dict[str, Path]:
     rng = np.random.default_rng(_SEED + 1)
     names = [f"x{j}" for j in range(N_FEATURES)]
     schema = pa.schema([(name, pa.float32()) for name in [*names, "y"]])
-    piece = 20_000
-    with h5py.File(paths["HDF5"], "w") as h5, pq.ParquetWriter(paths["Parquet"], schema) as parquet:
+    piece = 4096  # rows of a row group: small ones mix well, and many can be open at once
+    with (
+        h5py.File(paths["HDF5"], "w") as h5,
+        pq.ParquetWriter(paths["Parquet"], schema, use_dictionary=False) as parquet,
+    ):
         X = h5.create_dataset("X", (n_rows, N_FEATURES), "float32")
         y = h5.create_dataset("y", (n_rows,), "float32")
         for first in range(0, n_rows, piece):
@@ -118,7 +121,7 @@ def run_demo(folder: Path, n_rows: int, say: Say) -> bool:
         max_iter=max(4, round(_TOTAL_ROWS / n_rows)),
         tol=None,
         seed=_SEED,
-        buffer_bytes=max(1_000_000, n_bytes // _TIMES),
+        buffer_bytes=n_bytes // _TIMES,
     )
     say(
         f"{n_rows:,} rows of {N_FEATURES} features: {format_bytes(n_bytes)}, to be trained on in a buffer of "
@@ -166,6 +169,7 @@ def _train_and_kill(path: Path, run_path: Path, config: Config, total: int) -> i
             gives_up = time.monotonic() + _PATIENCE_S
             while child.poll() is None and 2 * _saved_rows(folder) < total and time.monotonic() < gives_up:
                 time.sleep(0.002)
+            time.sleep(0.05)  # on, into the next window
         finally:
             child.kill()
         _, said = child.communicate()

@@ -94,10 +94,10 @@ def choose_task(
         return task, "as told"
     if loss is not None:
         return LOSSES[loss].task, f"as loss {loss} asks for"
-    if weighs_classes:
-        return "classification", "as class weights ask for"
     if not target.numeric:
         return "classification", f"the target is {target.dtype}"
+    if weighs_classes:
+        return "classification", "as class weights ask for"
     if target.dtype == "bool":
         return "classification", "the target is bool"
     if target.dtype.startswith(("int", "uint")):

@@ -13,7 +13,7 @@ import click
 @click.command(short_help="Show on made-up data that a killed run loses nothing.")
 @click.option("--dir", "parent", type=click.Path(path_type=Path), help="Where to work. [default: a temporary folder]")
 @click.option("--keep", is_flag=True, help="Leave data and runs there.")
-@click.option("--rows", type=click.IntRange(20_000), default=400_000, show_default=True, help="Rows of the data.")
+@click.option("--rows", type=click.IntRange(200_000), default=600_000, show_default=True, help="Rows of the data.")
 def demo(parent: Path | None, keep: bool, rows: int) -> int:
     """Make data larger than its buffer, train, kill the run half-way, resume it, and show that nothing was lost."""
     from streamgd.demo import run_demo

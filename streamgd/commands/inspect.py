@@ -64,7 +64,7 @@ def _list_columns(columns: list[StoredColumn]) -> list[str]:
         return []
     shown = columns[:_LISTED]
     width = max(len(column.name) for column in shown)
-    lines = [entry("stored" if i == 0 else "", f"{c.name:<{width}}  {c.text}") for i, c in enumerate(shown)]
+    lines = [entry("stored" if i == 0 else "", f"{c.name:<{width}}  {c.text}".rstrip()) for i, c in enumerate(shown)]
     if len(columns) > _LISTED:
         lines.append(entry("", f"… ({len(columns) - _LISTED:,} more)"))
     return lines

@@ -91,6 +91,7 @@ def train(stop: StopRequest, /, data: tuple[str, ...], run_path: Path, **given: 
     from streamgd.run.session import begin
 
     options, view = _options(given), _view(quiet=given["quiet"])
+    RunFolder(run_path).require_free()  # before anything that takes time
     source = open_data(
         data,
         target=kinds.split_names((given["target"],)),
@@ -153,7 +154,7 @@ def _train(
     with view, stop.deferred():
         finished = train_run(run, options=options, folder=folder, watcher=view, stop=stop.event)
     if not finished:
-        _say_stopped(stop, folder.path, standing(run))
+        _say_stopped(stop, folder.path, f"{standing(run)}, and saved")
         return stop.status
     for line in outcome(run, folder.path, resumed=False):
         click.echo(line)
@@ -162,7 +163,7 @@ def _train(
 
 def _say_stopped(stop: StopRequest, path: Path, where: str) -> None:
     command = f"streamgd resume {shlex.quote(str(path))}"
-    click.echo(f"stopped by {stop.name} {where}, and saved; go on with: {command}", err=True)
+    click.echo(f"stopped by {stop.name} {where}; go on with: {command}", err=True)
     stop.told = True
 
 

@@ -101,18 +101,19 @@ class ClassCounter:
             self._number_weights = np.concatenate([self._number_weights, np.zeros(len(fresh))])[order]
             codes, _ = find_numbers(y, self._numbers)
         inverse = np.where(np.isnan(codes[:, 0]), -1, codes[:, 0]).astype(np.intp)
-        counts, sums = _count(inverse, weight, len(self._numbers))
+        n = len(self._numbers)
+        counts, self._number_weights = _count(inverse, weight, n, self._number_weights)
         self._number_counts += counts
-        self._number_weights += sums
         return inverse
 
     def _add_others(self, y: Any, weight: Array | None) -> NDArray[np.intp]:
         inverse, values = factorize(y)
-        counts, sums = _count(inverse, weight, len(values))
-        for value, count, total in zip(values, counts.tolist(), sums.tolist(), strict=True):
-            entry = self._others.setdefault(value, [0, 0.0])
+        entries = [self._others.setdefault(value, [0, 0.0]) for value in values]
+        before = np.array([entry[1] for entry in entries], np.float64)
+        counts, sums = _count(inverse, weight, len(values), before)
+        for entry, count, total in zip(entries, counts.tolist(), sums.tolist(), strict=True):
             entry[0] += count
-            entry[1] += total
+            entry[1] = total
         return inverse
 
     @property
@@ -252,13 +253,19 @@ def find_numbers(y: Array, classes: Floats) -> tuple[Floats, int]:
     return codes[:, None], int(unknown)
 
 
-def _count(inverse: NDArray[np.intp], weight: Array | None, n: int) -> tuple[NDArray[np.int64], Floats]:
+def _count(inverse: NDArray[np.intp], weight: Array | None, n: int, sums: Floats) -> tuple[NDArray[np.int64], Floats]:
+    """Count the rows of each class, and add their weights to the sums so far.
+
+    Weights are added one after the other, row by row, so that no sum depends on where pieces end.
+    """
     kept = inverse >= 0
     counts = np.bincount(inverse[kept], minlength=n).astype(np.int64)
     if weight is None:
-        return counts, counts.astype(np.float64)
-    sums = np.bincount(inverse[kept], np.asarray(weight, np.float64)[kept], minlength=n)
-    return counts, sums.astype(np.float64)
+        return counts, sums + counts
+    # The sums so far come first: added afterwards, a piece's own sum would be rounded by itself.
+    at = np.concatenate([np.arange(n), inverse[kept]])
+    found = np.bincount(at, np.concatenate([sums, np.asarray(weight, np.float64)[kept]]), minlength=n)
+    return counts, found.astype(np.float64)
 
 
 def is_arrow(y: Any) -> bool:

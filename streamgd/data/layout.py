@@ -222,8 +222,8 @@ def plan_layout(
     -----
     Two windows, the open blocks, one piece of each of `MAX_READERS` readers and the open batch fit in the buffer.
     Blocks are *small* if a window can hold eight of the largest: then slices are whole blocks. Otherwise as many blocks
-    are kept open as half of the buffer bears, and each window takes a slice of every one; the number is evened out, so
-    that the last blocks of an epoch are not left alone.
+    are kept open as two thirds of the buffer bear, because more blocks mix better than longer windows, and each window
+    takes a slice of every one; the number is evened out, so that the last blocks of an epoch are not left alone.
     """
     width = source.row_dtype.itemsize
     row = source.n_features * width + 8 * n_outputs + 8 * source.has_weight + 8 + 4
@@ -284,7 +284,7 @@ def plan_layout(
 
 def _share_big_blocks(costs: _Costs) -> tuple[int, int]:
     """Choose how many big blocks to keep open, and the rows of a window beside them."""
-    n_open = costs.most_open(0.5, costs.min_window_rows)
+    n_open = costs.most_open(2 / 3, costs.min_window_rows)
     n_open = max(1, min(n_open, costs.window_rows(n_open) // _MIN_SLICE_ROWS))
     n_turns = -(-costs.n_blocks // n_open)
     n_open = -(-costs.n_blocks // n_turns)

@@ -172,7 +172,8 @@ class RowPlacer:
             raise SchemaError(
                 f"block {block} of {self._source.name} has {len(addresses)} features: expected {out.shape[1]}"
             )
-        found = place_columns(
+        # By address: `columns` keeps the memory alive until the kernel has returned.
+        return place_columns(
             np.array(addresses, np.int64),
             np.array(codes, np.int64),
             np.array(strides, np.int64),
@@ -181,8 +182,6 @@ class RowPlacer:
             places,
             out,
         )
-        del columns  # not before: the kernel reads their memory by address
-        return found
 
     def _expect_rows(self, found: int, expected: int, block: int) -> None:
         if found != expected:
@@ -230,10 +229,10 @@ class RowPlacer:
 
 
 def _readable(values: Array) -> Array:
-    """Return values that the kernels can read by address: a known dtype, aligned, with whole, forward strides."""
+    """Return values that the kernels can read by address: a known dtype, aligned, with strides of whole values."""
     if values.dtype.name not in DTYPE_CODES or not values.dtype.isnative:
         values = values.astype(np.float32 if values.dtype.kind == "f" and values.itemsize < 4 else np.float64)
-    if not values.flags.aligned or any(step < 0 or step % values.itemsize for step in values.strides):
+    if not values.flags.aligned or any(step % values.itemsize for step in values.strides):
         values = np.ascontiguousarray(values)
     return values
 

@@ -150,8 +150,8 @@ def _as_source(X: Any, y: Any, weight: Any) -> Source:
 
 
 def _is_plain_frame(X: Any) -> bool:
-    """Whether it is a pandas DataFrame that the source reads as it is; objects are scikit-learn's to convert."""
-    return is_pandas(X, "DataFrame") and X.size > 0 and not any(dtype.kind == "O" for dtype in X.dtypes)
+    """Whether it is a pandas DataFrame that the source reads as it is; Python objects are scikit-learn's to convert."""
+    return is_pandas(X, "DataFrame") and X.size > 0 and not any(dtype is np.dtype(object) for dtype in X.dtypes)
 
 
 def _checked_target(estimator: Any, y: Any, *, labels: bool) -> Any:

@@ -59,6 +59,8 @@ _inner = _njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_SHARED)
 _HUGE = 1e150
 #: AdaGrad's guard against dividing noise by noise: this share of the largest √G of the same output.
 _ADAGRAD_FLOOR = 1e-9
+#: Rounding error of a sum, as a share of the size of its terms: two units in the last place.
+_ROUNDING = 4.4e-16
 
 
 # --- arithmetic with the same bits on every CPU ----------------------------------------------------------------------
@@ -396,6 +398,18 @@ def _gradient(X, first, n, R, G, k):
 
 
 @_inner
+def _intercept_gradient(C, D, P, k, n, mean_weight):
+    """Sum row k of D, the rows' derivatives; a sum within its own rounding error counts as zero.
+
+    The intercept starts where this sum is zero in exact arithmetic. Steps that are divided by √G would blow what is
+    left of it, which depends on the order of the rows, up to steps of full size.
+    """
+    total = row_dot(C, 3, D, k, n)
+    size = row_dot(D, k, D, k, n) + mean_weight * mean_weight * row_dot(P, k, P, k, n)
+    return total if abs(total) > _ROUNDING * np.sqrt(n * size) else 0.0
+
+
+@_inner
 def _adagrad_step(k, grad, delta, theta, slots, eta):
     """Add the squared gradient of output k to its sums and fill its step; return (gradient . step, floor)."""
     width = grad.shape[1]
@@ -646,7 +660,9 @@ def _batch(X, first, n, y, weight, state, scratch, codes, params, class_weight, 
         _gradient(X, first, n, R, G, k)
         for j in range(d):
             grad[k, j] = G[k, j] / rows
-        grad[k, d] = row_dot(C, 3, D, k, n) / rows if codes[CODE_INTERCEPT] else 0.0
+        grad[k, d] = 0.0
+        if codes[CODE_INTERCEPT]:
+            grad[k, d] = _intercept_gradient(C, D, P, k, n, params[PARAM_MEAN_WEIGHT]) / rows
         if codes[CODE_OPTIMIZER] != SGD and params[PARAM_L2] > 0:
             for j in range(d):
                 grad[k, j] += params[PARAM_L2] * theta[k, j]

@@ -98,9 +98,14 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(tensors, meta)
 
 
+def temporary_name(path: Path) -> Path:
+    """Return where a file is written before it gets its name."""
+    return path.with_name(path.name + ".tmp")
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, flush it, rename it into place and flush the folder."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)

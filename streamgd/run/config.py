@@ -18,6 +18,8 @@ from streamgd.learn.recipe import Recipe
 AUTO_UPDATES, AUTO_MAX_EPOCHS = 10_000, 1_000
 #: What ``tol="auto"`` is, as a share of the loss of the constant prediction.
 AUTO_TOL = 1e-5
+#: Differences between two runs that a message lists.
+_MOST_DIFFERENCES = 10
 
 
 @dataclass(frozen=True)
@@ -150,12 +152,22 @@ class RunOptions:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Name each entry that differs between two JSON objects, with both values."""
-    return [
-        f"{name}: {old.get(name)!r} then, {new.get(name)!r} now"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
+    """Name each entry that differs between two JSON objects, with both values; nested ones as ``files[0].digest``."""
+    found: list[str] = []
+    _compare("", old, new, found)
+    more = len(found) - _MOST_DIFFERENCES
+    return found if more <= 0 else [*found[:_MOST_DIFFERENCES], f"… and {more} more"]
+
+
+def _compare(path: str, old: Any, new: Any, found: list[str]) -> None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            _compare(f"{path}.{name}" if path else name, old.get(name), new.get(name), found)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, (one, other) in enumerate(zip(old, new, strict=True)):
+            _compare(f"{path}[{i}]", one, other, found)
+    elif old != new:
+        found.append(f"{path}: {old!r} then, {new!r} now")
 
 
 def _is_whole(value: object) -> bool:

@@ -23,7 +23,7 @@ from streamgd.errors import (
     RunLockedError,
     RunNotFoundError,
 )
-from streamgd.run.checkpoint import FORMAT, Checkpoint, CheckpointFolder, write_atomic
+from streamgd.run.checkpoint import FORMAT, Checkpoint, CheckpointFolder, temporary_name, write_atomic
 
 
 class RunFolder:
@@ -47,7 +47,7 @@ class RunFolder:
     @property
     def holds_run(self) -> bool:
         """Whether a run was started here."""
-        return (self.path / "config.json").exists()
+        return self._description_path.exists()
 
     # --- locking ---
     def __enter__(self) -> Self:
@@ -68,7 +68,7 @@ class RunFolder:
                 f"the run folder {self.path} is in use by another process: wait until it ends, or choose another folder"
             ) from err
         self._lock = lock
-        self.checkpoints.remove_leftovers()
+        self._remove_leftovers()
         return self
 
     def __exit__(
@@ -83,7 +83,18 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
+    def _remove_leftovers(self) -> None:
+        """Delete temporary files that a killed writer left; none but ours."""
+        self.checkpoints.remove_leftovers()
+        for path in (self._description_path, self._metrics_path):
+            with contextlib.suppress(OSError):
+                temporary_name(path).unlink()
+
     # --- the run's description ---
+    @property
+    def _description_path(self) -> Path:
+        return self.path / "config.json"
+
     def start(self, description: dict[str, Any], *, replace: bool = False) -> None:
         """Begin a run in this folder.
 
@@ -99,6 +110,15 @@ class RunFolder:
         RunExistsError
             If there is a run and `replace` is False.
         """
+        self.require_free(replace=replace)
+        # The description goes last: as long as it is there, what is here is known to be a run's.
+        shutil.rmtree(self.checkpoints.path, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            self._metrics_path.unlink()
+        self.describe(description)
+
+    def require_free(self, *, replace: bool = False) -> None:
+        """Refuse a folder that a new run cannot begin in; see `start`."""
         if self.holds_run and not replace:
             raise RunExistsError(
                 f"{self.path} already holds a run: `streamgd resume {self.path}` goes on with it; for a new run choose "
@@ -109,24 +129,19 @@ class RunFolder:
                 f"{self.path} holds no run, but {self.checkpoints.path.name!r} or {self._metrics_path.name!r} of "
                 "something else, which a run would overwrite: choose another folder"
             )
-        # The description goes last: as long as it is there, what is here is known to be a run's.
-        shutil.rmtree(self.checkpoints.path, ignore_errors=True)
-        with contextlib.suppress(FileNotFoundError):
-            self._metrics_path.unlink()
-        self.describe(description)
 
     def discard(self) -> None:
         """Undo `start`, for a run that could not begin."""
         with contextlib.suppress(OSError):
-            (self.path / "config.json").unlink()
+            self._description_path.unlink()
 
     def describe(self, description: dict[str, Any]) -> None:
         """Write ``config.json``."""
         text = json.dumps({"format": FORMAT, **description}, indent=2, sort_keys=True)
         try:
-            write_atomic(self.path / "config.json", (text + "\n").encode())
+            write_atomic(self._description_path, (text + "\n").encode())
         except OSError as err:
-            raise CheckpointWriteError(f"cannot write {self.path / 'config.json'}: {err.strerror or err}") from err
+            raise CheckpointWriteError(f"cannot write {self._description_path}: {err.strerror or err}") from err
 
     def description(self) -> dict[str, Any]:
         """Read ``config.json``.
@@ -138,7 +153,7 @@ class RunFolder:
         ResumeError
             If a newer streamgd wrote it, or it is not JSON.
         """
-        path = self.path / "config.json"
+        path = self._description_path
         try:
             found: dict[str, Any] = json.loads(path.read_text())
         except FileNotFoundError as err:

@@ -50,14 +50,14 @@ def decisions(run: Run, folder: Path, options: RunOptions, reasons: dict[str, st
 def about_data(source: Source) -> list[str]:
     """Say what is read."""
     where = "" if source.kind == "memory" else f" ({source.kind})"
-    names = source.feature_names or [f"column {i}" for i in range(source.n_features)]
+    named = f": {listed(source.feature_names)}" if source.feature_names else ""
     lines = [
         entry(
             "data",
             f"{source.name}{where}: {plural(source.n_rows, 'row')} in {plural(source.n_blocks, 'block')}, "
             f"{format_bytes(source.stored_bytes)} a pass",
         ),
-        entry("features", f"{source.n_features:,} as {source.row_dtype}: {listed(names)}"),
+        entry("features", f"{source.n_features:,} as {source.row_dtype}{named}"),
     ]
     if source.dropped:
         lines.append(entry("left out", listed([f"{name} ({reason})" for name, reason in source.dropped])))
@@ -169,7 +169,7 @@ def outcome(run: Run, folder: Path, *, resumed: bool) -> list[str]:
     loss = state.loss_curve[-1]
     explained = f", explains {100 * (1 - loss / null_loss):.2f} % of what a constant misses" if null_loss > 0 else ""
     how = {
-        "max_iter": f"finished: all {plural(state.epoch, 'epoch')} done",
+        "max_iter": f"finished: {plural(state.epoch, 'epoch')} done",
         "converged": f"finished: converged after {plural(state.epoch, 'epoch')}",
     }[run.finished or "max_iter"]
     lines = [

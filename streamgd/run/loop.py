@@ -247,8 +247,8 @@ def restore(source: Source, checkpoint: Checkpoint, config: Config | None = None
     elif run.finished is None and epoch >= run.n_epochs:
         if window or row or epoch > run.n_epochs:
             raise ResumeError(
-                f"max_iter={run.n_epochs}, but the run is already in epoch {epoch + 1}: it can go on to the end of "
-                "that epoch or further, not back"
+                f"the run is already in epoch {epoch + 1}: with max_iter={run.n_epochs} epochs it would have to go back. "
+                f"Give it at least {epoch + 1}"
             )
         run.finished = "max_iter"
     return run
@@ -523,7 +523,7 @@ class _Training:
             else "a smaller eta0, or optimizer='auto', which needs none"
         )
         return DivergenceError(
-            f"training diverged at epoch {state.epoch}, window {window.index}, update "
+            f"training diverged in epoch {state.epoch + 1}, window {window.index + 1}, update "
             f"{int(state.counters[kernels.N_UPDATES]) + 1:,}: the batch's loss is {state.scalars[kernels.BAD_VALUE]} "
             f"(loss={recipe.loss!r}, optimizer={recipe.the_optimizer.name!r}, eta0={recipe.first_eta:g}). Try {advice}."
             + kept

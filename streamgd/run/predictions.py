@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from streamgd.data.sources.base import Source
+from streamgd.errors import StreamgdError
 from streamgd.learn.model import LinearModel
 from streamgd.run.scoring import predict_source
 
@@ -71,9 +72,11 @@ def write_predictions(model: LinearModel, source: Source, path: Path, *, proba: 
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as err:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(err, OSError) and not isinstance(err, StreamgdError):
+            raise OSError(err.errno, f"cannot write the predictions: {err.strerror or err}", str(path)) from err
         raise
     return n_rows
 

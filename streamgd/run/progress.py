@@ -73,7 +73,7 @@ class Figures:
         """Say what the run's speed hangs on."""
         if self.wait_share is None:
             return None
-        share = f"{100 * self.wait_share:.0f} % of the time waits for data"
+        share = f"{100 * self.wait_share:.0f} % waiting"
         return f"reading is the limit ({share})" if self.wait_share >= 0.5 else f"training is the limit ({share})"
 
     def speed(self) -> str:

@@ -110,6 +110,8 @@ def go_on(
     else:
         # The description knows of epochs that were asked for after the checkpoint was written.
         run = restore(source, checkpoint, config or Config.from_json(described["config"]))
+    if run.finished:  # then there is nothing to change
+        return run
     folder.cut_metrics(run.state.cursor)
     now = described | {"config": run.config.to_json(), "origin": source.origin}
     if now != described:

@@ -251,7 +251,7 @@ def _survey_classes(source: Source, classes: NDArray[Any] | None) -> _Targets:
     if len(known) < 2:
         raise DataError(
             f"{source.name}: the number of classes has to be greater than one; got {len(known)} class "
-            f"({known[0]!r}) in the target {source.target.name!r}"
+            f"({known.tolist()[0]!r}) in the target {source.target.name!r}"
         )
     codes, unknown = codec.look_up(found)
     if unknown >= 0:
@@ -323,17 +323,23 @@ def sample_runs(source: Source, *, everything: bool = False) -> Iterator[tuple[i
     affordable = n_rows // 16 // max(1, source.slice_cost_rows)
     n_blocks = min(source.n_blocks, SAMPLE_BLOCKS, max(4, affordable))
     heads = [round(i * source.n_blocks / n_blocks) for i in range(n_blocks)] + [source.n_blocks]
-    wanted = SAMPLE_ROWS
-    for i in range(n_blocks):
-        # What small stretches could not give is taken from those that follow.
-        left = -(-wanted // (n_blocks - i))
+    stretch_rows = np.add.reduceat(source.block_rows, heads[:-1])
+    for i, left in enumerate(_divide(SAMPLE_ROWS, stretch_rows)):
         for block in range(heads[i], heads[i + 1]):
             n = min(left, int(source.block_rows[block]))
-            if n <= 0:
+            if n == 0:
                 break
             yield block, 0, n
             left -= n
-            wanted -= n
+
+
+def _divide(wanted: int, available: NDArray[np.int64]) -> list[int]:
+    """Divide a number among stretches, as evenly as they bear it: what small ones cannot give, the others do."""
+    shares = [0] * len(available)
+    for n_before, i in enumerate(np.argsort(available, kind="stable").tolist()):
+        shares[i] = min(int(available[i]), -(-wanted // (len(available) - n_before)))
+        wanted -= shares[i]
+    return shares
 
 
 def _as_matrix(X: Any) -> Floats:

@@ -453,6 +453,7 @@ class TestWithClient:
         source = DaskSource(lazy_X, lazy_y)
 
         def total(some: DaskSource) -> float:
+            some.compute_here = False  # as of one that is opened within the task
             return float(sum(read_block(some, block)[0].sum(dtype=float) for block in range(4)))
 
         tasks = [client.submit(total, source, pure=False) for _ in range(2)]  # as many as there are threads

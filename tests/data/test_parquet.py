@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import decimal
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 
 from streamgd.data.sources.base import Source
 from streamgd.data.sources.parquet import ParquetSource
+from streamgd.data.sources.parquet_pages import Chunk, open_bytes
 from streamgd.data.sources.parquet_types import to_numbers
 from streamgd.errors import (
     CorruptDataError,
@@ -267,6 +270,7 @@ class TestFeatureTypes:
         tens = [decimal.Decimal(n).scaleb(3) for n in (1, -999, 2**53 + 1)]
         assert to_numbers(pa.array(tens, pa.decimal128(20, -3)).slice(1)).tolist() == [-999e3, float(tens[2])]
         exact = [decimal.Decimal(-(2**63)), decimal.Decimal(2**63 - 1), decimal.Decimal(2**53 + 1), decimal.Decimal(-1)]
+        exact += [decimal.Decimal(3 * 2**64 + 5), decimal.Decimal(-3 * 2**64 + 5)]
         assert to_numbers(pa.array(exact, pa.decimal128(38, 0))).tolist() == [float(value) for value in exact]
 
     def test_other_columns_are_all_named_with_a_way_out(self, tmp_path: Path) -> None:
@@ -366,6 +370,8 @@ class TestTargets:
         source = ParquetSource(path, "y")
         assert source.target.dtype == "string"
         assert read_all(source, (7, 100, 1))[1].tolist() == y.tolist()
+        with source.open_block(0, piece_rows=16) as reader:
+            assert isinstance(reader.read(16).y, pa.DictionaryArray)  # a slice maps its classes, not its rows
         with source.open_block(1, 5, piece_rows=16) as reader:
             piece = reader.read(33)
             assert isinstance(piece.y, pa.Array)
@@ -569,11 +575,42 @@ class TestDamage:
             with pytest.raises(CorruptDataError, match="row group 0"):
                 read_block(source, 0)
 
+    def test_headers_that_never_end(self) -> None:
+        for filler in (b"\x1c", b"\xff", b"\x18\x7f"):
+            chunk = Chunk(0, 70_000, 140_000, "FLOAT")
+            assert open_bytes(io.BytesIO(filler * 70_000), [chunk]) >= 140_000
+
     def test_changed_after_opening(self, path: Path) -> None:
         source = ParquetSource(path, "y")
         write(path, {"x": ramp(5000), "y": ramp(5000)}, row_group_size=1000)
         with pytest.raises(DataError, match="has changed since"):
             source.open_block(0)
+
+    def test_encrypted_columns(self, path: Path) -> None:
+        encryption = pytest.importorskip("pyarrow.parquet.encryption")
+
+        class Keys(encryption.KmsClient):  # type: ignore[misc]
+            def __init__(self) -> None:
+                encryption.KmsClient.__init__(self)
+
+            def wrap_key(self, key: bytes, name: str) -> bytes:
+                return base64.b64encode(key)
+
+            def unwrap_key(self, key: bytes, name: str) -> bytes:
+                return base64.b64decode(key)
+
+        factory, server = encryption.CryptoFactory(lambda _: Keys()), encryption.KmsConnectionConfig()
+        for plaintext_footer in (True, False):
+            how = encryption.EncryptionConfiguration(
+                footer_key="one", column_keys={"two": ["x"]}, plaintext_footer=plaintext_footer
+            )
+            write(
+                path,
+                {"x": ramp(9), "y": ramp(9)},
+                encryption_properties=factory.file_encryption_properties(server, how),
+            )
+            with pytest.raises(DataError, match="encrypt"):
+                ParquetSource(path, "y")
 
     def test_encrypted_footer(self, path: Path) -> None:
         path.write_bytes(b"PARE" + bytes(100) + b"PARE")

@@ -126,20 +126,20 @@ class TestLayout:
         assert mixing(source, layout).blocks_per_window >= 18
         assert mixing(source, layout).verdict == "good"
 
-    def test_opens_as_many_big_blocks_as_half_of_the_buffer_bears(self):
+    def test_opens_as_many_big_blocks_as_two_thirds_of_the_buffer_bear(self):
         source = FakeSource([1], n_features=28, open_block_bytes=1_000_000)
         source.block_rows = np.full(12, 1_000_000, np.int64)
         layout = plan_layout(source, 10_000_000)
-        assert layout.n_open == 4  # evened out: three turns of four
+        assert layout.n_open == 6
         assert 8 * layout.slice_rows < 1_000_000
         assert layout.window_rows == layout.n_open * layout.slice_rows
-        assert str(mixing(source, layout)) == "fair: a window draws on about 4 of 12 blocks"
+        assert str(mixing(source, layout)) == "fair: a window draws on about 6 of 12 blocks"
         assert mixing(source, plan_layout(source, 3_000_000)).verdict == "poor"
 
     def test_does_not_leave_the_last_blocks_of_an_epoch_alone(self):
         source = FakeSource([1], open_block_bytes=100_000)
         source.block_rows = np.full(9, 10**6, np.int64)
-        layout = plan_layout(source, 1_700_000)
+        layout = plan_layout(source, 1_500_000)
         assert layout.n_open == 5  # not eight, and then one alone
 
     def test_slices_of_big_blocks_are_not_tiny(self):

@@ -159,7 +159,8 @@ class TestResuming:
         buffer = refusal.value.needed_bytes + extra
 
         def make():
-            return stream(source, batch_size=batch_size, shuffle=shuffle, n_epochs=3, drop_last=drop_last, buffer=4_000)
+            options = {"shuffle": shuffle, "n_epochs": 3, "drop_last": drop_last, "buffer": buffer}
+            return stream(source, batch_size=batch_size, **options)
 
         whole = rows_in(make())
         with make() as first:

@@ -1,5 +1,6 @@
 import threading
 import time
+from concurrent.futures import wait
 
 import numpy as np
 import pyarrow as pa
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import streamgd.data.window
 from streamgd.data.plan import EpochPlan, checksum_of
 from streamgd.data.targets import TargetCodec
 from streamgd.data.window import ResidentFiller, Stopped, Window, WindowFiller
@@ -231,6 +233,35 @@ class TestFailure:
             fill_epoch(source, layout_of(source, window_rows=200), n_threads=4)
         assert reading == 0
         assert source.n_open == 0
+
+    def test_an_interrupt_while_waiting_for_the_helpers(self, monkeypatch):
+        source = FakeSource([20] * 10)
+        main, reading, interrupted = threading.current_thread(), threading.Event(), False
+
+        def slowly(block, row):
+            if threading.current_thread() is main:
+                assert reading.wait(10)
+                return
+            reading.set()
+            time.sleep(0.05)
+            assert source.n_open > 0
+
+        def interrupt(helpers):
+            nonlocal interrupted
+            if not interrupted:
+                interrupted = True
+                raise KeyboardInterrupt
+            return wait(helpers)
+
+        source.before_read = slowly
+        monkeypatch.setattr(streamgd.data.window, "wait", interrupt)
+        layout = layout_of(source, window_rows=200)
+        plan = next(EpochPlan(source.block_rows, layout, seed=0, epoch=0).windows())
+        filler = WindowFiller(source, layout, None, n_threads=3)
+        with pytest.raises(KeyboardInterrupt):
+            filler.fill(Window(layout, source), plan)
+        assert source.n_open == 0  # every helper is done with its block
+        filler.close()
 
     def test_a_window_of_another_layout(self):
         source = FakeSource([20] * 10)

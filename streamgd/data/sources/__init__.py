@@ -216,7 +216,7 @@ def _open_arrays(X: Any, y: Any, features: Any, weight: Any, dtype: str) -> Sour
 
     if isinstance(X, Mapping | set | bytes) or not (hasattr(X, "__len__") or hasattr(X, "__array__")):
         raise DataError(f"cannot open a {type(X).__name__} as data; expected {SUPPORTED}")
-    if not hasattr(X, "__array__") and hasattr(X, "__arrow_c_stream__"):
+    if hasattr(X, "__arrow_c_stream__") and not type(X).__module__.startswith("pandas"):
         raise DataError(
             f"cannot open a {type(X).__module__}.{type(X).__name__}; convert it with .to_pandas(), or write it to a "
             "Parquet file and pass the path"

@@ -187,7 +187,7 @@ def file_format(path: Path) -> str:
         if head[:6] == _NPY_MAGIC:
             return "npy"
         offset, size = 512, path.stat().st_size
-        while offset < size and path.suffix.lower() in _HDF5_SUFFIXES:  # a user block may come first
+        while offset < size:  # a block of the user's own may come before HDF5's
             file.seek(offset)
             if file.read(8) == _HDF5_MAGIC:
                 return "hdf5"
@@ -215,7 +215,10 @@ def data_files(data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] |
     files = find_files(data)
     formats = {path: _claimed_format(path) for path in files.paths}
     unknown = [path for path, kind in formats.items() if not kind]
-    known = {kind: path for path, kind in reversed(formats.items()) if kind}
+    known: dict[str, Path] = {}
+    for path, kind in formats.items():
+        if kind:
+            known.setdefault(kind, path)
     if not known or (unknown and files.explicit):
         raise DataError(_unsupported(unknown[0], files))
     if len(known) > 1:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from collections import Counter, OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from streamgd.data.sources.parquet_types import ColumnType, column_type
-from streamgd.errors import CorruptDataError, DataError, SchemaError, SourceNotFoundError
+from streamgd.errors import CorruptDataError, DataError, SchemaError, SourceNotFoundError, StreamgdError
 
 _MAGIC, _ENCRYPTED_MAGIC = b"PAR1", b"PARE"
 #: Read from the end of a file at once; holds most footers whole.
@@ -69,13 +71,28 @@ def read_footer(path: str) -> Footer:
             "write it again, or leave it out"
         )
     footer = tail[-length:]
-    try:
+    with sound_footer(path):
         metadata = pq.read_metadata(pa.BufferReader(_MAGIC + footer))
-    except (OSError, ValueError, RuntimeError, pa.ArrowException) as err:
-        raise CorruptDataError(
-            f"the footer of {path!r} cannot be read: {err}. The file is damaged; copy it again"
-        ) from err
+    # A signature after the footer says that columns are encrypted; asking pyarrow about one would end the process.
+    if metadata.serialized_size != length - 8:
+        raise DataError(
+            f"{path!r} has encrypted columns, which streamgd does not support; write it again without encryption"
+        )
     return Footer(size, hashlib.blake2b(footer, digest_size=16).hexdigest(), metadata)
+
+
+@contextlib.contextmanager
+def sound_footer(path: str) -> Iterator[None]:
+    """Report what goes wrong in reading a footer as damage to the file."""
+    try:
+        yield
+    except StreamgdError:
+        raise
+    except (OSError, ValueError, RuntimeError, OverflowError, pa.ArrowException) as err:
+        raise CorruptDataError(
+            f"the footer of {path!r} cannot be read: {err}. The file is damaged; copy or write it again, or leave it "
+            "out"
+        ) from err
 
 
 class Leaf(NamedTuple):

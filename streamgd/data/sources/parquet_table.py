@@ -20,6 +20,7 @@ from streamgd.data.sources.parquet_footer import (
     describe_file,
     read_footer,
     shown,
+    sound_footer,
 )
 from streamgd.data.sources.parquet_types import ColumnType
 from streamgd.errors import EmptySourceError, NonFiniteError, SchemaError
@@ -57,7 +58,8 @@ class ParquetTable:
     ) -> None:
         self.paths = paths
         self._first, self._first_footer = _first_with_rows(paths)
-        layout = Layout(self._first_footer.metadata)
+        with sound_footer(paths[self._first]):
+            layout = Layout(self._first_footer.metadata)
         self.partitions: Partitions = read_partitions(relatives)
         # A column in the files themselves goes before a partition of the same name.
         partition_types = {k: t for k, t in self.partitions.types.items() if k not in layout.leaves}
@@ -90,6 +92,10 @@ class ParquetTable:
         return self._first_footer if path == self.paths[self._first] else read_footer(path)
 
     def _describe(self, path: str, layout: Layout, footer: Footer) -> FileInfo:
+        with sound_footer(path):
+            return self._checked(path, layout, footer)
+
+    def _checked(self, path: str, layout: Layout, footer: Footer) -> FileInfo:
         if not footer.metadata.num_rows:  # its types may be anything: there was nothing to tell them from
             return describe_file(footer, layout, ())
         first = self.paths[self._first]

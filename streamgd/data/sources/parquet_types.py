@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,7 @@ class ColumnType:
         return self if np.promote_types(self.number, other.number) == self.number else other
 
 
+@functools.lru_cache(maxsize=1024)
 def column_type(arrow: pa.DataType) -> ColumnType:
     """Classify an Arrow type; a dictionary counts as what it holds."""
     types = pa.types
@@ -60,8 +62,10 @@ def column_type(arrow: pa.DataType) -> ColumnType:
 
 def to_numbers(values: pa.Array) -> Array:
     """Convert an array without nulls, of a type that can be a feature, to NumPy; numbers without a copy."""
+    if pa.types.is_floating(values.type) or pa.types.is_integer(values.type):
+        return np.asarray(values.to_numpy())
     if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
+        return to_numbers(values.dictionary_decode())
     if pa.types.is_decimal(values.type):
         return _decimals(values)
     return np.asarray(values.to_numpy(zero_copy_only=False))

@@ -1,0 +1,195 @@
+"""A fitted model over a source: file order, bounded slices, released handles, scikit-learn's figures."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import psutil
+import pytest
+from sklearn.metrics import accuracy_score, log_loss, mean_absolute_error, r2_score, root_mean_squared_error
+
+from streamgd import open_source
+from streamgd.errors import DataError, NonFiniteError, OptionError, SchemaError
+from streamgd.learn.model import LinearModel
+from streamgd.run import scoring
+from streamgd.run.scoring import evaluate, iter_pieces, predict_array, predict_source
+
+
+def table(n_rows: int = 900, n_features: int = 4, dtype: str = "float64") -> np.ndarray:
+    return np.random.default_rng(3).normal(size=(n_rows, n_features)).astype(dtype)
+
+
+def regression(n_targets: int = 1, is_vector: bool = True) -> LinearModel:
+    rng = np.random.default_rng(4)
+    return LinearModel(
+        "regression", "squared_error", rng.normal(size=(n_targets, 4)), rng.normal(size=n_targets), None, is_vector
+    )
+
+
+def classification(classes: Any, loss: str = "log_loss") -> LinearModel:
+    rng = np.random.default_rng(5)
+    n = 1 if len(classes) == 2 else len(classes)
+    return LinearModel("classification", loss, rng.normal(size=(n, 4)), rng.normal(size=n), np.array(classes))
+
+
+@pytest.fixture
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "_SLICE_BYTES", 2_000)
+
+
+@pytest.mark.parametrize("method", ["predict", "predict_proba", "predict_log_proba", "decision_function"])
+@pytest.mark.parametrize("classes", [["no", "yes"], [3, 5, 9]])
+def test_a_source_is_predicted_in_file_order(method: str, classes: list[Any], small_slices: None) -> None:
+    X, model = table(), classification(classes)
+    found = list(predict_source(model, open_source(X), method))
+    assert len(found) > 5
+    expected = getattr(model, method)(X)
+    whole = np.concatenate(found)
+    if method == "predict":
+        np.testing.assert_array_equal(whole, expected)
+    else:
+        np.testing.assert_allclose(whole, expected, rtol=1e-12)
+    np.testing.assert_array_equal(predict_array(model, X, method), whole)
+
+
+def test_slices_are_of_bounded_size(small_slices: None) -> None:
+    sizes = [len(piece.X) for piece in iter_pieces(open_source(table()))]
+    assert sum(sizes) == 900
+    assert max(sizes) == 2_000 // (8 * 5)
+
+
+def test_predicting_reads_only_what_is_asked_for(small_slices: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(table(900))
+    asked: list[int] = []
+    read_rows = source.read_rows
+    monkeypatch.setattr(source, "read_rows", lambda first, stop: asked.append(stop) or read_rows(first, stop))
+    predictions = predict_source(regression(), source)
+    assert asked == []
+    next(predictions)
+    assert asked == [50]
+
+
+def test_an_abandoned_iterator_releases_its_files(tmp_path: Path, small_slices: None) -> None:
+    path = tmp_path / "rows.h5"
+    with h5py.File(path, "w") as file:
+        file["X"] = table()
+
+    def is_open() -> bool:
+        return str(path) in {opened.path for opened in psutil.Process().open_files()}
+
+    predictions = predict_source(regression(), open_source(path))
+    next(predictions)
+    assert is_open()
+    del predictions
+    assert not is_open()
+
+
+def test_a_source_of_another_width_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(SchemaError, match="has 3 features, but the model is expecting 4 features as input"):
+        predict_source(regression(), open_source(table(n_features=3)))
+
+
+def test_probabilities_that_are_not_there_are_refused_before_anything_is_read() -> None:
+    with pytest.raises(OptionError, match="loss='hinge' gives no probabilities"):
+        predict_source(classification([0, 1], "hinge"), open_source(table()), "predict_proba")
+    with pytest.raises(OptionError, match="method='guess'"):
+        predict_source(regression(), open_source(table()), "guess")
+
+
+@pytest.mark.parametrize(("bad", "word"), [(np.nan, "NaN"), (np.inf, "infinity"), (-np.inf, "infinity")])
+@pytest.mark.parametrize("method", ["predict", "predict_proba"])
+def test_a_bad_value_is_named_with_its_row(bad: float, word: str, method: str, small_slices: None) -> None:
+    X = table()
+    X[777, 2] = bad
+    model = classification([0, 1])
+    with pytest.raises(NonFiniteError, match=rf"contains {word}.*row 777.*number 2"):
+        list(predict_source(model, open_source(X), method))
+    with pytest.raises(NonFiniteError, match=rf"contains {word}.*row 777.*number 2"):
+        predict_array(model, X, method)
+
+
+def test_values_whose_sum_overflows_are_no_error() -> None:
+    X = np.full((4, 4), 6e4, np.float16)
+    found = predict_array(regression(), X)
+    np.testing.assert_allclose(found, regression().decision_function(X.astype(float)))
+    model = LinearModel("regression", "squared_error", np.full((1, 4), 1e-3), np.zeros(1), None)
+    np.testing.assert_allclose(predict_array(model, np.full((4, 4), 1e308)), 4e305)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("n_targets", [1, 3])
+def test_regression_figures_agree(n_targets: int, weighted: bool, small_slices: None) -> None:
+    rng = np.random.default_rng(6)
+    X, model = table(), regression(n_targets, is_vector=n_targets == 1)
+    y = (
+        model.decision_function(X).reshape(900, n_targets)
+        + rng.normal(size=(900, n_targets)) * [0.5, 2.0, 9.0][:n_targets]
+    )
+    y = y[:, 0] if n_targets == 1 else y
+    weight = rng.uniform(size=900) if weighted else None
+    found = evaluate(model, open_source(X, y, weight=weight))
+    p = model.predict(X)
+    assert found.n_rows == 900
+    assert found.score == found.metrics["r2"] == pytest.approx(r2_score(y, p, sample_weight=weight), rel=1e-12)
+    assert found.metrics["rmse"] == pytest.approx(root_mean_squared_error(y, p, sample_weight=weight), rel=1e-12)
+    assert found.metrics["mae"] == pytest.approx(mean_absolute_error(y, p, sample_weight=weight), rel=1e-12)
+
+
+def test_targets_far_from_zero_lose_no_digits() -> None:
+    X, model = table(), regression()
+    far = LinearModel("regression", "squared_error", model.coef, model.intercept + 1e9, None)
+    y = far.predict(X) + np.random.default_rng(8).normal(size=900)
+    assert evaluate(far, open_source(X, y)).score == pytest.approx(r2_score(y, far.predict(X)), rel=1e-7)
+
+
+def test_constant_targets_are_explained_wholly_or_not_at_all() -> None:
+    X = table()
+    model = LinearModel("regression", "squared_error", np.zeros((1, 4)), np.array([2.0]), None)
+    assert evaluate(model, open_source(X, np.full(900, 2.0))).score == 1.0
+    assert evaluate(model, open_source(X, np.full(900, 3.0))).score == 0.0
+    assert np.isnan(evaluate(model, open_source(X[:1], np.ones(1))).score)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("classes", [["no", "yes"], [3, 5, 9]])
+def test_classification_figures_agree(classes: list[Any], weighted: bool, small_slices: None) -> None:
+    rng = np.random.default_rng(9)
+    X, model = table(), classification(classes)
+    y, weight = rng.choice(classes, 900), rng.uniform(size=900) if weighted else None
+    found = evaluate(model, open_source(X, y, weight=weight))
+    assert found.score == found.metrics["accuracy"]
+    assert found.score == pytest.approx(accuracy_score(y, model.predict(X), sample_weight=weight), rel=1e-12)
+    expected = log_loss(y, model.predict_proba(X), sample_weight=weight, labels=model.classes)
+    assert found.metrics["log_loss"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_an_unknown_label_counts_as_wrong() -> None:
+    X, model = table(4), classification([0, 1])
+    y = model.predict(X)
+    assert evaluate(model, open_source(X, y)).score == 1.0
+    assert evaluate(model, open_source(X, np.append(y[:3], 7))).score == 0.75
+
+
+def test_what_cannot_be_judged_is_said() -> None:
+    X = table(5)
+    with pytest.raises(DataError, match="no target to compare with"):
+        evaluate(regression(), open_source(X))
+    with pytest.raises(DataError, match="weights are all zero"):
+        evaluate(regression(), open_source(X, np.ones(5), weight=np.zeros(5)))
+    with pytest.raises(NonFiniteError, match=r"row 3.*'y'"):
+        evaluate(regression(), open_source(X, np.array([1.0, 2.0, 3.0, np.nan, 5.0])))
+    with pytest.raises(NonFiniteError, match=r"row 3.*'y'"):
+        evaluate(classification([1, 2]), open_source(X, np.array([1.0, 2.0, 1.0, np.nan, 2.0])))
+    with pytest.raises(SchemaError, match="predicts numbers"):
+        evaluate(regression(), open_source(X, np.array(list("abcab"))))
+
+
+def test_predictions_are_an_iterator_and_not_a_list() -> None:
+    found = predict_source(regression(), open_source(table()))
+    assert isinstance(found, Iterator)
+    assert inspect.isgenerator(found)

@@ -1,0 +1,576 @@
+"""`SGDRegressor` and `SGDClassifier`: what goes in, what comes out, and what is kept between calls."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import tracemalloc
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning, DataConversionWarning, NotFittedError
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import PolynomialFeatures
+
+from streamgd import SGDClassifier, SGDRegressor, open_source
+from streamgd.errors import DataError, DivergenceError, NonFiniteError, OptionError, SchemaError
+from streamgd.estimators.inputs import training_source
+
+TRUE_COEF = np.array([3.0, -0.2, 50.0, 1.0])
+
+
+def table(n_rows: int = 2_000, seed: int = 0, dtype: str = "float64") -> np.ndarray:
+    """Features of very different scales and places."""
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=(n_rows, 4)) * [1.0, 20.0, 0.05, 1.0] + [0.0, 300.0, 1.0, -2.0]).astype(dtype)
+
+
+def target(X: np.ndarray, noise: float = 0.1, seed: int = 1) -> np.ndarray:
+    return X @ TRUE_COEF + 7.0 + noise * np.random.default_rng(seed).normal(size=len(X))
+
+
+def labels(X: np.ndarray, names: Any = ("low", "mid", "high")) -> np.ndarray:
+    y = target(X, noise=2.0)
+    return np.array(names)[np.digitize(y, np.quantile(y, np.arange(1, len(names)) / len(names)))]
+
+
+def assert_same_fit(one: Any, other: Any) -> None:
+    """The same bits, whatever way the rows came."""
+    np.testing.assert_array_equal(one.coef_, other.coef_)
+    np.testing.assert_array_equal(one.intercept_, other.intercept_)
+    assert one.loss_curve_ == other.loss_curve_
+
+
+# --- what is learnt --------------------------------------------------------------------------------------------------
+def test_regression_finds_the_coefficients_in_the_units_of_the_data() -> None:
+    X = table()
+    y = target(X)
+    model = SGDRegressor(tol=None, max_iter=100).fit(X, y)
+    exact = np.linalg.lstsq(np.column_stack([X, np.ones(len(X))]), y, rcond=None)[0]
+    np.testing.assert_allclose(model.coef_, exact[:-1], rtol=2e-3)
+    np.testing.assert_allclose(model.intercept_, exact[-1:], rtol=2e-2)
+    assert model.coef_.shape == (4,)
+    assert model.intercept_.shape == (1,)
+    assert model.predict(X).shape == (len(X),)
+    assert model.score(X, y) > 0.999
+
+
+def test_without_intercept_predictions_are_those_that_were_trained() -> None:
+    X = table()
+    y = X @ TRUE_COEF
+    model = SGDRegressor(fit_intercept=False, tol=None, max_iter=300).fit(X, y)
+    assert model.intercept_.tolist() == [0.0]
+    exact = np.linalg.lstsq(X, y, rcond=None)[0]
+    assert np.mean((model.predict(X) - y) ** 2) < 1e-4 * y.var()
+    np.testing.assert_allclose(model.coef_[[0, 1]], exact[[0, 1]], rtol=0.05)
+
+
+def test_a_small_set_gets_many_epochs_and_a_large_one_few() -> None:
+    X = table(300)
+    assert SGDRegressor(tol=None, batch_size=30).fit(X, target(X)).n_iter_ == 1_000
+    X = table(30_000)
+    assert SGDRegressor(tol=None, batch_size=3).fit(X, target(X)).n_iter_ == 1
+    assert SGDRegressor(tol=None, batch_size=10).fit(X, target(X)).n_iter_ == 4
+
+
+def test_counts_and_the_loss_curve() -> None:
+    X = table(1_000)
+    model = SGDRegressor(max_iter=3, tol=None).fit(X, target(X))
+    assert model.n_iter_ == len(model.loss_curve_) == 3
+    assert model.t_ == 3 * 4 + 1  # four batches of 256 make an epoch of 1,000 rows
+    assert model.loss_curve_[2] < model.loss_curve_[0]
+    assert model.run_dir_ is None
+
+
+@pytest.mark.parametrize("shape", ["vector", "column", "matrix"])
+def test_shapes_follow_the_target(shape: str) -> None:
+    X = table(500)
+    y = {"vector": target(X), "column": target(X)[:, None], "matrix": np.column_stack([target(X), -target(X), X[:, 0]])}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a column is a target like any other for a regression with several outputs
+        model = SGDRegressor(max_iter=2).fit(X, y[shape])
+    n = {"vector": (), "column": (1,), "matrix": (3,)}[shape]
+    assert model.coef_.shape == (*n, 4)
+    assert model.intercept_.shape == (n or (1,))
+    assert model.predict(X).shape == (500, *n)
+
+
+def test_targets_are_learnt_independently_of_each_other() -> None:
+    X = table(500)
+    both = SGDRegressor(max_iter=3, tol=None).fit(X, np.column_stack([target(X), 1e6 * X[:, 0]]))
+    alone = SGDRegressor(max_iter=3, tol=None).fit(X, target(X))
+    np.testing.assert_array_equal(both.coef_[0], alone.coef_)
+
+
+@pytest.mark.parametrize("names", [("no", "yes"), ("low", "mid", "high"), (False, True), (7, -2), (1.0, 2.0, 5.0)])
+@pytest.mark.parametrize("loss", ["log_loss", "hinge", "squared_hinge", "modified_huber", "perceptron"])
+def test_classes_of_any_type(loss: str, names: tuple[Any, ...]) -> None:
+    X = table()
+    y = labels(X, names)
+    model = SGDClassifier(loss, max_iter=40).fit(X, y)
+    np.testing.assert_array_equal(model.classes_, np.unique(y))
+    assert model.classes_.dtype == y.dtype
+    assert model.predict(X).dtype == y.dtype
+    assert model.coef_.shape == (1 if len(names) == 2 else len(names), 4)
+    assert model.decision_function(X).shape == ((len(X),) if len(names) == 2 else (len(X), len(names)))
+    assert model.score(X, y) > (0.9 if len(names) == 2 else 0.7)
+
+
+@pytest.mark.parametrize("loss", ["log_loss", "modified_huber"])
+@pytest.mark.parametrize("names", [("no", "yes"), ("low", "mid", "high")])
+def test_probabilities(loss: str, names: tuple[str, ...]) -> None:
+    X = table()
+    model = SGDClassifier(loss, max_iter=40).fit(X, labels(X, names))
+    proba = model.predict_proba(X)
+    np.testing.assert_allclose(proba.sum(axis=1), 1.0)
+    np.testing.assert_array_equal(model.classes_[proba.argmax(axis=1)], model.predict(X))
+    with np.errstate(divide="ignore"):
+        np.testing.assert_allclose(model.predict_log_proba(X), np.log(proba), atol=1e-9)
+
+
+def test_log_probabilities_stay_finite_far_from_the_boundary() -> None:
+    X = table()
+    for names in (("no", "yes"), ("low", "mid", "high")):
+        model = SGDClassifier(max_iter=5).fit(X, labels(X, names))
+        model.coef_ *= 1e4
+        assert np.isfinite(model.predict_log_proba(X)).all()
+
+
+def test_margins_have_no_probabilities() -> None:
+    model = SGDClassifier("hinge").fit([[0.0], [1.0]], [0, 1])
+    assert not hasattr(model, "predict_proba")
+    with pytest.raises(AttributeError, match="predict_log_proba") as caught:
+        model.predict_log_proba([[0.0]])
+    assert "loss='hinge'" in str(caught.value.__cause__)
+
+
+def test_weights_of_any_scale_act_like_repetitions() -> None:
+    X = table(100)
+    y = target(X)
+    repeats = np.random.default_rng(2).integers(0, 4, len(X))
+    repeated = SGDRegressor(max_iter=20, tol=None).fit(X.repeat(repeats, axis=0), y.repeat(repeats))
+    weighted = SGDRegressor(max_iter=20, tol=None).fit(X, y, sample_weight=1e-3 * repeats)
+    np.testing.assert_allclose(weighted.coef_, repeated.coef_, rtol=1e-9)
+    assert weighted.score(X, y, sample_weight=repeats) == pytest.approx(
+        repeated.score(X.repeat(repeats, axis=0), y.repeat(repeats)), rel=1e-9
+    )
+
+
+def test_class_weights() -> None:
+    X = table()
+    y = labels(X, ("rare", "usual"))
+    usual = SGDClassifier(max_iter=20).fit(X, y)
+    dear = SGDClassifier(max_iter=20, class_weight={"rare": 50.0}).fit(X, y)
+    assert (dear.predict(X) == "rare").sum() > (usual.predict(X) == "rare").sum() + 20
+    with pytest.raises(OptionError, match="names the class 'seldom'"):
+        SGDClassifier(class_weight={"seldom": 2.0}).fit(X, y)
+
+
+# --- what goes in ----------------------------------------------------------------------------------------------------
+def test_the_way_the_rows_come_changes_nothing() -> None:
+    dask_array = pytest.importorskip("dask.array")
+    dask_frame = pytest.importorskip("dask.dataframe")
+    X = table(1_500)
+    y, weight = target(X), np.random.default_rng(3).uniform(size=len(X))
+    frame = pd.DataFrame(X, columns=list("abcd"))
+    reference = SGDRegressor(max_iter=3).fit(X, y, sample_weight=weight)
+    ways: dict[str, tuple[Any, Any, Any]] = {
+        "lists": (X.tolist(), y.tolist(), weight.tolist()),
+        "column-major": (np.asfortranarray(X), y, weight),
+        "strided": (np.repeat(X, 2, axis=0)[::2], np.repeat(y, 2)[::2], weight),
+        "objects": (X.astype(object), y.astype(object), weight.astype(object)),
+        "frame": (frame, pd.Series(y), pd.Series(weight)),
+        "frame of objects": (frame.astype(object), y, weight),
+        "frame of several types": (frame.assign(a=frame["a"].astype("Float64")), y, weight),
+        "source": (open_source(X, y, weight=weight), None, None),
+        "dask arrays": (
+            dask_array.from_array(X, chunks=(400, 2)),
+            dask_array.from_array(y, chunks=333),
+            dask_array.from_array(weight, chunks=400),
+        ),
+        "dask frame": (
+            dask_frame.from_pandas(frame, npartitions=3),
+            dask_frame.from_pandas(pd.Series(y), npartitions=3),
+            dask_frame.from_pandas(pd.Series(weight), npartitions=3),
+        ),
+    }
+    for name, (rows, values, weights) in ways.items():
+        model = SGDRegressor(max_iter=3).fit(rows, values, sample_weight=weights)
+        try:
+            assert_same_fit(model, reference)
+        except AssertionError as err:
+            raise AssertionError(name) from err
+        assert hasattr(model, "feature_names_in_") == ("frame" in name)
+
+
+def test_big_arrays_are_neither_copied_nor_cast() -> None:
+    X = np.random.default_rng(0).normal(size=(200_000, 25)).astype(np.float32)  # 20 MB
+    y = X[:, 0].copy()
+    SGDRegressor(max_iter=1).fit(X[:100], y[:100])  # compiled, imported
+    tracemalloc.start()
+    try:
+        model = SGDRegressor(max_iter=1, buffer="6MB").fit(X, y)
+        model.predict(X[:10])
+        peak = tracemalloc.get_traced_memory()[1]
+        assert peak < 15e6
+    finally:
+        tracemalloc.stop()
+    assert model._trained.state.carry_X.dtype == np.float32
+
+
+def test_predictions_convert_rows_a_few_at_a_time() -> None:
+    X = np.random.default_rng(0).normal(size=(200_000, 25)).astype(np.float32)
+    model = SGDRegressor(max_iter=1).fit(X[:1000], X[:1000, 0])
+    tracemalloc.start()
+    try:
+        model.predict(X)
+        assert tracemalloc.get_traced_memory()[1] < 15e6  # 40 MB as float64
+    finally:
+        tracemalloc.stop()
+
+
+def test_memmaps_are_read_from_their_file(tmp_path: Path) -> None:
+    X = table(3_000)
+    np.save(tmp_path / "X.npy", X)
+    mapped = np.load(tmp_path / "X.npy", mmap_mode="r")
+    model = SGDRegressor(max_iter=2).fit(mapped, target(X))
+    assert_same_fit(model, SGDRegressor(max_iter=2).fit(X, target(X)))
+    np.testing.assert_array_equal(model.predict(mapped), model.predict(X))
+    source = training_source(SGDRegressor(), mapped, target(X), None, reset=True, labels=False)
+    assert "X.npy" in source.name
+
+
+def test_feature_names_are_kept_and_held_to() -> None:
+    X = table(400)
+    frame = pd.DataFrame(X, columns=list("abcd"))
+    model = SGDRegressor(max_iter=1).fit(frame, target(X))
+    assert model.feature_names_in_.tolist() == ["a", "b", "c", "d"]
+    model.predict(frame)
+    with pytest.raises(ValueError, match="same order"):
+        model.predict(frame[list("bacd")])
+    with pytest.raises(SchemaError, match="another order"):
+        model.predict(open_source(frame[list("bacd")]))
+    with pytest.raises(SchemaError, match="it lacks 'd' and has 'e' instead"):
+        model.predict(open_source(frame.rename(columns={"d": "e"})))
+    with pytest.raises(SchemaError, match="has 3 features, but SGDRegressor is expecting 4 features as input"):
+        model.predict(open_source(frame[list("abc")]))
+    with pytest.warns(UserWarning, match="does not have valid feature names"):
+        model.predict(X)
+    model.fit(X, target(X))
+    assert not hasattr(model, "feature_names_in_")
+
+
+def test_a_source_brings_its_own_target() -> None:
+    X = table(100)
+    source = open_source(X, target(X))
+    with pytest.raises(OptionError, match="y was given beside a source"):
+        SGDRegressor().fit(source, target(X))
+    with pytest.raises(OptionError, match="sample_weight was given beside a source"):
+        SGDRegressor().fit(source, sample_weight=np.ones(100))
+    with pytest.raises(DataError, match="no target was given"):
+        SGDRegressor().fit(open_source(X))
+
+
+@pytest.mark.parametrize("kind", [SGDRegressor, SGDClassifier])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_value_is_named_with_its_row_and_column(kind: Any, bad: float) -> None:
+    X = table(300)
+    y = labels(X) if kind is SGDClassifier else target(X)
+    X[123, 2] = bad
+    with pytest.raises(NonFiniteError, match=rf"row 123.*number 2 is {'NaN' if np.isnan(bad) else 'inf'}"):
+        kind().fit(X, y)
+    frame = pd.DataFrame(X, columns=list("abcd"))
+    with pytest.raises(NonFiniteError, match="row 123.*'c'"):
+        kind().fit(frame, y)
+
+
+def test_numbers_to_predict_are_no_classes() -> None:
+    X = table(50)
+    with pytest.raises(DataError, match=r"Unknown label type: continuous.*row 0"):
+        SGDClassifier().fit(X, target(X))
+    with pytest.raises(SchemaError, match="which regression cannot fit"):
+        SGDRegressor().fit(X, labels(X))
+
+
+def test_text_columns_are_named_all_at_once() -> None:
+    frame = pd.DataFrame({"a": [1.0, 2.0], "city": ["x", "y"], "day": pd.to_datetime(["2020-01-01", "2020-01-02"])})
+    with pytest.raises(SchemaError, match=r"'city'.*'day'"):
+        SGDRegressor().fit(frame, [1.0, 2.0])
+
+
+def test_lengths_must_agree() -> None:
+    X = table(50)
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        SGDRegressor().fit(X, target(X)[:-1])
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        SGDRegressor().fit(pd.DataFrame(X), target(X)[:-1])
+    with pytest.raises(ValueError, match=r"sample_weight.shape == \(49,\), expected \(50,\)"):
+        SGDRegressor().fit(X, target(X), sample_weight=np.ones(49))
+
+
+def test_a_column_of_labels_warns_and_several_are_refused() -> None:
+    X = table(50)
+    y = labels(X, ("no", "yes"))
+    for rows in (X, pd.DataFrame(X)):
+        with pytest.warns(DataConversionWarning, match="column-vector y was passed"):
+            SGDClassifier(max_iter=1).fit(rows, y[:, None])
+        with pytest.raises(ValueError, match="1d array"):
+            SGDClassifier(max_iter=1).fit(rows, np.column_stack([y, y]))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"loss": "hinge"}, "loss='hinge' is not a loss for regression"),
+        ({"penalty": "l3"}, "penalty='l3'"),
+        ({"max_iter": 0}, "max_iter=0"),
+        ({"buffer": "much"}, "size 'much'"),
+        ({"random_state": -1}, "random_state=-1"),
+        ({"random_state": "lucky"}, "random_state='lucky'"),
+        ({"optimizer": "adam", "learning_rate": "optimal"}, "does not go with optimizer='adam'"),
+        ({"n_threads": 0}, "n_threads=0"),
+        ({"checkpoint_every_s": -1.0}, "checkpoint_every_s=-1.0"),
+    ],
+)
+def test_options_are_checked_before_the_data(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        SGDRegressor(**options).fit("no data at all", None)
+
+
+def test_divergence_is_an_error_and_leaves_no_half_fitted_estimator() -> None:
+    X = table(500)
+    model = SGDRegressor(optimizer="sgd", learning_rate="constant", eta0=1.0, standardize=False, max_iter=50)
+    with pytest.raises(DivergenceError, match="standardize=True"):
+        model.fit(X, target(X))
+    with pytest.raises(NotFittedError):
+        model.predict(X)
+
+
+# --- what is kept between calls ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("optimizer", ["auto", "sgd", "adagrad", "adam", "dowg"])
+@pytest.mark.parametrize("kind", [SGDRegressor, SGDClassifier])
+def test_partial_fit_on_the_same_rows_is_fit(kind: Any, optimizer: str) -> None:
+    X = table(700)
+    y = labels(X) if kind is SGDClassifier else target(X)
+    whole = kind(optimizer=optimizer, max_iter=3, tol=None, eta0=0.001 if optimizer == "sgd" else "auto").fit(X, y)
+    parts = clone(whole)
+    more = {"classes": np.unique(y)} if kind is SGDClassifier else {}
+    for i in range(3):
+        assert parts.partial_fit(X, y, **more) is parts
+        assert parts.n_iter_ == i + 1
+    assert_same_fit(parts, whole)
+    assert parts.t_ == whole.t_
+
+
+def test_partial_fit_takes_parts_of_any_size_and_kind() -> None:
+    X = table(5_000)
+    y = target(X)
+    model = SGDRegressor()
+    first = 0
+    for n in (1_000, 1, 300, 2_000, 17, 1_682):
+        part = slice(first, first + n)
+        weight = np.ones(n) if n == 300 else None
+        rows = X[part].astype(np.float32) if n == 2_000 else X[part]
+        if n == 17:
+            model.partial_fit(open_source(rows, y[part]))
+        else:
+            model.partial_fit(rows, y[part], sample_weight=weight)
+        first += n
+    assert first == 5_000
+    assert model.score(X, y) > 0.999
+    assert model.t_ - 1 == 4 + 1 + 2 + 8 + 1 + 7  # every call closes its last batch
+
+
+def test_partial_fit_keeps_the_scale_of_the_first_call() -> None:
+    X = table(1_000)
+    model = SGDRegressor().partial_fit(X, target(X))
+    kept = model._trained.survey
+    model.partial_fit(100 * X, 5.0 + target(100 * X))
+    assert model._trained.survey is kept
+
+
+def test_a_failed_partial_fit_leaves_the_estimator_as_it_was() -> None:
+    X = table(1_000)
+    model = SGDRegressor(buffer="200kB").partial_fit(X, target(X))
+    before = pickle.dumps(model)
+    bad = table(5_000)
+    bad[-1, 0] = np.nan
+    with pytest.raises(NonFiniteError):
+        model.partial_fit(bad, target(X).repeat(5))
+    assert pickle.dumps(model) == before
+
+
+def test_classes_of_partial_fit() -> None:
+    X = table(300)
+    y = labels(X)
+    with pytest.raises(ValueError, match="classes must be passed on the first call to partial_fit"):
+        SGDClassifier().partial_fit(X, y)
+    model = SGDClassifier().partial_fit(X[y == "low"], y[y == "low"], classes=["mid", "low", "high"])
+    assert model.classes_.tolist() == ["high", "low", "mid"]
+    assert set(model.predict(X)) == {"low"}
+    model.partial_fit(X, y)
+    with pytest.raises(ValueError, match="is not the same as on last call to partial_fit"):
+        model.partial_fit(X, y, classes=["low", "mid"])
+    with pytest.raises(DataError, match="'odd' is none of the 3 known classes"):
+        model.partial_fit(X[:1], ["odd"])
+    with pytest.raises(DataError, match="'mid' is none of the 2 known classes"):
+        SGDClassifier().partial_fit(X, y, classes=["low", "high"])
+    with pytest.raises(ValueError, match="number of classes has to be greater than one"):
+        SGDClassifier().partial_fit(X, y, classes=["low"])
+
+
+def test_what_shapes_units_cannot_change_while_training_goes_on() -> None:
+    X = table(300)
+    model = SGDRegressor(max_iter=1).fit(X, target(X))
+    model.set_params(alpha=0.1, penalty="l2", batch_size=50).partial_fit(X, target(X))
+    with pytest.raises(OptionError, match="standardize: True then, False now"):
+        model.set_params(standardize=False).partial_fit(X, target(X))
+    with pytest.raises(OptionError, match="optimizer: 'auto' then, 'adam' now"):
+        model.set_params(standardize=True, optimizer="adam").partial_fit(X, target(X))
+    with pytest.raises(OptionError, match="learning_rate='cosine'"):
+        SGDRegressor(learning_rate="cosine").partial_fit(X, target(X))
+    with pytest.raises(SchemaError, match="2 columns, but training began with 1"):
+        SGDRegressor().partial_fit(X, target(X)).partial_fit(X, np.column_stack([target(X)] * 2))
+
+
+@pytest.mark.parametrize("optimizer", ["auto", "sgd", "adagrad", "adam", "dowg"])
+def test_a_warm_start_does_not_leave_what_it_is_given(optimizer: str) -> None:
+    X = table(5_000)
+    y = target(X)
+    model = SGDRegressor(optimizer=optimizer, max_iter=30, warm_start=True, eta0=0.01 if optimizer == "sgd" else "auto")
+    model.fit(X, y)
+    reached = np.mean((model.predict(X) - y) ** 2)
+    cold = clone(model).set_params(max_iter=1).fit(X, y)
+    model.set_params(max_iter=1).fit(X, y)
+    assert model.n_iter_ == 1
+    assert np.mean((model.predict(X) - y) ** 2) < reached + 0.01 * np.mean((cold.predict(X) - y) ** 2)
+
+
+def test_a_warm_start_begins_with_the_attributes_as_they_are() -> None:
+    X = table(500)
+    y = target(X)
+    plain = {"optimizer": "sgd", "eta0": 1e-12, "learning_rate": "constant", "max_iter": 1}
+    model = SGDRegressor(**plain, warm_start=True).fit(X, y)
+    model.coef_, model.intercept_ = np.arange(4.0), np.array([9.0])
+    model.fit(X, y)
+    np.testing.assert_allclose(model.coef_, np.arange(4.0), atol=1e-7)
+    np.testing.assert_allclose(model.intercept_, [9.0], atol=1e-4)
+    with pytest.raises(ValueError, match="expecting 4 features"):
+        model.fit(X[:, :3], y)
+    model.set_params(warm_start=False).fit(X[:, :3], y)
+    assert model.n_features_in_ == 3
+
+
+# --- randomness ------------------------------------------------------------------------------------------------------
+def test_the_seed_decides_and_threads_do_not() -> None:
+    X = table(20_000)
+    y = target(X)
+
+    def fit(**options: Any) -> Any:
+        return SGDRegressor(max_iter=1, buffer="400kB", **options).fit(X, y)
+
+    assert_same_fit(fit(), fit(random_state=0, n_threads=3))
+    assert (fit(random_state=1).coef_ != fit().coef_).any()
+    assert (fit(random_state=None).coef_ != fit(random_state=None).coef_).any()
+    assert_same_fit(fit(random_state=np.random.RandomState(5)), fit(random_state=np.random.RandomState(5)))
+    shared = np.random.RandomState(5)
+    assert (fit(random_state=shared).coef_ != fit(random_state=shared).coef_).any()
+
+
+# --- what comes out --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", ["predict", "predict_proba", "predict_log_proba", "decision_function"])
+def test_sources_are_predicted_block_by_block(method: str) -> None:
+    X = table(2_000)
+    model = SGDClassifier(max_iter=2).fit(X, labels(X))
+    found = getattr(model, method)(open_source(X))
+    assert iter(found) is found
+    np.testing.assert_array_equal(np.concatenate(list(found)), getattr(model, method)(X))
+
+
+@pytest.mark.parametrize("kind", [SGDRegressor, SGDClassifier])
+def test_scores_of_sources_are_those_of_arrays(kind: Any) -> None:
+    X = table(2_000)
+    y = labels(X) if kind is SGDClassifier else target(X, noise=30.0)
+    weight = np.random.default_rng(3).uniform(size=len(X))
+    model = kind(max_iter=2).fit(X, y)
+    assert model.score(open_source(X, y)) == pytest.approx(model.score(X, y), rel=1e-12)
+    weighted = model.score(open_source(X, y, weight=weight))
+    assert weighted == pytest.approx(model.score(X, y, sample_weight=weight), rel=1e-12)
+    assert weighted != model.score(X, y)
+
+
+def test_an_unfitted_estimator_says_so() -> None:
+    X = table(10)
+    for method in ("predict", "score"):
+        with pytest.raises(NotFittedError):
+            getattr(SGDRegressor(), method)(open_source(X, target(X)))
+
+
+def test_pickles_are_small_and_hold_no_data() -> None:
+    X = np.random.default_rng(0).normal(size=(20_000, 30))
+    model = SGDRegressor(max_iter=1).fit(open_source(X, X[:, 0]))
+    stored = pickle.dumps(model)
+    assert len(stored) < 30 * 8 * 10 + 4_000
+    for twin in (pickle.loads(stored), copy.deepcopy(model)):
+        assert_same_fit(twin, model)
+        np.testing.assert_array_equal(twin.predict(X), model.predict(X))
+        twin.partial_fit(X, X[:, 0])
+        assert twin.n_iter_ == 2
+        assert model.n_iter_ == 1
+    assert not hasattr(clone(model), "coef_")
+
+
+def test_lines_are_printed_where_they_are_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    X = table(300)
+    SGDRegressor(max_iter=2).fit(X, target(X))
+    assert capsys.readouterr().out == ""
+    SGDRegressor(max_iter=2, verbose=1).fit(X, target(X))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("epoch 2/2: loss ")
+    assert "explained" in lines[1]
+
+
+def test_a_tolerance_that_was_not_reached_warns() -> None:
+    X = table(300)
+    with pytest.warns(ConvergenceWarning, match=r"tol=1e-12 when max_iter=2 epochs") as caught:
+        SGDRegressor(max_iter=2, tol=1e-12).fit(X, target(X))
+    assert caught[0].filename == __file__
+    SGDRegressor(max_iter=2, tol=None).fit(X, target(X))
+    SGDRegressor(max_iter=2).fit(X, target(X))
+
+
+def test_a_feature_that_the_sample_misjudged_is_named() -> None:
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(200_000, 2))
+    X[rng.integers(0, 200_000, 20), 1] = 1e5
+    heads = np.concatenate([np.arange(b, b + 1_200) for b in range(0, 200_000, 3_000)])
+    X[heads[heads < 200_000], 1] = 0.5  # what the survey looks at is quiet
+    X[np.setdiff1d(np.arange(200_000), heads)[:50], 1] = 1e6
+    with pytest.warns(UserWarning, match=r"number 1 .*standardize='full'"):
+        SGDRegressor(max_iter=1, tol=None).fit(X, X[:, 0])
+
+
+# --- within scikit-learn ---------------------------------------------------------------------------------------------
+def test_grid_search_with_two_processes_and_checkpoints(tmp_path: Path) -> None:
+    X = table(400)
+    y = labels(X, ("no", "yes"))
+    grid = {"alpha": [1e-4, 1e-1], "penalty": ["l2"], "max_iter": [1, 2]}
+    search = GridSearchCV(SGDClassifier(checkpoint_dir=tmp_path), grid, n_jobs=2, cv=2, error_score="raise")
+    search.fit(X, y)
+    assert search.best_score_ > 0.8
+    assert len(list(tmp_path.iterdir())) == 4 * 2 + 1  # every fit has a folder of its own
+    assert search.best_estimator_.run_dir_.parent == tmp_path
+
+
+def test_pipelines(tmp_path: Path) -> None:
+    X = table(400)
+    pipeline = make_pipeline(PolynomialFeatures(2, include_bias=False), SGDRegressor(max_iter=50))
+    assert pipeline.fit(X, target(X)).score(X, target(X)) > 0.99
+    assert pickle.loads(pickle.dumps(pipeline)).predict(X[:3]).shape == (3,)
