@@ -32,7 +32,7 @@ from streamgd.run.folder import RunFolder
 N_ROWS = 3000
 COEF = np.array([1.0, -2.0, 0.5])
 #: A dozen windows an epoch.
-SMALL = ("--buffer", "60000", "--batch-size", "64")
+SMALL = ("--buffer", "30000", "--batch-size", "64")
 
 
 def make_rows(n_rows: int = N_ROWS, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -52,6 +52,12 @@ def write_hdf5(path: Path, X: np.ndarray, y: Any, **more: Any) -> Path:
         for name, values in {"y": y, **more}.items():
             file[name] = values
     return path
+
+
+def write_big_group(path: Path) -> Path:
+    """All rows in one row group, which takes more memory to keep open than the rows that a window then holds."""
+    X = np.random.default_rng(0).normal(size=(530_000, 1)).astype(np.float32)
+    return write_parquet(path, X, X[:, 0])
 
 
 @pytest.fixture
@@ -211,6 +217,7 @@ def test_options_reach_the_run(sg: Callable[..., Said], parquet: Path, tmp_path:
     steps |= {"momentum": 0.9, "nesterov": True, "average": True}
     passes = {"max_iter": 2, "tol": 0.001, "n_iter_no_change": 7, "shuffle": False, "seed": 9}
     assert described["config"] == learning | steps | passes | {"buffer_bytes": 2_000_000, "standardize": "full"}
+    assert sg("resume", run, "--epochs", "3").status == 0  # reads rows in the same type, from the same columns
 
 
 @pytest.mark.parametrize(
@@ -268,10 +275,9 @@ def test_left_out_columns_are_named(sg: Callable[..., Said], tmp_path: Path) -> 
 
 
 def test_poor_mixing_is_said_with_a_way_out(sg: Callable[..., Said], tmp_path: Path) -> None:
-    X, y = make_rows(60_000)
-    data = write_parquet(tmp_path / "data.parquet", X, y)
-    said = sg("train", data, "--target", "y", "--run", tmp_path / "run", "--epochs", "1", "--buffer", "2MB")
-    assert said.status == 0
+    data = write_big_group(tmp_path / "data.parquet")
+    said = sg("train", data, "--target", "y", "--run", tmp_path / "run", "--epochs", "1", "--buffer", "12MB")
+    assert said.status == 0, said.err
     assert "mixing      poor: " in said.err
     assert "as in sorted files, the fit will suffer" in said.err
     assert "row_group_size=" in said.err
@@ -290,7 +296,8 @@ def bad_inputs(folder: Path) -> dict[str, tuple[tuple[object, ...], list[str]]]:
     write_parquet(folder / "null.parquet", X, pa.array([None, *y[1:].tolist()]))
     infinite = y.copy()
     infinite[7] = np.inf
-    write_hdf5(folder / "inf.h5", X, infinite, w=np.where(np.arange(400) == 9, -1.0, 1.0))
+    write_hdf5(folder / "inf.h5", X, infinite)
+    write_hdf5(folder / "weights.h5", X, y, w=np.where(np.arange(400) == 9, -1.0, 1.0))
     write_hdf5(folder / "rows.h5", X, y[:-1])
     write_hdf5(folder / "one.h5", X, np.ones(400, np.int32))
     write_parquet(folder / "empty.parquet", X[:0], y[:0])
@@ -315,7 +322,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[tuple[object, ...], list[str]]]:
         "nan": ((folder / "nan.parquet", *y_), ["row group 0, row 333", "'x1' is NaN"]),
         "null": ((folder / "null.parquet", *y_), ["'y' (1 in 'null.parquet', row group 0)"]),
         "inf": ((folder / "inf.h5", *y_), ["inf.h5, row 7", "target 'y' is inf"]),
-        "weight": ((folder / "inf.h5", *y_, "--weight", "w"), ["inf.h5, row", "weight is -1.0"]),
+        "weight": ((folder / "weights.h5", *y_, "--weight", "w"), ["weights.h5, row 9", "weight is -1.0"]),
         "rows": ((folder / "rows.h5", *y_), ["'X' has 400 rows, but 'y' has 399"]),
         "one class": ((folder / "one.h5", *y_, "--task", "classification"), ["got 1 class (1)"]),
         "empty": ((folder / "empty.parquet", *y_), ["no file has rows"]),
@@ -330,7 +337,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[tuple[object, ...], list[str]]]:
         "label": ((good, *y_, "--class-weight", "spam=1"), ["names the class 'spam'", "float32"]),
         "diverges": (
             (good, *y_, "--optimizer", "sgd", "--eta0", "1e9", "--epochs", "3"),
-            ["diverged in epoch 1", "eta0=1e+09", "Try"],
+            ["training diverged in epoch ", "eta0=1e+09", "Try"],
         ),
     }
 
@@ -506,7 +513,7 @@ def test_a_second_signal_ends_at_once(h5: Path, tmp_path: Path) -> None:
 def test_a_killed_process_is_resumed_by_another(tmp_path: Path) -> None:
     data = write_hdf5(tmp_path / "data.h5", *make_rows(40_000))
     whole, run = tmp_path / "whole", tmp_path / "run"
-    train = ["train", str(data), "--target", "y", "--epochs", "60", "--tol", "none", "--buffer", "200kB", "--quiet"]
+    train = ["train", str(data), "--target", "y", "--epochs", "15", "--tol", "none", "--buffer", "400kB", "--quiet"]
     assert main([*train, "--run", str(whole)]) == 0
     command = [sys.executable, "-m", "streamgd", *train, "--checkpoint-every", "0", "--run", str(run)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as child:
@@ -548,7 +555,7 @@ def test_more_epochs_survive_a_stop(
         assert sg("resume", run, "--epochs", "4").status == 130
     said = sg("resume", run, "--epochs", "2")
     assert said.status == 2
-    assert "already in epoch 3" in said.err
+    assert "has begun epoch 3" in said.err
     assert sg("resume", run).status == 0  # the four epochs are remembered
     assert_same_run(long, run)
 
@@ -617,19 +624,16 @@ def test_damaged_checkpoints_are_reported_and_the_one_before_is_used(
     assert "streamgd: error: none of the 3 checkpoints" in said.err
 
 
-def test_newer_formats_are_refused(
-    sg: Callable[..., Said], h5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_newer_formats_are_refused(sg: Callable[..., Said], h5: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert sg("train", h5, "--target", "y", "--epochs", "1", "--run", run).status == 0
     text = (run / "config.json").read_text()
     (run / "config.json").write_text(text.replace('"format": 1', '"format": 7'))
     assert "config.json has format 7, this streamgd reads up to 1" in sg("resume", run).err
     (run / "config.json").write_text(text)
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "FORMAT", 7)
-        found = newest(run)
-        checkpoint.save(run / "checkpoints" / "rows-000000000000009999.safetensors", found)
+    found = newest(run)
+    newer = checkpoint.Checkpoint(found.tensors, {**found.meta, "format": 7})
+    checkpoint.save(run / "checkpoints" / "rows-000000000000009999.safetensors", newer)
     said = sg("resume", run)
     assert said.status == 2
     assert "has format 7, this streamgd reads up to 1: upgrade" in said.err
@@ -675,7 +679,7 @@ def test_predictions_match_the_model_by_name(sg: Callable[..., Said], parquet: P
         ([10, 20, 30], pa.int64()),
         ([False, True], pa.bool_()),
         ([0.5, 1.5], pa.float64()),
-        (np.array(["2020-01-01", "2021-01-01"], "M8[s]"), pa.timestamp("s")),
+        (np.array(["2020-01-01", "2021-01-01"], "M8[ms]"), pa.timestamp("ms")),
     ],
 )
 def test_labels_keep_their_type(sg: Callable[..., Said], tmp_path: Path, labels: Any, kind: Any) -> None:
@@ -881,8 +885,8 @@ def test_inspect_lists_datasets(sg: Callable[..., Said], h5: Path) -> None:
 
 
 def test_inspect_advises_smaller_row_groups(sg: Callable[..., Said], tmp_path: Path) -> None:
-    data = write_parquet(tmp_path / "data.parquet", *make_rows(200_000))
-    said = sg("inspect", data, "--target", "y", "--buffer", "3MB")
-    assert said.status == 0
+    data = write_big_group(tmp_path / "data.parquet")
+    said = sg("inspect", data, "--target", "y", "--buffer", "12MB")
+    assert said.status == 0, said.err
     assert "mixing      poor" in said.out
     assert "row_group_size=" in said.out

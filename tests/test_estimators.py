@@ -62,13 +62,11 @@ def test_regression_finds_the_coefficients_in_the_units_of_the_data() -> None:
 
 
 def test_without_intercept_predictions_are_those_that_were_trained() -> None:
-    X = table()
-    y = X @ TRUE_COEF
-    model = SGDRegressor(fit_intercept=False, tol=None, max_iter=300).fit(X, y)
+    X = table() - [0.0, 290.0, 0.95, -1.0]  # means of half a standard deviation and more
+    y = target(X) - 7.0
+    model = SGDRegressor(fit_intercept=False, tol=None, max_iter=200).fit(X, y)
     assert model.intercept_.tolist() == [0.0]
-    exact = np.linalg.lstsq(X, y, rcond=None)[0]
-    assert np.mean((model.predict(X) - y) ** 2) < 1e-4 * y.var()
-    np.testing.assert_allclose(model.coef_[[0, 1]], exact[[0, 1]], rtol=0.05)
+    np.testing.assert_allclose(model.coef_, np.linalg.lstsq(X, y, rcond=None)[0], rtol=2e-3)
 
 
 def test_a_small_set_gets_many_epochs_and_a_large_one_few() -> None:
@@ -119,7 +117,7 @@ def test_classes_of_any_type(loss: str, names: tuple[Any, ...]) -> None:
     assert model.predict(X).dtype == y.dtype
     assert model.coef_.shape == (1 if len(names) == 2 else len(names), 4)
     assert model.decision_function(X).shape == ((len(X),) if len(names) == 2 else (len(X), len(names)))
-    assert model.score(X, y) > (0.9 if len(names) == 2 else 0.7)
+    assert model.score(X, y) > (0.85 if len(names) == 2 else 0.6)
 
 
 @pytest.mark.parametrize("loss", ["log_loss", "modified_huber"])
@@ -209,6 +207,29 @@ def test_the_way_the_rows_come_changes_nothing() -> None:
         assert hasattr(model, "feature_names_in_") == ("frame" in name)
 
 
+def test_files_are_read_where_they_lie(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    X = table(1_500)
+    y = target(X)
+    frame = pd.DataFrame(X, columns=list("abcd"))
+    frame.assign(price=y).to_parquet(tmp_path / "rows.parquet", row_group_size=400)
+    with h5py.File(tmp_path / "rows.h5", "w") as file:
+        file["X"], file["y"] = X, y
+    reference = SGDRegressor(max_iter=3).fit(X, y)
+    sources = {
+        "parquet": open_source(tmp_path / "rows.parquet", "price"),
+        "hdf5": open_source(tmp_path / "rows.h5"),
+    }
+    for source in sources.values():
+        model = SGDRegressor(max_iter=3).fit(source)
+        np.testing.assert_allclose(model.coef_, reference.coef_, rtol=1e-9)
+        assert model.score(source) == pytest.approx(reference.score(X, y))
+        np.testing.assert_allclose(np.concatenate(list(model.predict(source))), reference.predict(X), rtol=1e-9)
+    by_name = SGDRegressor(max_iter=1).fit(sources["parquet"])
+    assert by_name.feature_names_in_.tolist() == list("abcd")
+    assert by_name.predict(frame).shape == (1_500,)
+
+
 def test_big_arrays_are_neither_copied_nor_cast() -> None:
     X = np.random.default_rng(0).normal(size=(200_000, 25)).astype(np.float32)  # 20 MB
     y = X[:, 0].copy()
@@ -286,7 +307,7 @@ def test_a_bad_value_is_named_with_its_row_and_column(kind: Any, bad: float) -> 
     with pytest.raises(NonFiniteError, match=rf"row 123.*number 2 is {'NaN' if np.isnan(bad) else 'inf'}"):
         kind().fit(X, y)
     frame = pd.DataFrame(X, columns=list("abcd"))
-    with pytest.raises(NonFiniteError, match="row 123.*'c'"):
+    with pytest.raises(NonFiniteError, match=r"row 123.*'c'"):
         kind().fit(frame, y)
 
 
@@ -343,10 +364,11 @@ def test_options_are_checked_before_the_data(options: dict[str, Any], words: str
         SGDRegressor(**options).fit("no data at all", None)
 
 
-def test_divergence_is_an_error_and_leaves_no_half_fitted_estimator() -> None:
+@pytest.mark.parametrize("tol", ["auto", None])
+def test_divergence_is_an_error_and_leaves_no_half_fitted_estimator(tol: Any) -> None:
     X = table(500)
-    model = SGDRegressor(optimizer="sgd", learning_rate="constant", eta0=1.0, standardize=False, max_iter=50)
-    with pytest.raises(DivergenceError, match="standardize=True"):
+    model = SGDRegressor(learning_rate="constant", eta0=1.0, standardize=False, max_iter=50, tol=tol)
+    with pytest.raises(DivergenceError, match=r"diverged.*loss is.*standardize=True"):
         model.fit(X, target(X))
     with pytest.raises(NotFittedError):
         model.predict(X)
@@ -547,14 +569,11 @@ def test_a_tolerance_that_was_not_reached_warns() -> None:
 
 
 def test_a_feature_that_the_sample_misjudged_is_named() -> None:
-    rng = np.random.default_rng(0)
-    X = rng.normal(size=(200_000, 2))
-    X[rng.integers(0, 200_000, 20), 1] = 1e5
-    heads = np.concatenate([np.arange(b, b + 1_200) for b in range(0, 200_000, 3_000)])
-    X[heads[heads < 200_000], 1] = 0.5  # what the survey looks at is quiet
-    X[np.setdiff1d(np.arange(200_000), heads)[:50], 1] = 1e6
-    with pytest.warns(UserWarning, match=r"number 1 .*standardize='full'"):
+    X = np.random.default_rng(0).normal(size=(120_000, 2))
+    X[-100:, 1] = 1e6  # the survey looks at the heads of blocks
+    with pytest.warns(UserWarning, match=r"spread of 1 feature.*number 1 .*standardize='full'") as caught:
         SGDRegressor(max_iter=1, tol=None).fit(X, X[:, 0])
+    assert caught[0].filename == __file__
 
 
 # --- within scikit-learn ---------------------------------------------------------------------------------------------
@@ -569,7 +588,7 @@ def test_grid_search_with_two_processes_and_checkpoints(tmp_path: Path) -> None:
     assert search.best_estimator_.run_dir_.parent == tmp_path
 
 
-def test_pipelines(tmp_path: Path) -> None:
+def test_pipelines() -> None:
     X = table(400)
     pipeline = make_pipeline(PolynomialFeatures(2, include_bias=False), SGDRegressor(max_iter=50))
     assert pipeline.fit(X, target(X)).score(X, target(X)) > 0.99

@@ -189,7 +189,7 @@ class _Announcer(Watcher):
         self._began = time.monotonic()
 
     def message(self, text: str) -> None:
-        warnings.warn(text, stacklevel=7)  # the caller of fit
+        warnings.warn(text, stacklevel=8)  # the caller of fit
 
     def epoch_ended(self, run: Run, loss: float) -> None:
         if self._verbose > 0:

@@ -323,7 +323,7 @@ class SGDClassifier(ClassifierMixin, SGDEstimator):  # type: ignore[misc]
         ndarray of shape (n_samples,) or (n_samples, n_classes), float64
             One value a row for two classes: above 0 means ``classes_[1]``.
             For a source or a Dask collection an iterator of such arrays, of consecutive rows in the order of the data,
-            none larger than a few megabytes.
+            of about a megabyte of data each.
         """
         return self._predictions(X, "decision_function")
 
@@ -340,7 +340,7 @@ class SGDClassifier(ClassifierMixin, SGDEstimator):  # type: ignore[misc]
         ndarray of shape (n_samples,)
             Labels, of the type of ``classes_``.
             For a source or a Dask collection an iterator of such arrays, of consecutive rows in the order of the data,
-            none larger than a few megabytes.
+            of about a megabyte of data each.
         """
         return self._predictions(X, "predict")
 
@@ -358,7 +358,7 @@ class SGDClassifier(ClassifierMixin, SGDEstimator):  # type: ignore[misc]
         ndarray of shape (n_samples, n_classes), float64
             Probabilities, in the order of ``classes_``.
             For a source or a Dask collection an iterator of such arrays, of consecutive rows in the order of the data,
-            none larger than a few megabytes.
+            of about a megabyte of data each.
 
         References
         ----------
@@ -381,7 +381,7 @@ class SGDClassifier(ClassifierMixin, SGDEstimator):  # type: ignore[misc]
         ndarray of shape (n_samples, n_classes), float64
             Logarithms of the probabilities, in the order of ``classes_``.
             For a source or a Dask collection an iterator of such arrays, of consecutive rows in the order of the data,
-            none larger than a few megabytes.
+            of about a megabyte of data each.
         """
         return self._predictions(X, "predict_log_proba")
 

@@ -301,7 +301,7 @@ class SGDRegressor(RegressorMixin, SGDEstimator):  # type: ignore[misc]
         ndarray of shape (n_samples,) or (n_samples, n_targets), float64
             Predictions.
             For a source or a Dask collection an iterator of such arrays, of consecutive rows in the order of the data,
-            none larger than a few megabytes.
+            of about a megabyte of data each.
         """
         return self._predictions(X, "predict")
 

@@ -59,8 +59,9 @@ _inner = _njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_SHARED)
 _HUGE = 1e150
 #: AdaGrad's guard against dividing noise by noise: this share of the largest √G of the same output.
 _ADAGRAD_FLOOR = 1e-9
-#: Rounding error of a sum, as a share of the size of its terms: two units in the last place.
-_ROUNDING = 4.4e-16
+#: A sum below this share of the size of its terms is rounding: that of the terms, which come from means that are rounded
+#: themselves, included.
+_ROUNDING = 1e-14
 
 
 # --- arithmetic with the same bits on every CPU ----------------------------------------------------------------------

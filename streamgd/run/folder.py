@@ -75,10 +75,7 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the metrics and release the lock."""
-        if self._metrics is not None:
-            with contextlib.suppress(OSError):  # a full disk was reported when the record was written
-                self._metrics.close()
-            self._metrics = None
+        self._close_metrics()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -151,11 +148,11 @@ class RunFolder:
         RunNotFoundError
             If there is none.
         ResumeError
-            If a newer streamgd wrote it, or it is not JSON.
+            If a newer streamgd wrote it, or it is damaged.
         """
         path = self._description_path
         try:
-            found: dict[str, Any] = json.loads(path.read_text())
+            found = json.loads(path.read_text())
         except FileNotFoundError as err:
             raise RunNotFoundError(
                 f"{self.path} holds no run (no {path.name} in it): `streamgd train … --run {self.path}` starts one"
@@ -164,7 +161,9 @@ class RunFolder:
             raise RunNotFoundError(f"{self.path} is not a run folder but a file") from err
         except ValueError as err:
             raise ResumeError(f"{path} is damaged: {err}") from err
-        if found.get("format", 0) > FORMAT:
+        if not isinstance(found, dict) or not isinstance(found.get("format"), int):
+            raise ResumeError(f"{path} is damaged: it does not describe a run")
+        if found["format"] > FORMAT:
             raise ResumeError(
                 f"{path} has format {found['format']}, this streamgd reads up to {FORMAT}: upgrade streamgd to use it"
             )
@@ -181,13 +180,23 @@ class RunFolder:
 
     def cut_metrics(self, cursor: tuple[int, int, int]) -> None:
         """Drop the records of windows that the run, at `cursor`, has not finished: they will be written again."""
+        self._close_metrics()
         try:
-            lines = self._metrics_path.read_text().splitlines()
+            found = self._metrics_path.read_text(errors="replace")
         except FileNotFoundError:
             return
-        kept = [line for line in lines if _is_before(line, cursor)]
-        if kept != lines:
-            write_atomic(self._metrics_path, "".join(line + "\n" for line in kept).encode())
+        kept = "".join(line + "\n" for line in found.splitlines() if _is_before(line, cursor))
+        if kept != found:
+            try:
+                write_atomic(self._metrics_path, kept.encode())
+            except OSError as err:
+                raise self._unwritable_metrics(err) from err
+
+    def _close_metrics(self) -> None:
+        if self._metrics is not None:
+            with contextlib.suppress(OSError):  # a full disk was reported when the record was written
+                self._metrics.close()
+            self._metrics = None
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add a record to ``metrics.jsonl``."""
@@ -197,10 +206,13 @@ class RunFolder:
             self._metrics.write(json.dumps(record) + "\n")
             self._metrics.flush()
         except OSError as err:
-            raise CheckpointWriteError(
-                f"cannot write {self._metrics_path}: {err.strerror or err}. The checkpoints are untouched: free some "
-                "space or mend the folder's permissions, then resume the run"
-            ) from err
+            raise self._unwritable_metrics(err) from err
+
+    def _unwritable_metrics(self, err: OSError) -> CheckpointWriteError:
+        return CheckpointWriteError(
+            f"cannot write {self._metrics_path}: {err.strerror or err}. The checkpoints are untouched: free some "
+            "space or mend the folder's permissions, then resume the run"
+        )
 
 
 def _is_before(line: str, cursor: tuple[int, int, int]) -> bool:

@@ -40,6 +40,8 @@ _CALL_S = 0.25
 _POLL_S = 0.1
 #: Window records in ``metrics.jsonl`` per epoch, about; an epoch's end always has one.
 _RECORDS_PER_EPOCH = 200
+#: A run that ends with a loss this many times that of the best constant prediction has not converged but diverged.
+_LOST = 1e6
 #: A feature whose spread is this many times what the survey saw is named.
 _OFF_BY = 10.0
 _EMPTY = np.zeros(0)
@@ -242,15 +244,15 @@ def restore(source: Source, checkpoint: Checkpoint, config: Config | None = None
     )
     run = Run(source, config, survey, Layout.from_json(meta["layout"]), state, meta["finished"])
     epoch, window, row = state.cursor
-    if run.finished == "max_iter" and epoch < run.n_epochs:
-        run.finished = None
-    elif run.finished is None and epoch >= run.n_epochs:
-        if window or row or epoch > run.n_epochs:
-            raise ResumeError(
-                f"the run is already in epoch {epoch + 1}: with max_iter={run.n_epochs} epochs it would have to go back. "
-                f"Give it at least {epoch + 1}"
-            )
-        run.finished = "max_iter"
+    begun = epoch + (window > 0 or row > 0)
+    if run.finished is None and begun > run.n_epochs:
+        raise ResumeError(
+            f"the run has begun epoch {begun}: with max_iter={run.n_epochs} epochs it would have to go back. Give it at "
+            f"least {begun}"
+        )
+    # From the state, because more epochs, or fewer, may be asked for now, and because an interrupt may have come after
+    # an epoch was closed and before anything was made of it.
+    run.finished = _reason_to_end(run) if begun == epoch else None
     return run
 
 
@@ -458,13 +460,12 @@ class _Training:
         if self.folder is not None:
             every = max(1, -(-self.run.source.n_rows // self.run.layout.window_rows) // _RECORDS_PER_EPOCH)
             if window.index % every == 0:
-                self.folder.append_metrics(self._metrics(window.index))
+                self.folder.append_metrics(self._metrics(window.index, self.run.state.progressive_loss))
 
-    def _metrics(self, window: int | None) -> dict[str, Any]:
+    def _metrics(self, window: int | None, loss: float) -> dict[str, Any]:
         state, survey = self.run.state, self.run.survey
-        loss = state.progressive_loss if window is not None else state.loss_curve[-1]
         return {
-            "epoch": state.epoch if window is not None else state.epoch - 1,
+            "epoch": state.epoch,
             "window": window,
             "rows": int(state.counters[kernels.N_ROWS]),
             "updates": int(state.counters[kernels.N_UPDATES]),
@@ -479,7 +480,7 @@ class _Training:
         seen = int(state.counters[kernels.EPOCH_ROWS])
         if seen != run.source.n_rows or int(state.checksum[0]) != self._expected:
             raise RowAccountingError(
-                f"epoch {state.epoch} saw {seen:,} rows with checksum {int(state.checksum[0]):016x}; expected each of "
+                f"epoch {state.epoch + 1} saw {seen:,} rows with checksum {int(state.checksum[0]):016x}; expected each of "
                 f"the {run.source.n_rows:,} rows exactly once, checksum {self._expected:016x}. The data changed while "
                 "it was read, or this is a bug"
             )
@@ -487,12 +488,15 @@ class _Training:
             for text in self._misjudged():
                 self.watcher.message(text)
         self._packed.codes[kernels.CODE_MOMENTS] = 0
-        converged = _close_epoch(state, run.config, self._tol)
-        if converged or state.epoch >= run.n_epochs:
-            run.finished = "converged" if converged else "max_iter"
+        closed = _closed_epoch(state, run.config, self._tol)
+        # The record comes first: an epoch that is interrupted before it is closed will be recorded again, while one
+        # that was closed will not.
+        if self.folder is not None:
+            self.folder.append_metrics(self._metrics(None, closed["loss_curve"][-1]))
+        state.__dict__.update(closed)
+        run.finished = _reason_to_end(run)
         self.watcher.epoch_ended(run, state.loss_curve[-1])
         if self.folder is not None:
-            self.folder.append_metrics(self._metrics(None))
             self.save()
         return run.finished is not None
 
@@ -515,18 +519,31 @@ class _Training:
         ]
 
     def _divergence(self, window: Window) -> DivergenceError:
-        state, recipe = self.run.state, self.run.config.recipe
+        state = self.run.state
         kept = "" if self.folder is None else f" The last checkpoint in {self.folder.path} is good."
+        return DivergenceError(
+            f"training diverged in epoch {state.epoch + 1}, window {window.index + 1}, update "
+            f"{int(state.counters[kernels.N_UPDATES]) + 1:,}: the batch's loss is {state.scalars[kernels.BAD_VALUE]} "
+            + self._advice()
+            + kept
+        )
+
+    def _lost(self) -> DivergenceError:
+        loss, null = self.run.state.loss_curve[-1], self.run.survey.null_loss
+        return DivergenceError(
+            f"training diverged: after {self.run.state.epoch} epochs the loss is {loss:.3g}, {loss / null:.3g} times "
+            f"that of the best constant prediction {self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        recipe = self.run.config.recipe
         advice = (
             "standardize=True, which scales the features"
             if self.run.config.standardize is False
             else "a smaller eta0, or optimizer='auto', which needs none"
         )
-        return DivergenceError(
-            f"training diverged in epoch {state.epoch + 1}, window {window.index + 1}, update "
-            f"{int(state.counters[kernels.N_UPDATES]) + 1:,}: the batch's loss is {state.scalars[kernels.BAD_VALUE]} "
+        return (
             f"(loss={recipe.loss!r}, optimizer={recipe.the_optimizer.name!r}, eta0={recipe.first_eta:g}). Try {advice}."
-            + kept
         )
 
     def _save_if_due(self) -> None:
@@ -541,35 +558,38 @@ class _Training:
         self.watcher.saved(self.run)
 
 
-def _close_epoch(state: State, config: Config, tol: float | None) -> bool:
-    """Note the epoch's loss, apply the stopping rule and move the cursor; return whether the run has converged.
+def _closed_epoch(state: State, config: Config, tol: float | None) -> dict[str, Any]:
+    """Return what changes in the state when an epoch is closed: its loss is noted, the cursor goes to the next epoch.
 
-    Everything is worked out first and takes effect in one step, so that an interrupt finds the epoch open or closed.
+    All of it is to take effect in one step, so that an interrupt finds the epoch open or closed.
     """
     scalars, counters = state.scalars.copy(), state.counters.copy()
     weight = scalars[kernels.WEIGHT_SUM]
     loss = float(scalars[kernels.LOSS_SUM] / weight) if weight > 0 else 0.0
     objective = loss + float(scalars[kernels.PENALTY_SUM]) / max(1, int(counters[kernels.EPOCH_ROWS]))
-    converged = False
     if tol is not None and objective > scalars[kernels.BEST_OBJECTIVE] - tol:
         counters[kernels.NO_IMPROVEMENT] += 1
     else:
         counters[kernels.NO_IMPROVEMENT] = 0
     scalars[kernels.BEST_OBJECTIVE] = min(objective, scalars[kernels.BEST_OBJECTIVE])
-    if counters[kernels.NO_IMPROVEMENT] >= config.n_iter_no_change:
+    if counters[kernels.NO_IMPROVEMENT] >= config.n_iter_no_change and config.recipe.schedule == "adaptive":
         rate = config.recipe.first_eta * scalars[kernels.ETA_SCALE]
-        if config.recipe.schedule == "adaptive" and rate > ADAPTIVE_FLOOR:
+        if rate > ADAPTIVE_FLOOR:
             scalars[kernels.ETA_SCALE] /= 5.0
             counters[kernels.NO_IMPROVEMENT] = 0
-        else:
-            converged = True
     scalars[[kernels.LOSS_SUM, kernels.WEIGHT_SUM, kernels.PENALTY_SUM]] = 0.0
     counters[kernels.EPOCH] += 1
     counters[[kernels.WINDOW, kernels.ROW, kernels.EPOCH_ROWS]] = 0
-    state.__dict__.update(
-        scalars=scalars,
-        counters=counters,
-        checksum=np.zeros(1, np.uint64),
-        loss_curve=[*state.loss_curve, loss],
-    )
-    return converged
+    return {
+        "scalars": scalars,
+        "counters": counters,
+        "checksum": np.zeros(1, np.uint64),
+        "loss_curve": [*state.loss_curve, loss],
+    }
+
+
+def _reason_to_end(run: Run) -> str | None:
+    """Say why a run ends with the epoch that was closed last; None if it goes on."""
+    if run.state.counters[kernels.NO_IMPROVEMENT] >= run.config.n_iter_no_change:
+        return "converged"
+    return "max_iter" if run.state.epoch >= run.n_epochs else None

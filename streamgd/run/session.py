@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from streamgd.data.sources.base import Source
 from streamgd.errors import CheckpointError
+from streamgd.learn import kernels
 from streamgd.learn.state import State
 from streamgd.run.config import Config
 from streamgd.run.continuing import Trained
@@ -110,12 +111,14 @@ def go_on(
     else:
         # The description knows of epochs that were asked for after the checkpoint was written.
         run = restore(source, checkpoint, config or Config.from_json(described["config"]))
-    if run.finished:  # then there is nothing to change
-        return run
+    if run.finished and checkpoint is not None and run.finished == checkpoint.meta["finished"]:
+        return run  # there is nothing to change
     folder.cut_metrics(run.state.cursor)
     now = described | {"config": run.config.to_json(), "origin": source.origin}
     if now != described:
         folder.describe(now)
+    if run.finished:  # with what it has, because fewer epochs are asked for now
+        folder.checkpoints.save(run.to_checkpoint(), int(run.state.counters[kernels.N_ROWS]))
     return run
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from streamgd.errors import (
     RunLockedError,
     RunNotFoundError,
 )
+from streamgd.run import folder as module
 from streamgd.run.checkpoint import FORMAT, Checkpoint
 from streamgd.run.folder import RunFolder
 
@@ -70,9 +72,8 @@ def test_one_writer_at_a_time_and_none_after_its_death(tmp_path: Path) -> None:
 
 
 def test_one_writer_within_a_process(tmp_path: Path) -> None:
-    with RunFolder(tmp_path):
-        with pytest.raises(RunLockedError):
-            RunFolder(tmp_path).__enter__()
+    with RunFolder(tmp_path), pytest.raises(RunLockedError):
+        RunFolder(tmp_path).__enter__()
     with RunFolder(tmp_path) as folder:
         folder.start({})
     with folder:
@@ -137,10 +138,8 @@ def test_what_is_no_run_is_not_overwritten(tmp_path: Path, name: str, replace: b
         (tmp_path / name / "mine").write_text("precious")
     else:
         (tmp_path / name).write_text("precious")
-    with (
-        RunFolder(tmp_path) as folder,
-        pytest.raises(RunExistsError, match=f"holds no run, but 'checkpoints' or.*{name}|"),
-    ):
+    expected = r"holds no run, but 'checkpoints' or 'metrics.jsonl' of something else, which a run would overwrite"
+    with RunFolder(tmp_path) as folder, pytest.raises(RunExistsError, match=expected):
         folder.start({}, replace=replace)
     assert (tmp_path / name).exists()
 
@@ -276,3 +275,17 @@ def test_metrics_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
     with RunFolder(tmp_path) as folder, pytest.raises(CheckpointWriteError, match=r"metrics.jsonl.*resume the run"):
         folder.append_metrics({"epoch": 0, "window": 0})
+
+
+def test_metrics_that_cannot_be_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RunFolder(tmp_path) as folder:
+        write_all(folder)
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "write_atomic", full)
+    with RunFolder(tmp_path) as folder:
+        with pytest.raises(CheckpointWriteError, match=r"metrics.jsonl: No space left on device"):
+            folder.cut_metrics((0, 1, 0))
+        assert records(folder) == ALL
