@@ -324,6 +324,43 @@ def _spread(
 
 
 @_compiled
+def _scale(
+    address: int,
+    code: int,
+    first: int,
+    stride: int,
+    n: int,
+    shift: NDArray[np.float64],
+    factor: NDArray[np.float64],
+    loaded: NDArray[np.float64],
+    out: NDArray[Any],
+) -> bool:
+    """Write `n` values from memory to `out` as ``(float64(value) - shift) * factor``; return whether all are finite.
+
+    Adjacent floats are loaded, scaled and stored in one vectorised loop; other storage passes through `loaded`. The
+    arithmetic is the same.
+    """
+    infinite = np.int32(0)
+    if code == 0 and stride == 1:
+        for i in range(n):
+            value = out.dtype.type((np.float64(_float32_at(address, first + i)) - shift[i]) * factor[i])
+            out[i] = value
+            infinite |= np.int32(0) if value - value == 0 else np.int32(1)  # NaN and infinities alone are not
+    elif code == 1 and stride == 1:
+        for i in range(n):
+            value = out.dtype.type((_float64_at(address, first + i) - shift[i]) * factor[i])
+            out[i] = value
+            infinite |= np.int32(0) if value - value == 0 else np.int32(1)
+    else:
+        _load(address, code, first, stride, n, loaded)
+        for i in range(n):
+            value = out.dtype.type((loaded[i] - shift[i]) * factor[i])
+            out[i] = value
+            infinite |= np.int32(0) if value - value == 0 else np.int32(1)
+    return infinite == 0
+
+
+@_compiled
 def place_columns(
     addresses: NDArray[np.int64],
     codes: NDArray[np.int64],
@@ -349,22 +386,25 @@ def place_columns(
     n_rows, n_features = len(places), len(addresses)
     width = min(n_features, _TILE_COLUMNS)
     loaded = np.empty(_TILE_ROWS, np.float64)
+    shifts, factors = np.empty(_TILE_ROWS), np.empty(_TILE_ROWS)
+    scaled = np.empty(_TILE_ROWS, out.dtype)
     tile = np.empty((_TILE_ROWS, width), out.dtype)
-    n_finite = 0
+    finite = True
     for first in range(0, n_rows, _TILE_ROWS):
         n = min(_TILE_ROWS, n_rows - first)
         for left in range(0, n_features, width):
             n_columns = min(width, n_features - left)
             for k in range(n_columns):
                 j = left + k
-                _load(addresses[j], codes[j], first * strides[j], strides[j], n, loaded)
-                column_shift, column_factor = shift[j], factor[j]
                 for i in range(n):
-                    value = out.dtype.type((loaded[i] - column_shift) * column_factor)
-                    tile[i, k] = value
-                    n_finite += (value - value) == 0  # false for NaN and infinities alone
+                    shifts[i], factors[i] = shift[j], factor[j]
+                finite &= _scale(
+                    addresses[j], codes[j], first * strides[j], strides[j], n, shifts, factors, loaded, scaled
+                )
+                for i in range(n):
+                    tile[i, k] = scaled[i]
             _spread(tile, width, n, n_columns, places, first, out, left)
-    return bool(n_finite == n_rows * n_features)
+    return finite
 
 
 @_compiled
@@ -388,21 +428,17 @@ def place_rows(
     for i in range(tile_rows):
         for j in range(n_features):
             shifts[i * n_features + j], factors[i * n_features + j] = shift[j], factor[j]
-    adjacent = int(np.int64(1))  # a literal would have `_load` compiled a second time
-    n_finite = 0
+    finite = True
     for first in range(0, n_rows, tile_rows):
         n = min(tile_rows, n_rows - first)
         if stride == n_features:
-            _load(address, code, first * stride, adjacent, n * n_features, loaded)
+            finite &= _scale(address, code, first * stride, 1, n * n_features, shifts, factors, loaded, values)
         else:
             for i in range(n):
-                _load(address, code, (first + i) * stride, adjacent, n_features, loaded[i * n_features :])
-        for k in range(n * n_features):
-            value = out.dtype.type((loaded[k] - shifts[k]) * factors[k])
-            values[k] = value
-            n_finite += (value - value) == 0
+                row = values[i * n_features : (i + 1) * n_features]
+                finite &= _scale(address, code, (first + i) * stride, 1, n_features, shifts, factors, loaded, row)
         _spread(tile, n_features, n, n_features, places, first, out, 0)
-    return bool(n_finite == n_rows * n_features)
+    return finite
 
 
 @_compiled

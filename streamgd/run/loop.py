@@ -247,8 +247,8 @@ def restore(source: Source, checkpoint: Checkpoint, config: Config | None = None
     begun = epoch + (window > 0 or row > 0)
     if run.finished is None and begun > run.n_epochs:
         raise ResumeError(
-            f"the run has begun epoch {begun}: with max_iter={run.n_epochs} epochs it would have to go back. Give it at "
-            f"least {begun}"
+            f"the run has begun epoch {begun}: with max_iter={run.n_epochs} epochs it would have to go back. Give it "
+            f"at least {begun}"
         )
     # From the state, because more epochs, or fewer, may be asked for now, and because an interrupt may have come after
     # an epoch was closed and before anything was made of it.
@@ -480,9 +480,9 @@ class _Training:
         seen = int(state.counters[kernels.EPOCH_ROWS])
         if seen != run.source.n_rows or int(state.checksum[0]) != self._expected:
             raise RowAccountingError(
-                f"epoch {state.epoch + 1} saw {seen:,} rows with checksum {int(state.checksum[0]):016x}; expected each of "
-                f"the {run.source.n_rows:,} rows exactly once, checksum {self._expected:016x}. The data changed while "
-                "it was read, or this is a bug"
+                f"epoch {state.epoch + 1} saw {seen:,} rows with checksum {int(state.checksum[0]):016x}; expected each "
+                f"of the {run.source.n_rows:,} rows exactly once, checksum {self._expected:016x}. The data changed "
+                "while it was read, or this is a bug"
             )
         if self._checks_scale and state.epoch == 0:
             for text in self._misjudged():
@@ -495,6 +495,8 @@ class _Training:
             self.folder.append_metrics(self._metrics(None, closed["loss_curve"][-1]))
         state.__dict__.update(closed)
         run.finished = _reason_to_end(run)
+        if run.finished and self._tol is not None and state.loss_curve[-1] > _LOST * run.survey.null_loss > 0:
+            raise self._lost()
         self.watcher.epoch_ended(run, state.loss_curve[-1])
         if self.folder is not None:
             self.save()
