@@ -357,7 +357,7 @@ def _scale(
             value = out.dtype.type((loaded[i] - shift[i]) * factor[i])
             out[i] = value
             infinite |= np.int32(0) if value - value == 0 else np.int32(1)
-    return infinite == 0
+    return bool(infinite == 0)
 
 
 @_compiled

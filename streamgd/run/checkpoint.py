@@ -1,9 +1,9 @@
 """Checkpoints: one file each, complete or absent, checked when read.
 
-A checkpoint is a safetensors file: the state's arrays, and in its metadata one JSON text with everything else (cursor,
-plan, survey, configuration, fingerprint, versions) and a BLAKE2b hash of both. No pickle anywhere. It is written under
-a temporary name, flushed to disk, renamed into place, and the folder is flushed: a kill or a power cut at any moment
-leaves either the new file or the ones before.
+A checkpoint is a safetensors file: the state's arrays, and in its metadata a BLAKE2b hash of the content followed by
+one JSON text with everything else (cursor, plan, survey, configuration, fingerprint, versions). No pickle anywhere. It
+is written under a temporary name, flushed to disk, renamed into place, and the folder is flushed: a kill or a power cut
+at any moment leaves either the new file or the ones before.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ FORMAT = 1
 #: Checkpoints that are kept.
 KEPT = 3
 _SUFFIX = ".safetensors"
+_DIGEST_LENGTH = 64  # hexadecimal digits of 32 bytes
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 
     text = json.dumps({"format": FORMAT, **checkpoint.meta}, sort_keys=True)
     tensors = {name: np.ascontiguousarray(array) for name, array in checkpoint.tensors.items()}
-    content = to_bytes(tensors, metadata={"streamgd": text, "blake2b": _digest(tensors, text)})
+    # One entry, because safetensors writes several in an order that changes from call to call.
+    content = to_bytes(tensors, metadata={"streamgd": _digest(tensors, text) + text})
     try:
         write_atomic(path, content)
     except OSError as err:
@@ -85,10 +87,10 @@ def load(path: Path) -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError) as err:
         raise CheckpointError(f"{path} is damaged: {err}") from err
-    text = header.get("streamgd")
-    if text is None:
+    if "streamgd" not in header:
         raise CheckpointError(f"{path} is a safetensors file, but not a streamgd checkpoint")
-    if header.get("blake2b") != _digest(tensors, text):
+    digest, text = header["streamgd"][:_DIGEST_LENGTH], header["streamgd"][_DIGEST_LENGTH:]
+    if digest != _digest(tensors, text):
         raise CheckpointError(f"{path} is damaged: its content does not match its hash")
     meta = json.loads(text)
     if meta["format"] > FORMAT:

@@ -26,7 +26,7 @@ Floats = NDArray[np.float64]
 
 #: What can be asked of a model.
 METHODS = ("predict", "predict_proba", "predict_log_proba", "decision_function")
-#: Bytes of a slice as float64, features and outputs together. At 4 MB, fresh pages for each one made it ten times slower.
+#: Bytes of a slice as float64, features and outputs together. At 4 MB, fresh pages for each made it ten times slower.
 _SLICE_BYTES = 1 << 20
 #: Blocks that a source which computes is told of ahead of time, the one being read included.
 _AHEAD = 3

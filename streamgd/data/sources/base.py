@@ -211,7 +211,7 @@ class Source(abc.ABC):
         """Tell which blocks will be opened next, in order, so that a source that computes may begin. Only a hint."""
 
     def mixing_hint(self) -> str | None:
-        """What the user could change so that the blocks mix better, or None."""
+        """Say what the user could change so that the blocks mix better, or return None."""
         return None
 
     def close(self) -> None:  # noqa: B027 - most sources hold nothing
