@@ -82,7 +82,7 @@ def make_data(folder: Path, source: str, n_rows: int, n_features: int = 5, seed:
 
         names = np.array(["ash", "beech", "cedar"])[scores.argmax(axis=1)]
         columns = {f"x{j}": X[:, j] for j in range(n_features)} | {"y": names}
-        pq.write_table(pa.table(columns), folder / "rows.parquet", row_group_size=max(1, n_rows // 5))
+        pq.write_table(pa.table(columns), folder / "rows.parquet", row_group_size=max(1, min(n_rows // 5, 10_000)))
     else:
         y = scores[:, 0] if source == "dask" else (scores[:, 0] > 0).astype(np.int64)
         np.savez(folder / "rows.npz", X=X.astype(np.float64) if source == "dask" else X, y=y)

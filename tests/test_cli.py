@@ -646,6 +646,44 @@ def test_nothing_to_resume(sg: Callable[..., Said], tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda described: described.pop("origin"), "it lacks 'origin'"),
+        (lambda described: described["config"].update(bogus=1), "its 'config' cannot be used"),
+        (lambda described: described["config"].pop("tol"), "its 'config' cannot be used"),
+        (lambda described: described.update(config=5), "its 'config' cannot be used"),
+    ],
+    ids=["lacks", "unknown", "lacks option", "no object"],
+)
+def test_a_damaged_description_is_one_message(
+    sg: Callable[..., Said], h5: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    assert sg("train", h5, "--target", "y", "--run", tmp_path / "run", "--epochs", 1).status == 0
+    described = json.loads((tmp_path / "run" / "config.json").read_text())
+    change(described)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(described))
+    for command in (("resume", tmp_path / "run"), ("evaluate", tmp_path / "run", h5)):
+        said = sg(*command)
+        assert said.status == 2
+        assert "config.json is damaged" in said.err
+        assert message in said.err
+
+
+def test_a_target_that_names_nothing_is_a_usage_error(sg: Callable[..., Said], h5: Path, tmp_path: Path) -> None:
+    for name in ("", ",", " "):
+        said = sg("train", h5, "--target", name, "--run", tmp_path / "run")
+        assert said.status == 2
+        assert "names no column" in said.err
+
+
+def test_a_number_to_predict_is_no_class(sg: Callable[..., Said], h5: Path, tmp_path: Path) -> None:
+    said = sg("train", h5, "--target", "y", "--loss", "log_loss", "--run", tmp_path / "run")
+    assert said.status == 2
+    assert "unknown label type: continuous" in said.err
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 # --- predict ---
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +49,28 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_errors_have_one_base() -> None:
     classes = [found for _, found in inspect.getmembers(streamgd.errors, inspect.isclass)]
     assert all(issubclass(found, streamgd.StreamgdError) for found in classes)
+
+
+@pytest.mark.parametrize("name", ["SGDClassifier", "SGDRegressor", "load", "open_source"])
+def test_examples_in_docstrings_hold(name: str) -> None:
+    found = getattr(streamgd, name)
+    failed, attempted = 0, 0
+    for example in doctest.DocTestFinder(recurse=False).find(found, name, globs={"streamgd": streamgd}):
+        result = doctest.DocTestRunner().run(example)
+        failed, attempted = failed + result.failed, attempted + result.attempted
+    assert failed == 0
+    assert attempted > 0
+
+
+@pytest.mark.parametrize("kind", ["SGDClassifier", "SGDRegressor"])
+def test_every_parameter_and_attribute_is_documented(kind: str) -> None:
+    cls = getattr(streamgd, kind)
+    described = re.findall(r"^    (\w+) : ", inspect.cleandoc(cls.__doc__).replace("\n", "\n    "), re.MULTILINE)
+    parameters = list(inspect.signature(cls).parameters)
+    assert described[: len(parameters)] == parameters
+    model = cls(max_iter=1).fit([[0.0], [1.0], [2.0]], [0, 1, 1])
+    public = {name for name in vars(model) if name.endswith("_") and not name.startswith("_")}
+    assert public <= set(described[len(parameters) :])
 
 
 def test_import_loads_nothing_heavy_and_is_quick() -> None:

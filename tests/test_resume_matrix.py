@@ -89,7 +89,7 @@ def test_killed_runs_end_as_whole_ones(
     assert list(leftovers(job)) == []
 
 
-@pytest.mark.parametrize("n", range(14))
+@pytest.mark.parametrize("n", range(20))
 def test_every_step_of_saving(killer: Killer, folder: Path, data: dict[str, str], n: int) -> None:
     """Through the run's description, its first checkpoints, and the removal of the oldest."""
     whole = job_of(folder, data, "memory", "auto", "whole-steps")
@@ -97,7 +97,7 @@ def test_every_step_of_saving(killer: Killer, folder: Path, data: dict[str, str]
         assert killer.run(whole).status == 0
     job = job_of(folder, data, "memory", "auto", f"step-{n}")
     assert killer.run(job, trap=("save", n)).killed
-    assert killer.run(job, trap=("save", 13 - n)).killed
+    assert killer.run(job, trap=("save", 19 - n)).killed
     assert killer.run(job).status == 0
     assert outcome(job) == outcome(whole)
     assert list(leftovers(job)) == []

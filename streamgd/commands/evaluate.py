@@ -28,7 +28,9 @@ _MEANING = {
 @click.command(short_help="Judge a run's model by data with a target.")
 @click.argument("run_path", metavar="RUN", type=click.Path(path_type=Path))
 @kinds.data_argument
-@click.option("--target", metavar="NAME", help="What the target is called here. [default: as trained]")
+@click.option(
+    "--target", callback=kinds.read_target, metavar="NAME", help="What the target is called here. [default: as trained]"
+)
 @kinds.features_option
 @kinds.weight_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

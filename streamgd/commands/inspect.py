@@ -18,7 +18,12 @@ _LISTED = 30
 
 @click.command(short_help="Say what data is made of, and what training would take.")
 @kinds.data_argument
-@click.option("--target", metavar="NAME", help="Target column or dataset, if it is known; several columns with commas.")
+@click.option(
+    "--target",
+    callback=kinds.read_target,
+    metavar="NAME",
+    help="Target column or dataset, if it is known; several columns with commas.",
+)
 @kinds.features_option
 @kinds.weight_option
 @click.option("--buffer", default=kinds.BUFFER, show_default=True, metavar="BYTES", help="Memory to plan with.")

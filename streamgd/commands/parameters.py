@@ -89,6 +89,13 @@ def split_names(given: tuple[str, ...]) -> list[str] | None:
     return [name for name in names if name] or None
 
 
+def read_target(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Refuse a target that names nothing."""
+    if value is not None and split_names((value,)) is None:
+        raise click.BadParameter(f"{value!r} names no column")
+    return value
+
+
 def data_argument(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command its data."""
     return click.argument("data", nargs=-1, required=True, metavar="DATA…")(command)

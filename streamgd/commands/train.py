@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 @click.command(short_help="Train a model on files, in a folder of its own.")
 @kinds.data_argument
 @click.option("--run", "run_path", required=True, type=click.Path(path_type=Path), help="Folder for the new run.")
-@click.option("--target", required=True, metavar="NAME", help="Target column or dataset; several columns with commas.")
+@click.option(
+    "--target",
+    callback=kinds.read_target,
+    required=True,
+    metavar="NAME",
+    help="Target column or dataset; several columns with commas.",
+)
 @kinds.features_option
 @kinds.weight_option
 @click.option("--task", type=click.Choice(kinds.TASKS), help="[default: as loss and target suggest]")
@@ -123,10 +129,10 @@ def resume(stop: StopRequest, /, run_path: Path, epochs: int | None, data: tuple
     from streamgd.commands.reading import open_again
     from streamgd.run.config import Config
     from streamgd.run.folder import RunFolder
-    from streamgd.run.session import go_on, with_epochs
+    from streamgd.run.session import description_of, go_on, with_epochs
 
     options, view = _options(given), _view(quiet=given["quiet"])
-    described = RunFolder(run_path).description()  # before the folder is made or locked
+    described = description_of(RunFolder(run_path))  # before the folder is made or locked
     with RunFolder(run_path) as folder:
         source = open_again(described, data)
         config = with_epochs(Config.from_json(described["config"]), epochs)

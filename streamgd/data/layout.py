@@ -26,6 +26,8 @@ _WHOLE_BLOCKS_PER_WINDOW = 8
 _MIN_SLICE_ROWS = 256
 _MIN_WINDOW_ROWS = 256
 _MIN_PIECE_BYTES, _MAX_PIECE_BYTES = 20_000, 4_000_000
+#: All pieces together may always cost this share of an open block.
+_PIECES_PER_OPEN_BLOCK = 64
 _MAX_WINDOW_ROWS = 2**31 - 1  # places are int32
 
 _UNITS = {"": 1, "B": 1}
@@ -158,8 +160,18 @@ class _Costs:
 
     @property
     def needed(self) -> int:
-        """The smallest buffer that does: two windows of few rows, one open block, pieces of one row."""
-        return 2 * self.min_window_rows * self.row + self.open_block + MAX_READERS * self.piece_row + self.carry
+        """The smallest buffer that does: two windows of few rows, one open block, the smallest pieces."""
+        pieces = MAX_READERS * self.least_piece_rows * self.piece_row
+        return 2 * self.min_window_rows * self.row + self.open_block + pieces + self.carry
+
+    @property
+    def least_piece_rows(self) -> int:
+        """The fewest rows to decode at once: one, or as many as cost little beside the block they come from.
+
+        Wide Parquet files have expensive blocks, and calls that take as long for one row as for hundreds.
+        """
+        n_bytes = self.open_block // _PIECES_PER_OPEN_BLOCK
+        return max(1, min(n_bytes // (MAX_READERS * self.piece_row), self.max_block_rows))
 
     @property
     def piece_rows(self) -> int:
@@ -169,7 +181,7 @@ class _Costs:
         """
         n_bytes = max(self.buffer // 128, min(_MIN_PIECE_BYTES, self.buffer // 32))
         wanted = min(n_bytes, _MAX_PIECE_BYTES) // self.piece_row
-        affordable = 1 + (self.buffer - self.needed) // (MAX_READERS * self.piece_row)
+        affordable = self.least_piece_rows + (self.buffer - self.needed) // (MAX_READERS * self.piece_row)
         return max(1, min(wanted, affordable, self.max_block_rows))
 
     @property

@@ -62,7 +62,7 @@ class SGDRegressor(RegressorMixin, SGDEstimator):  # type: ignore[misc]
         See `tol`.
     warm_start : bool, default=False
         Whether `fit` begins with the coefficients that are there. Scaling, classes and the unit of the steps stay those
-        of the first call.
+        of the first call. Learning rates of sgd begin anew; the other optimizers go on.
     average : bool, int or "auto", default="auto"
         Whether ``coef_`` is an average over the updates. ``"auto"`` averages for the optimizers auto and dowg, later
         updates counting more. Under sgd, all updates count alike, and an int n above 1 begins with the n-th.
@@ -103,7 +103,7 @@ class SGDRegressor(RegressorMixin, SGDEstimator):  # type: ignore[misc]
     n_iter_ : int
         Epochs: of the last `fit`, and of every `partial_fit` since.
     t_ : int
-        Updates of these epochs, plus 1. An update takes `batch_size` rows.
+        Updates since training began, plus 1; an update takes `batch_size` rows. A warm start under sgd counts anew.
     loss_curve_ : list of float
         Mean loss of each epoch, without the penalty. It is progressive: each row's loss before the update that uses the
         row, so that the first epoch's is an honest estimate for new rows.

@@ -47,7 +47,8 @@ def folder_of(parent: str | os.PathLike[str], config: Config, source: Source, st
     text = json.dumps([values, source.fingerprint, source.row_dtype.name], sort_keys=True, default=repr)
     digest = hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES)
     if start is not None:
-        digest.update(start.state.theta.tobytes() + start.state.slots.tobytes())
+        for array in start.state.to_tensors().values():
+            digest.update(array.tobytes())
     return Path(parent) / f"{digest.hexdigest()}-{max_iter}"
 
 
@@ -132,8 +133,14 @@ def load(run_dir: str | os.PathLike[str]) -> SGDRegressor | SGDClassifier:
 
     Examples
     --------
-    >>> model = streamgd.load("runs/prices")  # doctest: +SKIP
-    >>> model.predict(X)  # doctest: +SKIP
+    >>> import tempfile
+    >>> import streamgd
+    >>> X, y = [[0.0], [1.0], [2.0]], [1.0, 3.0, 5.0]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     trained = streamgd.SGDRegressor(checkpoint_dir=folder, max_iter=20).fit(X, y)
+    ...     loaded = streamgd.load(trained.run_dir_)
+    >>> bool((loaded.coef_ == trained.coef_).all())
+    True
     """
     from streamgd.estimators.classifier import SGDClassifier
     from streamgd.estimators.regressor import SGDRegressor

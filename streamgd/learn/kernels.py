@@ -405,7 +405,7 @@ def _intercept_gradient(C, D, P, k, n, mean_weight):
     The intercept starts where this sum is zero in exact arithmetic. Steps that are divided by √G would blow what is
     left of it, which depends on the order of the rows, up to steps of full size.
     """
-    total = row_dot(C, 3, D, k, n)
+    total: Any = row_dot(C, 3, D, k, n)
     size = row_dot(D, k, D, k, n) + mean_weight * mean_weight * row_dot(P, k, P, k, n)
     return total if abs(total) > _ROUNDING * np.sqrt(n * size) else 0.0
 

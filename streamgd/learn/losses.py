@@ -91,7 +91,7 @@ def get_loss(name: str, task: Task) -> Loss:
     OptionError
         If there is none of that name for the task; lists those there are.
     """
-    loss = LOSSES.get(name)
+    loss = LOSSES.get(name) if isinstance(name, str) else None
     if loss is None or loss.task != task:
         there = ", ".join(repr(entry.name) for entry in LOSSES.values() if entry.task == task)
         raise OptionError(f"loss={name!r} is not a loss for {task}: expected one of {there}")

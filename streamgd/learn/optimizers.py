@@ -97,7 +97,7 @@ def resolve(optimizer: str, learning_rate: str, task: Task) -> tuple[Optimizer, 
     OptionError
         If either is unknown or the pair is not in the table above.
     """
-    if optimizer not in OPTIMIZERS:
+    if not isinstance(optimizer, str) or optimizer not in OPTIMIZERS:
         raise OptionError(f"optimizer={optimizer!r}: expected one of {', '.join(map(repr, OPTIMIZERS))}")
     if optimizer == "auto" and learning_rate != "auto":
         optimizer = "sgd"

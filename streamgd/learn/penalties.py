@@ -18,6 +18,9 @@ step, and its per-coordinate form for adaptive steps).
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 from streamgd.errors import OptionError
 
 PENALTIES = (None, "l2", "l1", "elasticnet")
@@ -38,9 +41,13 @@ def strengths(penalty: str | None, alpha: float, l1_ratio: float) -> tuple[float
     """
     if penalty not in PENALTIES:
         raise OptionError(f"penalty={penalty!r}: expected None, 'l2', 'l1' or 'elasticnet'")
-    if not alpha >= 0:
-        raise OptionError(f"alpha={alpha!r}: expected a number of at least 0")
-    if not 0 <= l1_ratio <= 1:
+    if not (_is_real(alpha) and 0 <= alpha < math.inf):
+        raise OptionError(f"alpha={alpha!r}: expected a number of at least 0, not infinite")
+    if not (_is_real(l1_ratio) and 0 <= l1_ratio <= 1):
         raise OptionError(f"l1_ratio={l1_ratio!r}: expected a number from 0 to 1")
     share = {None: (0.0, 0.0), "l2": (0.0, 1.0), "l1": (1.0, 0.0), "elasticnet": (l1_ratio, 1.0 - l1_ratio)}[penalty]
     return alpha * share[0], alpha * share[1]
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -113,7 +114,7 @@ class Recipe:
         )
         _require(_is_number(self.power_t), "power_t", self.power_t, "a number")
         _require(
-            isinstance(self.batch_size, (int, np.integer)) and self.batch_size >= 1,
+            isinstance(self.batch_size, (int, np.integer)) and self.batch_size >= 1 and self.batch_size is not True,
             "batch_size",
             self.batch_size,
             "a whole number of at least 1",
@@ -124,10 +125,13 @@ class Recipe:
             self.momentum,
             "a number from 0 to below 1",
         )
-        if self.eta0 != "auto":
+        if not (isinstance(self.eta0, str) and self.eta0 == "auto"):
             _require(_is_number(self.eta0) and float(self.eta0) > 0, "eta0", self.eta0, "'auto' or a number above 0")
             if not optimizer.learning_rates and optimizer.code != AUTO:
                 raise OptionError(f"eta0={self.eta0!r}: optimizer={optimizer.name!r} has no learning rate to set")
+        for name in ("fit_intercept", "nesterov"):
+            found = getattr(self, name)
+            _require(isinstance(found, (bool, np.bool_)), name, found, "True or False")
         if optimizer.code != SGD and (self.momentum or self.nesterov):
             raise OptionError(
                 f"momentum and nesterov belong to optimizer='sgd'; found optimizer={optimizer.name!r}. "
@@ -243,7 +247,10 @@ class Packed:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool) and value == value
+    """Whether it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        return False
+    return math.isfinite(value)
 
 
 def _require(met: bool, name: str, found: object, expected: str) -> None:

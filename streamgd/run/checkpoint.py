@@ -105,6 +105,14 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, if need be; flushed, so that what is flushed in it can be found again."""
+    missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        _flush_folder(folder.parent)
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, flush it, rename it into place and flush the folder."""
     temporary = temporary_name(path)
@@ -141,14 +149,17 @@ class CheckpointFolder:
             return []
 
     def save(self, checkpoint: Checkpoint, n_rows: int) -> Path:
-        """Write the checkpoint taken after `n_rows` rows, then drop the oldest beyond three."""
+        """Write the checkpoint taken after `n_rows` rows, then drop the oldest beyond three.
+
+        Newer ones, which can only be damaged ones that were passed over, do not count among the three.
+        """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
         except OSError as err:
             raise CheckpointWriteError(f"cannot make the folder {self.path}: {err.strerror or err}") from err
         path = self.path / f"rows-{n_rows:018d}{_SUFFIX}"
         save(path, checkpoint)
-        for old in self.files()[KEPT:]:
+        for old in [file for file in self.files() if file <= path][KEPT:]:
             with contextlib.suppress(OSError):
                 old.unlink()
         return path

@@ -62,20 +62,23 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
-        if self.max_iter != "auto" and not (_is_whole(self.max_iter) and int(self.max_iter) >= 1):
+        if not _is(self.max_iter, "auto") and not (_is_whole(self.max_iter) and int(self.max_iter) >= 1):
             raise OptionError(f"max_iter={self.max_iter!r}: expected 'auto' or a number of epochs of at least 1")
-        if not (self.tol is None or self.tol == "auto" or _is_real(self.tol)):
-            raise OptionError(f"tol={self.tol!r}: expected 'auto', None or a number")
+        # Minus infinity is scikit-learn's way to never stop.
+        if not (self.tol is None or _is(self.tol, "auto") or (_is_real(self.tol) and float(self.tol) < math.inf)):
+            raise OptionError(f"tol={self.tol!r}: expected 'auto', None or a number, not infinite")
         if not (_is_whole(self.n_iter_no_change) and self.n_iter_no_change >= 1):
             raise OptionError(f"n_iter_no_change={self.n_iter_no_change!r}: expected a whole number of at least 1")
         if not (_is_whole(self.seed) and self.seed >= 0):
             raise OptionError(f"random_state={self.seed!r}: expected a whole number of at least 0")
-        if self.standardize not in (True, False, "full"):
+        if not (
+            _is(self.standardize, "full") or (np.ndim(self.standardize) == 0 and self.standardize in (True, False))
+        ):
             raise OptionError(f"standardize={self.standardize!r}: expected True, 'full' or False")
         if not isinstance(self.shuffle, (bool, np.bool_)):
             raise OptionError(f"shuffle={self.shuffle!r}: expected True or False")
         weights = self.class_weight
-        if weights is not None and weights != "balanced" and not isinstance(weights, dict):
+        if not (weights is None or _is(weights, "balanced") or isinstance(weights, dict)):
             raise OptionError(f"class_weight={weights!r}: expected None, 'balanced' or a dict of label to factor")
         if weights is not None and self.recipe.task != "classification":
             raise OptionError("class_weight needs a classification")
@@ -168,6 +171,11 @@ def _compare(path: str, old: Any, new: Any, found: list[str]) -> None:
             _compare(f"{path}[{i}]", one, other, found)
     elif old != new:
         found.append(f"{path}: {old!r} then, {new!r} now")
+
+
+def _is(value: object, word: str) -> bool:
+    """Whether it is this word; an array, compared by ``==``, would give an array."""
+    return isinstance(value, str) and value == word
 
 
 def _is_whole(value: object) -> bool:

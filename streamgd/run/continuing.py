@@ -22,6 +22,8 @@ from streamgd.run.survey import Survey
 
 Floats = NDArray[np.float64]
 _EMPTY: Floats = np.zeros(0)
+#: Places in the state's scalars of what Adam and DoWG remember.
+_MEMORY = [kernels.BETA_1_POWER, kernels.BETA_2_POWER, kernels.DOWG_DISTANCE, kernels.DOWG_SUM]
 
 
 @dataclass(frozen=True)
@@ -74,18 +76,17 @@ class Trained:
             If the target's columns are not as many as before.
         """
         self._require_compatible(source, config)
-        state = self.state.copy()
-        if state.counters[kernels.EPOCH_ROWS] or state.counters[kernels.N_CARRY]:
-            _leave_epoch(state, self)
+        state = self._between_epochs()
         config = replace(config, max_iter=state.epoch + 1, tol=None)
         state = _with_carry(state, min(config.recipe.batch_size, source.n_rows), source)
         return Run(source, config, self.survey, plan_for(source, config), state)
 
     def warm_start(self, source: Source, config: Config, coef: Floats, intercept: Floats) -> Run:
-        """Return a run that starts from coefficients, with the survey of the first call.
+        """Return a run that starts from coefficients, with the survey of the first call; this object stays as it is.
 
-        Learning rates start anew, as in scikit-learn; AdaGrad's sums are kept, because they are the features' curvature
-        and no schedule: without them its first step would leave the coefficients it was given.
+        Plain sgd keeps nothing else, so that its rates start anew, as in scikit-learn. The other optimizers keep what
+        they know of the gradients, and go on averaging: the first steps of a fresh AdaGrad, and an average of few
+        updates, would lose most of what the coefficients were worth.
 
         Parameters
         ----------
@@ -97,15 +98,32 @@ class Trained:
             In the data's units.
         intercept : ndarray of shape (n_outputs,)
             In the data's units.
+
+        Raises
+        ------
+        OptionError, SchemaError
+            As from `next_epoch`.
         """
         self._require_compatible(source, config)
         state = first_state(source, config, self.survey)
         theta = self.survey.scaling.unfold(coef, intercept)
         state.theta[:], state.average[:] = theta, theta
-        state.scalars[kernels.DOWG_DISTANCE] = 1e-4 * (1.0 + float(np.sqrt((theta**2).sum())))
-        if config.recipe.the_optimizer.code in (kernels.AUTO, kernels.ADAGRAD):
-            state.slots[:] = self.state.slots
+        if config.recipe.the_optimizer.code != kernels.SGD:
+            before, model = self._between_epochs(), self.model()
+            if np.array_equal(coef, model.coef) and np.array_equal(intercept, model.intercept):
+                state.theta[:], state.average[:] = before.theta, before.average
+            state.slots[:] = before.slots
+            state.scalars[_MEMORY] = before.scalars[_MEMORY]
+            if config.recipe.schedule != "cosine":  # which has to begin at its beginning
+                state.counters[kernels.N_UPDATES] = before.counters[kernels.N_UPDATES]
         return Run(source, config, self.survey, plan_for(source, config), state)
+
+    def _between_epochs(self) -> State:
+        """Return a copy of the state in which no batch and no epoch is open."""
+        state = self.state.copy()
+        if state.counters[kernels.EPOCH_ROWS] or state.counters[kernels.N_CARRY]:
+            _leave_epoch(state, self)
+        return state
 
     def _require_compatible(self, source: Source, config: Config) -> None:
         then, now = _fixed(self.config), _fixed(config)

@@ -23,7 +23,14 @@ from streamgd.errors import (
     RunLockedError,
     RunNotFoundError,
 )
-from streamgd.run.checkpoint import FORMAT, Checkpoint, CheckpointFolder, temporary_name, write_atomic
+from streamgd.run.checkpoint import (
+    FORMAT,
+    Checkpoint,
+    CheckpointFolder,
+    make_folder,
+    temporary_name,
+    write_atomic,
+)
 
 
 class RunFolder:
@@ -53,7 +60,7 @@ class RunFolder:
     def __enter__(self) -> Self:
         """Make the folder if need be, and lock it."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             lock = (self.path / "lock").open("a")
         except OSError as err:
             raise RunError(
@@ -191,6 +198,15 @@ class RunFolder:
                 write_atomic(self._metrics_path, kept.encode())
             except OSError as err:
                 raise self._unwritable_metrics(err) from err
+
+    def save(self, checkpoint: Checkpoint, n_rows: int) -> None:
+        """Save a checkpoint, and before it flush the metrics that belong to it; see `CheckpointFolder.save`."""
+        if self._metrics is not None:
+            try:
+                os.fsync(self._metrics.fileno())
+            except OSError as err:
+                raise self._unwritable_metrics(err) from err
+        self.checkpoints.save(checkpoint, n_rows)
 
     def _close_metrics(self) -> None:
         if self._metrics is not None:

@@ -539,11 +539,12 @@ class _Training:
 
     def _advice(self) -> str:
         recipe = self.run.config.recipe
-        advice = (
-            "standardize=True, which scales the features"
-            if self.run.config.standardize is False
-            else "a smaller eta0, or optimizer='auto', which needs none"
-        )
+        if self.run.config.standardize is False:
+            advice = "standardize=True, which scales the features"
+        elif recipe.the_optimizer.code == kernels.AUTO and recipe.eta0 == "auto":
+            advice = "smaller values: the target or the weights are so large that the loss overflows"
+        else:
+            advice = "a smaller eta0, or optimizer='auto', which needs none"
         return (
             f"(loss={recipe.loss!r}, optimizer={recipe.the_optimizer.name!r}, eta0={recipe.first_eta:g}). Try {advice}."
         )
@@ -555,7 +556,7 @@ class _Training:
     def save(self) -> None:
         """Write a checkpoint of the run as it stands."""
         assert self.folder is not None
-        self.folder.checkpoints.save(self.run.to_checkpoint(), int(self.run.state.counters[kernels.N_ROWS]))
+        self.folder.save(self.run.to_checkpoint(), int(self.run.state.counters[kernels.N_ROWS]))
         self._saved_at = time.monotonic()
         self.watcher.saved(self.run)
 

@@ -12,7 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from streamgd.data.sources.base import Source
-from streamgd.errors import CheckpointError
+from streamgd.errors import CheckpointError, ResumeError
 from streamgd.learn import kernels
 from streamgd.learn.state import State
 from streamgd.run.config import Config
@@ -104,7 +104,7 @@ def go_on(
     CheckpointError
         If there are checkpoints, but none can be read.
     """
-    described = folder.description()
+    described = description_of(folder)
     checkpoint = folder.newest(report)
     if checkpoint is None:
         run = prepare(source, same_run(described, source, config), classes=classes)
@@ -118,13 +118,35 @@ def go_on(
     if now != described:
         folder.describe(now)
     if run.finished:  # with what it has, because fewer epochs are asked for now
-        folder.checkpoints.save(run.to_checkpoint(), int(run.state.counters[kernels.N_ROWS]))
+        folder.save(run.to_checkpoint(), int(run.state.counters[kernels.N_ROWS]))
     return run
 
 
 def with_epochs(config: Config, max_iter: int | str | None) -> Config:
     """Return the configuration with another number of epochs, if one is given."""
     return config if max_iter is None else replace(config, max_iter=max_iter)
+
+
+def description_of(folder: RunFolder) -> dict[str, Any]:
+    """Read what `describe` said of a run.
+
+    Raises
+    ------
+    RunNotFoundError
+        If there is no run.
+    ResumeError
+        If a newer streamgd wrote it, or it is damaged.
+    """
+    found = folder.description()
+    lacks = [name for name in ("config", "origin", "fingerprint", "row_dtype") if name not in found]
+    try:
+        if not lacks:
+            Config.from_json(found["config"])
+    except (KeyError, TypeError, AttributeError) as err:
+        raise ResumeError(f"{folder.path / 'config.json'} is damaged: its 'config' cannot be used ({err})") from err
+    if lacks:
+        raise ResumeError(f"{folder.path / 'config.json'} is damaged: it lacks {', '.join(map(repr, lacks))}")
+    return found
 
 
 def describe(source: Source, config: Config) -> dict[str, Any]:
@@ -183,7 +205,7 @@ def load_saved(folder: RunFolder, report: Report) -> Saved:
     ResumeError
         If a newer streamgd wrote it.
     """
-    described = folder.description()
+    described = description_of(folder)
     checkpoint = folder.newest(report)
     if checkpoint is None:
         raise CheckpointError(

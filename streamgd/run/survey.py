@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ Floats = NDArray[np.float64]
 
 #: Rows of the sample, and the most blocks it is taken from.
 SAMPLE_ROWS, SAMPLE_BLOCKS = 65_536, 64
+#: More classes than these are no classes if some of them are numbers with fractions.
+_MOST_FRACTIONAL = 100
 _EMPTY: Floats = np.zeros(0)
 
 
@@ -245,6 +248,7 @@ def _survey_classes(source: Source, classes: NDArray[Any] | None) -> _Targets:
         total = float(np.cumsum(np.concatenate([[total], weights]))[-1]) if weights.size else total + len(y)
     _require_weight(source, total)
     found = counter.classes
+    _require_labels(source, found)
     codec = TargetCodec(found) if classes is None else TargetCodec.of_classes(classes)
     assert codec.classes is not None
     known = codec.classes
@@ -271,6 +275,20 @@ def _survey_classes(source: Source, classes: NDArray[Any] | None) -> _Targets:
     )
 
 
+def _require_labels(source: Source, classes: NDArray[Any]) -> None:
+    """Refuse a column of measurements, for which as many classes as it has values would be trained, without an end."""
+    if classes.dtype.kind != "f" or len(classes) <= _MOST_FRACTIONAL:
+        return
+    odd = classes[classes != np.floor(classes)]
+    if len(odd):
+        assert source.target is not None
+        raise DataError(
+            f"{source.name}: unknown label type: continuous. The target {source.target.name!r} holds {odd[0]} and "
+            f"{len(classes) - 1:,} other values: classes are whole numbers or names. To predict numbers, train a "
+            "regression"
+        )
+
+
 def _class_factors(class_weight: dict[Any, float] | str | None, targets: _Targets) -> Floats:
     classes = targets.codec.classes
     if class_weight is None or classes is None:
@@ -286,7 +304,7 @@ def _class_factors(class_weight: dict[Any, float] | str | None, targets: _Target
         key = label.item() if isinstance(label, np.generic) else label
         if key not in known:
             raise OptionError(f"class_weight names the class {key!r}, which the target does not have: {list(known)}")
-        if not (np.isfinite(factor) and factor >= 0):
+        if not (isinstance(factor, Real) and np.isfinite(float(factor)) and factor >= 0):
             raise OptionError(f"class_weight of {key!r} is {factor!r}: expected a finite number of at least 0")
         factors[known[key]] = factor
     return factors

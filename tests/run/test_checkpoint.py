@@ -169,6 +169,25 @@ def test_a_damaged_newest_is_reported_and_the_one_before_used(tmp_path: Path) ->
     assert all("damaged" in text and "before it" in text for text in said)
 
 
+def test_damaged_ones_do_not_cost_good_ones(tmp_path: Path) -> None:
+    """A run that goes on from an older one writes files that sort before the damaged."""
+    folder = CheckpointFolder(tmp_path)
+    for n_rows in (10, 20, 30):
+        folder.save(make(n_rows), n_rows)
+    for path in folder.files()[:2]:
+        path.write_bytes(b"rubbish")
+    for n_rows in (12, 14, 16, 18):
+        folder.save(make(n_rows), n_rows)
+    said: list[str] = []
+    found = folder.load_newest(said.append)
+    assert found is not None
+    assert found.tensors["theta"][0, 0] == 18
+    assert [load(path).tensors["theta"][0, 0] for path in folder.files()[2:]] == [18, 16, 14]
+    for n_rows in (40, 50, 60):
+        folder.save(make(n_rows), n_rows)
+    assert [load(path).tensors["theta"][0, 0] for path in folder.files()] == [60, 50, 40]
+
+
 def test_all_damaged_is_an_error(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     for n_rows in (1, 2):
@@ -269,25 +288,45 @@ def test_a_full_disk_does_not_cost_old_checkpoints(tmp_path: Path, monkeypatch: 
     assert [load(path).tensors["theta"][0, 0] for path in folder.files()] == [3, 2, 1]
 
 
-def test_the_content_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[str] = []
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is flushed and renamed, in order."""
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("the names of open files are needed, from /proc")
+    found: list[str] = []
     fsync, replace = os.fsync, Path.replace
 
     def noted_fsync(descriptor: int) -> None:
-        done.append(f"flush {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
+        found.append(f"flush {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
         fsync(descriptor)
 
     def noted_replace(self: Path, target: Path) -> Path:
-        done.append(f"rename {self.name} to {target.name}")
+        found.append(f"rename {self.name} to {target.name}")
         return replace(self, target)
 
-    if not Path("/proc/self/fd").is_dir():
-        pytest.skip("the names of open files are needed, from /proc")
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(Path, "replace", noted_replace)
+    return found
+
+
+def test_the_content_is_on_disk_before_it_gets_its_name(tmp_path: Path, done: list[str]) -> None:
     write_atomic(tmp_path / "a", b"content")
     assert done == ["flush a.tmp", "rename a.tmp to a", f"flush {tmp_path.name}"]
     assert (tmp_path / "a").read_bytes() == b"content"
+
+
+def test_folders_are_on_disk_before_what_is_in_them(tmp_path: Path, done: list[str]) -> None:
+    name = "rows-000000000000000001.safetensors"
+    with RunFolder(tmp_path / "runs" / "a") as folder:
+        assert done == ["flush runs", f"flush {tmp_path.name}"]
+        done.clear()
+        folder.append_metrics({"epoch": 0, "window": 0})
+        folder.save(make(), 1)
+        steps = [f"flush {name}.tmp", f"rename {name}.tmp to {name}", "flush checkpoints"]
+        assert done == ["flush metrics.jsonl", "flush a", *steps]
+        done.clear()
+        folder.save(make(), 1)
+        assert done == ["flush metrics.jsonl", *steps]
 
 
 def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:

@@ -350,7 +350,7 @@ def test_interrupted_at_any_line(tmp_path: Path) -> None:
     n_lines = interrupted(0, tmp_path / "count")
     assert n_lines > 300
     rng = np.random.default_rng(0)
-    for n in sorted(rng.choice(n_lines, 150, replace=False) + 1):
+    for n in sorted(rng.choice(n_lines, 100, replace=False) + 1):
         interrupted(n, tmp_path / str(n))
         with RunFolder(tmp_path / str(n)) as folder:
             assert train(resume_small(folder, config), folder=folder)

@@ -82,10 +82,13 @@ def test_an_abandoned_iterator_releases_its_files(tmp_path: Path, small_slices: 
     def is_open() -> bool:
         return str(path) in {opened.path for opened in psutil.Process().open_files()}
 
-    predictions = predict_source(regression(), open_source(path))
+    source = open_source(path)
+    predictions = predict_source(regression(), source)
     next(predictions)
     assert is_open()
     del predictions
+    assert not is_open()
+    list(predict_source(regression(), source))
     assert not is_open()
 
 

@@ -161,7 +161,7 @@ CLASSES: dict[str, tuple[Any, list[Any]]] = {
     "int64": (np.array(cycled([-3, 0, 10**6])), [-3, 0, 10**6]),
     "large int64": (np.array(cycled([2**60, 2**60 + 1])), [2**60, 2**60 + 1]),
     "uint8": (np.array(cycled([7, 200]), np.uint8), [7, 200]),
-    "float32": (np.array(cycled([1.5, -2.0]), np.float32), [-2.0, 1.5]),
+    "float32": (np.array(cycled([3.0, -2.0]), np.float32), [-2.0, 3.0]),
     "bool": (np.array(cycled([True, False])), [False, True]),
     "text": (np.array(cycled(["b", "a", "ü"])), ["a", "b", "ü"]),
     "objects": (as_objects(cycled(["b", "a"])), ["a", "b"]),
