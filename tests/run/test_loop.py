@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,6 +27,7 @@ from streamgd.errors import (
     RowAccountingError,
 )
 from streamgd.learn import kernels
+from streamgd.learn.state import State
 from streamgd.run import checkpoint as checkpoint_module
 from streamgd.run import loop as module
 from streamgd.run import survey as survey_module
@@ -280,6 +281,7 @@ def test_a_stop_while_waiting_for_a_reader_saves_before_the_read_ends(folder: Ru
 def test_interrupted_after_random_kernel_calls(
     tmp_path: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
+    monkeypatch.setattr(survey_module, "SAMPLE_ROWS", 40)  # so that moments are kept
     config = config_of(**OPTIMIZERS[optimizer])
     expected = whole(tmp_path, config)
     rng = np.random.default_rng(5)
@@ -545,6 +547,28 @@ def test_everything_that_resuming_needs_is_in_the_checkpoint() -> None:
     assert again.layout == run.layout
     assert again.config == run.config
     assert bits(again) == bits(run)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_checkpoint_holds_the_whole_state(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
+    """Field by field, in the middle of a batch, from memory to disk and back."""
+    monkeypatch.setattr(survey_module, "SAMPLE_ROWS", 40)
+    stop = threading.Event()
+    weight = np.random.default_rng(1).uniform(0.5, 2, N_ROWS)
+    run = begin_small(config_of(**OPTIMIZERS[optimizer]), source_of(weight=weight), folder)
+    assert not train(run, folder=folder, stop=stop, watcher=Counting(stop.set, 7))
+    again = resume_small(folder, source=source_of(weight=weight))
+    assert run.state.counters[kernels.N_CARRY] > 0
+    filled = {"carry_X", "carry_y", "carry_weight"}
+    for name in (field.name for field in fields(State)):
+        one, other = getattr(run.state, name), getattr(again.state, name)
+        if name in filled:
+            n = int(run.state.counters[kernels.N_CARRY])
+            assert one.shape == other.shape
+            assert one[:n].any()
+            one, other = one[:n], other[:n]
+        np.testing.assert_array_equal(one, other, err_msg=name)
+    np.testing.assert_array_equal(run.model().coef, again.model().coef)
 
 
 # --- when a run ends -------------------------------------------------------------------------------------------------
