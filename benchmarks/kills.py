@@ -100,8 +100,8 @@ class Source:
         return (
             f"{self._name:8s} {t.n_kills:3d} kills ({t.n_early} before the first checkpoint, the others with {spread} "
             f"of the rows saved), {t.n_runs} runs:\n"
-            f"         {t.n_equal} equal bit for bit ({t.n_arrays} arrays, {t.n_records} records), {t.n_counted} consumed "
-            f"each of {self._n_rows:,} rows once in each of {N_EPOCHS} epochs"
+            f"         {t.n_equal} equal bit for bit ({t.n_arrays} arrays, {t.n_records} records), {t.n_counted} "
+            f"consumed each of {self._n_rows:,} rows once in each of {N_EPOCHS} epochs"
         )
 
 

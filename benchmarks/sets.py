@@ -113,14 +113,16 @@ GENERATED: dict[str, Callable[[np.random.Generator], Set]] = {
 def adult(folder: Path) -> Set:
     from sklearn.datasets import load_svmlight_file
 
-    X, y = load_svmlight_file(bz2.open(folder / "adult.trn.bz2"), n_features=123)
+    with bz2.open(folder / "adult.trn.bz2") as file:
+        X, y = load_svmlight_file(file, n_features=123)
     return Set(X.toarray(), (y > 0).astype(np.int64), "classification")
 
 
 def adult_test(folder: Path) -> Set:
     from sklearn.datasets import load_svmlight_file
 
-    X, y = load_svmlight_file(bz2.open(folder / "adult.tst.bz2"), n_features=123)
+    with bz2.open(folder / "adult.tst.bz2") as file:
+        X, y = load_svmlight_file(file, n_features=123)
     return Set(X.toarray(), (y > 0).astype(np.int64), "classification")
 
 

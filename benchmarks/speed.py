@@ -2,8 +2,8 @@
 
 Makes the data (28 float32 features, a regression), then runs each contender in turn, round after round, in one process,
 over a warm page cache, and prints medians and the ratio. Everything is at its defaults: streamgd shuffles, scales the
-features, takes its survey and checks that each row came once; scikit-learn gets 65,536-row chunks in file order, already
-scaled (the data is generated with unit variance).
+features, takes its survey and checks that each row came once; scikit-learn gets 65,536-row chunks in file order, which
+are scaled already (the data is generated with unit variance).
 
     python benchmarks/speed.py [--rows 8000000] [--rounds 5] [--folder DIR]
 """
@@ -102,9 +102,10 @@ def main() -> None:
                         seconds[name].append(time.perf_counter() - began)
             for name, taken in seconds.items():
                 ratios = [a / b for a, b in zip(taken, seconds["streamgd"], strict=True)]
+                median = statistics.median(taken)
                 print(
-                    f"{label:8s} {name:13s} median {statistics.median(taken):6.2f} s "
-                    f"({min(taken):.2f}-{max(taken):.2f}), {options.rows / statistics.median(taken) / 1e6:6.1f} M rows/s, "
+                    f"{label:8s} {name:13s} median {median:6.2f} s ({min(taken):.2f}-{max(taken):.2f}), "
+                    f"{options.rows / median / 1e6:5.1f} M rows/s, "
                     f"{statistics.median(ratios):5.2f} times streamgd's time",
                     flush=True,
                 )

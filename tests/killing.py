@@ -192,11 +192,11 @@ def set_trap(step: str, n: int) -> None:
     """
     from streamgd.learn import kernels
     from streamgd.learn.state import State
-    from streamgd.run import checkpoint, loop
+    from streamgd.run import checkpoint, loop, runs
     from streamgd.run.folder import RunFolder
 
     if step == "survey":
-        loop.take_survey = _dying_before(loop.take_survey, n)
+        runs.take_survey = _dying_before(runs.take_survey, n)
     elif step == "kernel":
         kernels.consume = _dying_after(kernels.consume, n)
     elif step == "window":

@@ -22,7 +22,8 @@ from streamgd.data.sources.memory import MemorySource
 from streamgd.errors import BufferTooSmallError
 from streamgd.learn.recipe import Recipe
 from streamgd.run.config import Config
-from streamgd.run.loop import Run, plan_for, prepare, train
+from streamgd.run.loop import train
+from streamgd.run.runs import Run, plan_for, prepare
 
 N_ROWS, N_FEATURES = 1200, 4
 #: Targets of a task, and what is learnt; weights that are no round numbers go with two of them.

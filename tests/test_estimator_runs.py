@@ -19,7 +19,7 @@ from streamgd.errors import CheckpointError, NonFiniteError, OptionError, Resume
 from streamgd.estimators import base
 from streamgd.learn import kernels
 from streamgd.run.folder import RunFolder
-from streamgd.run.loop import Run
+from streamgd.run.runs import Run
 
 
 def table(n_rows: int = 3_000) -> tuple[np.ndarray, np.ndarray]:

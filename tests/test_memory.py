@@ -21,12 +21,13 @@ from streamgd.data.layout import parse_bytes
 from streamgd.data.sources import open_source
 from streamgd.errors import BufferTooSmallError
 from streamgd.run.config import Config
-from streamgd.run.loop import plan_for
+from streamgd.run.runs import plan_for
 
 N_FEATURES, SMALL_ROWS = 8, 1_500_000
 BUFFER = 40_000_000
 #: What a run costs beside its buffer: stacks of threads, and what allocators keep for themselves.
-SLACK = 20_000_000
+SLACK = {"hdf5": 12_000_000, "parquet": 18_000_000, "dask": 18_000_000}
+
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from /proc")
 
@@ -39,7 +40,8 @@ import numpy as np
 
 import streamgd
 from streamgd.run.config import Config
-from streamgd.run.loop import prepare, train
+from streamgd.run.loop import train
+from streamgd.run.runs import prepare
 
 kind, buffer, *data = json.loads(sys.argv[1])
 
@@ -118,8 +120,8 @@ def test_peaks_keep_to_the_buffer_whatever_the_size(kind: str, tmp_path: Path) -
     small, large = measured(kind, BUFFER, *data)
     assert 4 * (N_FEATURES + 1) * SMALL_ROWS > 1.3 * BUFFER
     assert large["planned"] <= BUFFER
-    assert small["peak"] - small["before"] <= BUFFER + SLACK
-    assert large["peak"] - large["before"] <= BUFFER + SLACK
+    assert small["peak"] - small["before"] <= BUFFER + SLACK[kind]
+    assert large["peak"] - large["before"] <= BUFFER + SLACK[kind]
     assert large["peak"] <= 1.1 * small["peak"]
 
 
@@ -133,4 +135,4 @@ def test_wide_parquet_in_the_buffer_that_the_error_asks_for(tmp_path: Path) -> N
     buffer = parse_bytes(advice[1])
     (found,) = measured("parquet", buffer, *data)
     assert 40_000 * 300 * 4 < found["planned"] <= buffer
-    assert found["peak"] - found["before"] <= buffer + SLACK
+    assert found["peak"] - found["before"] <= buffer + SLACK["parquet"]

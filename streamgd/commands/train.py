@@ -16,8 +16,8 @@ from streamgd.commands.signals import Interrupted, StopRequest
 if TYPE_CHECKING:
     from streamgd.run.config import RunOptions
     from streamgd.run.folder import RunFolder
-    from streamgd.run.loop import Run
     from streamgd.run.progress import View
+    from streamgd.run.runs import Run
 
 
 @click.command(short_help="Train a model on files, in a folder of its own.")
@@ -93,7 +93,7 @@ def train(stop: StopRequest, /, data: tuple[str, ...], run_path: Path, **given: 
     from streamgd.commands.choosing import choose
     from streamgd.commands.reading import open_data
     from streamgd.run.folder import RunFolder
-    from streamgd.run.loop import plan_for
+    from streamgd.run.runs import plan_for
     from streamgd.run.session import begin
 
     options, view = _options(given), _view(quiet=given["quiet"])

@@ -29,7 +29,8 @@ from streamgd.learn.recipe import Recipe
 from streamgd.run.config import Config, RunOptions
 from streamgd.run.continuing import Trained
 from streamgd.run.folder import RunFolder
-from streamgd.run.loop import Run, Watcher, prepare, train
+from streamgd.run.loop import Watcher, train
+from streamgd.run.runs import Run, prepare
 from streamgd.run.scoring import evaluate, predict_array, predict_source
 from streamgd.run.session import Saved
 

@@ -17,7 +17,7 @@ from streamgd.learn import kernels
 from streamgd.run.checkpoint import Checkpoint
 from streamgd.run.config import Config
 from streamgd.run.folder import RunFolder
-from streamgd.run.loop import Run, restore
+from streamgd.run.runs import Run, restore
 from streamgd.run.session import begin, describe, go_on, load_saved
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Go on from what an earlier call learnt, over rows that may be others: `partial_fit` and warm starts.
 
-Resuming a run over the same rows is something else, see `streamgd.run.loop.restore`.
+Resuming a run over the same rows is something else, see `streamgd.run.runs.restore`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from streamgd.learn import kernels
 from streamgd.learn.model import LinearModel
 from streamgd.learn.state import State
 from streamgd.run.config import Config
-from streamgd.run.loop import Run, first_state, model_of, plan_for
+from streamgd.run.runs import Run, first_state, model_of, plan_for
 from streamgd.run.survey import Survey
 
 Floats = NDArray[np.float64]

@@ -12,7 +12,7 @@ from streamgd.data.sources.base import Source
 from streamgd.learn import kernels
 from streamgd.learn.recipe import Recipe
 from streamgd.run.config import AUTO_UPDATES, Config, RunOptions
-from streamgd.run.loop import Run
+from streamgd.run.runs import Run
 from streamgd.run.survey import Survey
 
 #: Names and classes that are listed; of the rest, the number.

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from streamgd.data.prefetch import WindowStream
 from streamgd.learn import kernels
-from streamgd.run.loop import Run, Watcher
+from streamgd.run.loop import Watcher
+from streamgd.run.runs import Run
 
 if TYPE_CHECKING:
     from rich.live import Live

@@ -13,7 +13,7 @@ from streamgd.learn.recipe import Recipe
 from streamgd.run.checkpoint import Checkpoint
 from streamgd.run.config import Config
 from streamgd.run.folder import RunFolder
-from streamgd.run.loop import Run, prepare
+from streamgd.run.runs import Run, prepare
 from streamgd.run.session import begin, go_on
 from tests.data.fake import FakeSource, layout_of
 

@@ -33,7 +33,8 @@ from streamgd.run import loop as module
 from streamgd.run import survey as survey_module
 from streamgd.run.config import Config, RunOptions
 from streamgd.run.folder import RunFolder
-from streamgd.run.loop import Run, Watcher, prepare, restore, train
+from streamgd.run.loop import Watcher, train
+from streamgd.run.runs import Run, prepare, restore
 from tests.data.fake import FakeSource, expect_no_threads
 from tests.run.small import N_ROWS, begin_small, bits, config_of, data, metrics, never, resume_small, saved, source_of
 

@@ -1,0 +1,264 @@
+"""A run: what defines it and where it stands, made from data and a configuration or from a checkpoint.
+
+`prepare` plans the memory and takes the survey, `restore` checks that data and configuration are the run's. Training it
+is `streamgd.run.loop.train`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import streamgd
+from streamgd.data.plan import Layout, plan_layout
+from streamgd.data.sources.base import Source
+from streamgd.errors import ResumeError
+from streamgd.learn import kernels
+from streamgd.learn.model import LinearModel
+from streamgd.learn.state import State
+from streamgd.run.checkpoint import Checkpoint
+from streamgd.run.config import Config, differences
+from streamgd.run.survey import Survey, take_survey
+
+
+@dataclass
+class Run:
+    """A run: what defines it, and where it stands.
+
+    Attributes
+    ----------
+    source : Source
+        The rows.
+    config : Config
+        What defines the run.
+    survey : Survey
+        What was found before the first update.
+    layout : Layout
+        The memory plan, from which the order of rows follows.
+    state : State
+        Coefficients, optimizer, cursor.
+    finished : str or None
+        Why the run ended (``"max_iter"`` or ``"converged"``), None while it goes on.
+    """
+
+    source: Source
+    config: Config
+    survey: Survey
+    layout: Layout
+    state: State
+    finished: str | None = None
+
+    @property
+    def n_epochs(self) -> int:
+        """Epochs at most."""
+        return self.config.n_epochs(self.source.n_rows)
+
+    def reason_to_end(self) -> str | None:
+        """Say why the run ends with the epoch that was closed last; None if it goes on."""
+        if self.state.counters[kernels.NO_IMPROVEMENT] >= self.config.n_iter_no_change:
+            return "converged"
+        return "max_iter" if self.state.epoch >= self.n_epochs else None
+
+    def model(self) -> LinearModel:
+        """Return the model that the state amounts to, in the data's units."""
+        return model_of(
+            self.config, self.survey, self.state, self.source.target is None or self.source.target.is_vector
+        )
+
+    def to_checkpoint(self) -> Checkpoint:
+        """Write down everything that resuming needs."""
+        source = self.source
+        assert source.target is not None
+        meta = {
+            "config": self.config.to_json(),
+            "layout": self.layout.to_json(),
+            "survey": self.survey.to_json(),
+            "fingerprint": source.fingerprint,
+            "row_dtype": source.row_dtype.name,
+            "blocks": _block_digest(source),
+            "cursor": list(self.state.cursor),
+            "finished": self.finished,
+            "features": list(source.feature_names) if source.feature_names else None,
+            "target": {"name": source.target.name, "is_vector": source.target.is_vector},
+            "versions": versions(),
+        }
+        return Checkpoint({**self.state.to_tensors(), **self.survey.to_tensors()}, meta)
+
+
+def _block_digest(source: Source) -> str:
+    """Hash the rows of each block: the order of rows follows from them."""
+    return hashlib.blake2b(source.block_rows.astype("<i8").tobytes(), digest_size=16).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions and the machine's type, to be stored; they inform and are not compared."""
+    import numba
+
+    return {
+        "streamgd": streamgd.__version__,
+        "numpy": np.__version__,
+        "numba": numba.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
+
+
+def model_of(config: Config, survey: Survey, state: State, is_vector: bool) -> LinearModel:
+    """Fold a state into a model in the data's units.
+
+    With averaging the coefficients are the averages; under l1 they are exactly zero where the last iterate is.
+    """
+    averaged = config.recipe.average_kind != kernels.AVERAGE_NONE and state.counters[kernels.N_UPDATES] > 0
+    theta = (state.average if averaged else state.theta).copy()
+    if config.recipe.penalty in ("l1", "elasticnet"):
+        theta[:, :-1][state.theta[:, :-1] == 0] = 0.0
+    coef, intercept = survey.scaling.fold(theta)
+    if not config.recipe.fit_intercept:
+        intercept = np.zeros_like(intercept)
+    return LinearModel(config.recipe.task, config.recipe.loss, coef, intercept, survey.codec.classes, is_vector)
+
+
+def prepare(
+    source: Source, config: Config, *, survey: Survey | None = None, classes: NDArray[Any] | None = None
+) -> Run:
+    """Plan the memory, take the survey and make the first state.
+
+    Parameters
+    ----------
+    source : Source
+        With a target.
+    config : Config
+        What defines the run.
+    survey : Survey, optional
+        Of an earlier call, to be kept (`partial_fit`).
+    classes : ndarray, optional
+        Classes known beforehand.
+
+    Raises
+    ------
+    BufferTooSmallError
+        If the plan does not fit; before any row is read.
+    DataError
+        If the survey finds data that cannot be used.
+    """
+    layout = plan_for(source, config)
+    survey = survey or take_survey(source, config, classes=classes)
+    return Run(source, config, survey, layout, first_state(source, config, survey))
+
+
+def plan_for(source: Source, config: Config) -> Layout:
+    """Plan the memory of a run; see `streamgd.data.plan.plan_layout`."""
+    n_outputs = 1 if source.target is None or config.recipe.task == "classification" else source.target.n_outputs
+    return plan_layout(
+        source,
+        config.buffer_bytes,
+        n_outputs=n_outputs,
+        carry_rows=min(config.recipe.batch_size, source.n_rows),
+        shuffle=config.shuffle,
+    )
+
+
+def first_state(source: Source, config: Config, survey: Survey) -> State:
+    """Return the state before the first row."""
+    recipe = config.recipe
+    return State.start(
+        intercept=survey.start,
+        n_features=source.n_features,
+        n_targets=survey.codec.n_outputs,
+        n_slots=recipe.the_optimizer.n_slots,
+        batch_size=min(recipe.batch_size, source.n_rows),
+        row_dtype=source.row_dtype,
+        has_weight=source.has_weight,
+    )
+
+
+def restore(source: Source, checkpoint: Checkpoint, config: Config | None = None) -> Run:
+    """Make the run that a checkpoint describes, over the same data.
+
+    Parameters
+    ----------
+    source : Source
+        The data, wherever it lies now.
+    checkpoint : Checkpoint
+        Where to go on.
+    config : Config, optional
+        What the caller believes the configuration to be; only `max_iter` may differ.
+
+    Raises
+    ------
+    ResumeError
+        If data or configuration differ; names what.
+    """
+    meta = checkpoint.meta
+    config = same_run(meta, source, config)
+    if meta["blocks"] != _block_digest(source):
+        raise ResumeError(
+            f"the data ({source.name}) is cut into other blocks than when the run began, perhaps by another version "
+            f"(streamgd {meta['versions']['streamgd']} then, {streamgd.__version__} now), so that its rows would come "
+            "in another order: resume with that version, or start a new run"
+        )
+    survey = Survey.restore(checkpoint.tensors, meta["survey"])
+    state = State.from_tensors(
+        checkpoint.tensors,
+        batch_size=min(config.recipe.batch_size, source.n_rows),
+        has_weight=source.has_weight,
+    )
+    run = Run(source, config, survey, Layout.from_json(meta["layout"]), state, meta["finished"])
+    epoch, window, row = state.cursor
+    begun = epoch + (window > 0 or row > 0)
+    if run.finished is None and begun > run.n_epochs:
+        raise ResumeError(
+            f"the run has begun epoch {begun}: with max_iter={run.n_epochs} epochs it would have to go back. Give it "
+            f"at least {begun}"
+        )
+    # From the state, because more epochs, or fewer, may be asked for now, and because an interrupt may have come after
+    # an epoch was closed and before anything was made of it.
+    run.finished = run.reason_to_end() if begun == epoch else None
+    return run
+
+
+def same_run(recorded: Mapping[str, Any], source: Source, config: Config | None) -> Config:
+    """Make sure that data and configuration are those of a run; return the configuration to go on with.
+
+    Parameters
+    ----------
+    recorded : mapping
+        What a checkpoint, or the folder's description, says: ``fingerprint``, ``row_dtype`` and ``config``.
+    source : Source
+        The data.
+    config : Config or None
+        What the caller believes the configuration to be; only `max_iter` may differ. None takes the recorded one.
+
+    Raises
+    ------
+    ResumeError
+        If they differ; names what.
+    """
+    changed = differences(recorded["fingerprint"], source.fingerprint)
+    if recorded["row_dtype"] != source.row_dtype.name:
+        changed.append(f"dtype of rows: {recorded['row_dtype']!r} then, {source.row_dtype.name!r} now")
+    if changed:
+        raise ResumeError(
+            f"the data ({source.name}) is not what the run was trained on; these differ: {'; '.join(changed)}. Resume "
+            "with the same data, or start a new run"
+        )
+    then = Config.from_json(recorded["config"])
+    config = config or then
+    changed = differences(then.to_json(), replace(config, max_iter=then.max_iter).to_json())
+    if changed:
+        raise ResumeError(
+            f"the configuration is not the run's; these differ: {'; '.join(changed)}. Resume with the same, or start a "
+            "new run; only the number of epochs may change"
+        )
+    if config.max_iter != then.max_iter and config.recipe.schedule == "cosine":
+        raise ResumeError(
+            "learning_rate='cosine' is shaped by the number of epochs, which therefore cannot change: "
+            f"{then.max_iter} then, {config.max_iter} now. Start a new run"
+        )
+    return config
