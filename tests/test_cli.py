@@ -420,7 +420,7 @@ def test_a_full_disk_stops_the_run_and_the_checkpoint_before_is_good(
             done, fsync = [0], os.fsync
 
             def full_fsync(fd: int) -> None:
-                done[0] += os.readlink(f"/proc/self/fd/{fd}").endswith(".safetensors.tmp")
+                done[0] += Path(f"/proc/self/fd/{fd}").readlink().name.endswith(".safetensors.tmp")
                 if done[0] == 3:
                     raise full
                 fsync(fd)
