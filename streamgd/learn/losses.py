@@ -25,6 +25,7 @@ from streamgd.learn.kernels import (
     SQUARED_ERROR,
     SQUARED_HINGE,
 )
+from streamgd.learn.options import require
 
 Task = Literal["regression", "classification"]
 
@@ -89,8 +90,9 @@ def get_loss(name: str, task: Task) -> Loss:
     Raises
     ------
     OptionError
-        If there is none of that name for the task; lists those there are.
+        If there is none of that name for the task; lists those there are. Or if there is no such task.
     """
+    require(task in ("regression", "classification"), "task", task, "'regression' or 'classification'")
     loss = LOSSES.get(name) if isinstance(name, str) else None
     if loss is None or loss.task != task:
         there = ", ".join(repr(entry.name) for entry in LOSSES.values() if entry.task == task)

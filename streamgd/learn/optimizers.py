@@ -4,7 +4,9 @@
     The default, made to need no tuning. AdaGrad in scaled units, δ = η s g / √G with G ← G + g², s the target's
     standard deviation (1 for classes), η = 0.5; then the whole step is shrunk so that it never overshoots the minimum
     of the batch's loss along it, δ ← δ · min(1, g·δ / mean(h (Xδ)²)), h the loss's second derivative; and the
-    coefficients are averaged with polynomial decay, θ̄ ← θ̄ + 9/(t + 8) (θ − θ̄).
+    coefficients are averaged with polynomial decay, θ̄ ← θ̄ + 9/(t + 8) (θ − θ̄). Outputs have a step each, but share
+    one under softmax, where mean(h (Xδ)²) is the mean variance of a row's Xδ under its probabilities. To every √G of
+    an output is added 1e-9 of the largest, here and in ``"adagrad"``, so that noise is not divided by noise.
 ``"sgd"``
     θ ← θ − η g; with momentum μ: v ← μ v + g, θ ← θ − η v, or θ ← θ − η (g + μ v) with Nesterov's.
 ``"adagrad"``
@@ -40,6 +42,7 @@ from dataclasses import dataclass
 from streamgd.errors import OptionError
 from streamgd.learn.kernels import ADAGRAD, ADAM, AUTO, DOWG, SGD
 from streamgd.learn.losses import Task
+from streamgd.learn.options import require
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,8 @@ def resolve(optimizer: str, learning_rate: str, task: Task) -> tuple[Optimizer, 
     OptionError
         If either is unknown or the pair is not in the table above.
     """
-    if not isinstance(optimizer, str) or optimizer not in OPTIMIZERS:
-        raise OptionError(f"optimizer={optimizer!r}: expected one of {', '.join(map(repr, OPTIMIZERS))}")
+    known = isinstance(optimizer, str) and optimizer in OPTIMIZERS
+    require(known, "optimizer", optimizer, f"one of {', '.join(map(repr, OPTIMIZERS))}")
     if optimizer == "auto" and learning_rate != "auto":
         optimizer = "sgd"
     chosen = OPTIMIZERS[optimizer]

@@ -18,10 +18,7 @@ step, and its per-coordinate form for adaptive steps).
 
 from __future__ import annotations
 
-import math
-from numbers import Real
-
-from streamgd.errors import OptionError
+from streamgd.learn.options import is_number, require
 
 PENALTIES = (None, "l2", "l1", "elasticnet")
 
@@ -39,15 +36,8 @@ def strengths(penalty: str | None, alpha: float, l1_ratio: float) -> tuple[float
     OptionError
         If the penalty is unknown or a number is out of range.
     """
-    if penalty not in PENALTIES:
-        raise OptionError(f"penalty={penalty!r}: expected None, 'l2', 'l1' or 'elasticnet'")
-    if not (_is_real(alpha) and 0 <= alpha < math.inf):
-        raise OptionError(f"alpha={alpha!r}: expected a number of at least 0, not infinite")
-    if not (_is_real(l1_ratio) and 0 <= l1_ratio <= 1):
-        raise OptionError(f"l1_ratio={l1_ratio!r}: expected a number from 0 to 1")
+    require(penalty in PENALTIES, "penalty", penalty, "None, 'l2', 'l1' or 'elasticnet'")
+    require(is_number(alpha) and alpha >= 0, "alpha", alpha, "a number of at least 0, not infinite")
+    require(is_number(l1_ratio) and 0 <= l1_ratio <= 1, "l1_ratio", l1_ratio, "a number from 0 to 1")
     share = {None: (0.0, 0.0), "l2": (0.0, 1.0), "l1": (1.0, 0.0), "elasticnet": (l1_ratio, 1.0 - l1_ratio)}[penalty]
     return alpha * share[0], alpha * share[1]
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)

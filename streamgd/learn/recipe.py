@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -25,6 +24,7 @@ from streamgd.learn.kernels import (
     CODE_OPTIMIZER,
     CODE_SCHEDULE,
     CODE_SOFTMAX,
+    HUBER,
     LOG_LOSS,
     N_CODES,
     N_PARAMS,
@@ -47,6 +47,7 @@ from streamgd.learn.kernels import (
 )
 from streamgd.learn.losses import Loss, Task, get_loss, outputs_of
 from streamgd.learn.optimizers import Optimizer, resolve
+from streamgd.learn.options import is_flag, is_number, is_whole, require
 from streamgd.learn.schedules import SCHEDULES, optimal_start
 
 
@@ -81,7 +82,7 @@ class Recipe:
     nesterov : bool
         Nesterov's form of momentum.
     average : bool, int or "auto"
-        Whether to average the coefficients; under sgd, an int n > 1 starts after n updates.
+        Whether to average the coefficients; under sgd, an int n > 1 starts with update n, as in scikit-learn.
     batch_size : int
         Rows behind one update.
     """
@@ -108,30 +109,32 @@ class Recipe:
         loss = self.the_loss
         optimizer, schedule = resolve(self.optimizer, self.learning_rate, self.task)
         penalties.strengths(self.penalty, self.alpha, self.l1_ratio)
-        _require(_is_number(self.epsilon) and self.epsilon >= 0, "epsilon", self.epsilon, "a number of at least 0")
-        _require(
-            _is_number(self.quantile) and 0 < self.quantile < 1, "quantile", self.quantile, "a number between 0 and 1"
+        epsilon, quantile, momentum, eta0 = self.epsilon, self.quantile, self.momentum, self.eta0
+        require(is_number(epsilon) and epsilon >= 0, "epsilon", epsilon, "a number of at least 0")
+        require(loss.code != HUBER or epsilon > 0, "epsilon", epsilon, "a number above 0 for loss='huber'")
+        require(is_number(quantile) and 0 < quantile < 1, "quantile", quantile, "a number between 0 and 1")
+        require(is_number(self.power_t), "power_t", self.power_t, "a number")
+        require(is_number(momentum) and 0 <= momentum < 1, "momentum", momentum, "a number from 0 to below 1")
+        require(is_flag(self.fit_intercept), "fit_intercept", self.fit_intercept, "True or False")
+        require(is_flag(self.nesterov), "nesterov", self.nesterov, "True or False")
+        size = self.batch_size
+        require(is_whole(size) and size >= 1, "batch_size", size, "a whole number of at least 1")
+        numeric = is_number(eta0) and float(eta0) > 0
+        require(numeric or (isinstance(eta0, str) and eta0 == "auto"), "eta0", eta0, "'auto' or a number above 0")
+        average: Any = self.average
+        counts = is_flag(average) or (is_whole(average) and average >= 0)
+        require(
+            counts or (isinstance(average, str) and average == "auto"),
+            "average",
+            average,
+            "'auto', True, False or a number of updates",
         )
-        _require(_is_number(self.power_t), "power_t", self.power_t, "a number")
-        _require(
-            isinstance(self.batch_size, (int, np.integer)) and self.batch_size >= 1 and self.batch_size is not True,
-            "batch_size",
-            self.batch_size,
-            "a whole number of at least 1",
-        )
-        _require(
-            _is_number(self.momentum) and 0 <= self.momentum < 1,
-            "momentum",
-            self.momentum,
-            "a number from 0 to below 1",
-        )
-        if not (isinstance(self.eta0, str) and self.eta0 == "auto"):
-            _require(_is_number(self.eta0) and float(self.eta0) > 0, "eta0", self.eta0, "'auto' or a number above 0")
-            if not optimizer.learning_rates and optimizer.code != AUTO:
-                raise OptionError(f"eta0={self.eta0!r}: optimizer={optimizer.name!r} has no learning rate to set")
-        for name in ("fit_intercept", "nesterov"):
-            found = getattr(self, name)
-            _require(isinstance(found, (bool, np.bool_)), name, found, "True or False")
+        self._require_fitting(optimizer, schedule)
+
+    def _require_fitting(self, optimizer: Optimizer, schedule: str) -> None:
+        """Refuse options that are fine by themselves but not together."""
+        if self.eta0 != "auto" and not optimizer.learning_rates and optimizer.code != AUTO:
+            raise OptionError(f"eta0={self.eta0!r}: optimizer={optimizer.name!r} has no learning rate to set")
         if optimizer.code != SGD and (self.momentum or self.nesterov):
             raise OptionError(
                 f"momentum and nesterov belong to optimizer='sgd'; found optimizer={optimizer.name!r}. "
@@ -141,12 +144,6 @@ class Recipe:
             raise OptionError("nesterov=True needs a momentum above 0, such as momentum=0.9")
         if schedule == "optimal" and not self.alpha > 0:
             raise OptionError(f"learning_rate='optimal' needs alpha above 0; found alpha={self.alpha!r}")
-        if not (self.average == "auto" or isinstance(self.average, (bool, int, np.integer))) or (
-            not isinstance(self.average, (bool, str)) and self.average < 0
-        ):
-            raise OptionError(f"average={self.average!r}: expected 'auto', True, False or a number of updates")
-        if loss.parameter == "epsilon" and loss.name == "huber":
-            _require(self.epsilon > 0, "epsilon", self.epsilon, "a number above 0 for loss='huber'")
 
     @property
     def the_loss(self) -> Loss:
@@ -216,7 +213,7 @@ class Recipe:
         params[PARAM_OPTIMAL_START] = optimal_start(self.alpha) if SCHEDULES[self.schedule] == OPTIMAL else 0.0
         params[PARAM_ALPHA] = self.alpha
         params[PARAM_N_UPDATES] = max(1.0, n_updates)
-        params[PARAM_AVERAGE_FROM] = 1 if isinstance(self.average, (bool, str)) else max(1, self.average)
+        params[PARAM_AVERAGE_FROM] = 1 if is_flag(self.average) or self.average == "auto" else max(1, int(self.average))
         params[PARAM_MEAN_WEIGHT] = mean_weight
         return Packed(codes, params)
 
@@ -244,18 +241,6 @@ class Packed:
 
     codes: NDArray[np.int64]
     params: NDArray[np.float64]
-
-
-def _is_number(value: object) -> bool:
-    """Whether it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        return False
-    return math.isfinite(value)
-
-
-def _require(met: bool, name: str, found: object, expected: str) -> None:
-    if not met:
-        raise OptionError(f"{name}={found!r}: expected {expected}")
 
 
 def _plain(value: Any) -> Any:

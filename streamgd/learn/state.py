@@ -52,7 +52,7 @@ class State:
     carry_X, carry_y, carry_weight : ndarrays of shape (batch_size, …)
         Rows of the open batch; ``counters[N_CARRY]`` of them are filled.
     moments : ndarray of shape (2, n_features), float64
-        Sums of the scaled features and of their squares over the first epoch.
+        Sums of the scaled features and of their squares over the closed batches of the first epoch.
     loss_curve : list of float
         Mean progressive loss of each finished epoch.
     """

@@ -1,0 +1,356 @@
+"""The kernel's own arithmetic, its order of summation, and that where windows end changes nothing."""
+
+from __future__ import annotations
+
+import math
+
+import mpmath
+import numba as nb
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from streamgd.learn import kernels
+from streamgd.learn.losses import LOSSES
+from streamgd.learn.recipe import Recipe
+from tests.learn.training import EMPTY, Rows, begin, bits_of, feed, make_rows, pack, train, train_in_pieces
+
+EXP, LOG, LOG1P, COS_PI = 0, 1, 2, 3
+
+
+@nb.njit(error_model="numpy")
+def _mapped(function, x):
+    out = np.empty_like(x)
+    for i in range(len(x)):
+        if function == EXP:
+            out[i] = kernels.exp(x[i])
+        elif function == LOG:
+            out[i] = kernels.log(x[i])
+        elif function == LOG1P:
+            out[i] = kernels.log1p(x[i])
+        else:
+            out[i] = kernels._cos_pi(x[i])
+    return out
+
+
+@nb.njit(error_model="numpy")
+def _dots(A, B, lengths, out):
+    for i in range(len(lengths)):
+        out[i] = kernels.dot(kernels.address(A, 1), kernels.address(B, 2), lengths[i])
+
+
+def units_off(found: np.ndarray, exact: list[mpmath.mpf]) -> float:
+    """Largest error in units of the last place of the exact value."""
+    return max(
+        float(abs(mpmath.mpf(float(value)) - true) / mpmath.mpf(math.ulp(float(true))))
+        for value, true in zip(found, exact, strict=True)
+    )
+
+
+@pytest.fixture(autouse=True)
+def _precision():
+    with mpmath.workdps(60):
+        yield
+
+
+class TestArithmetic:
+    def test_exp(self):
+        rng = np.random.default_rng(0)
+        ties = np.arange(-40, 41)[:, None] * np.log(2) / 2 + np.array([-1e-12, 0.0, 1e-12])
+        x = np.concatenate(
+            [
+                rng.uniform(-708, 709, 3000),
+                rng.uniform(-1, 1, 2000),
+                rng.uniform(-1, 1, 300) * 10.0 ** -rng.integers(1, 320, 300).astype(float),
+                ties.ravel(),
+                [0.0, -0.0, -708.0, 709.0, 1.0, -1.0, 5e-324, -5e-324],
+            ]
+        )
+        assert units_off(_mapped(EXP, x), [mpmath.exp(mpmath.mpf(float(v))) for v in x]) < 1.5
+        assert _mapped(EXP, np.array([0.0, -0.0])).tolist() == [1.0, 1.0]
+
+    def test_exp_beyond_its_range_is_clamped(self):
+        x = np.array([-np.inf, -1e300, -709.0, 709.5, 1e300, np.inf])
+        low, high = _mapped(EXP, np.array([-708.0, 709.0]))
+        assert _mapped(EXP, x).tolist() == [low, low, low, high, high, high]
+        assert 0 < low < high < np.inf
+
+    def test_log(self):
+        rng = np.random.default_rng(1)
+        tiny, largest = np.finfo(float).tiny, np.finfo(float).max
+        x = np.concatenate(
+            [
+                np.exp(rng.uniform(-708, 709, 3000)),
+                rng.uniform(0.5, 2, 3000),
+                1 + rng.uniform(-1, 1, 300) * 10.0 ** -rng.integers(1, 16, 300).astype(float),
+                np.ldexp(1.0, np.arange(-1022, 1024)),
+                np.ldexp(np.sqrt(2), np.arange(-50, 50)),
+                np.nextafter(np.ldexp(np.sqrt(2), np.arange(-50, 50)), np.inf),
+                [tiny, largest, np.nextafter(1, 0), np.nextafter(1, 2), 10.0, 1000.0],
+            ]
+        )
+        x = x[x != 1]
+        assert units_off(_mapped(LOG, x), [mpmath.log(mpmath.mpf(float(v))) for v in x]) < 2
+        assert _mapped(LOG, np.ones(1))[0] == 0
+
+    def test_log1p(self):
+        rng = np.random.default_rng(2)
+        u = np.concatenate(
+            [
+                rng.uniform(0, 1, 3000),
+                10.0 ** -rng.uniform(0, 307, 1000),
+                [1.0, np.nextafter(1, 0), 2.0**-52, 2.0**-53, np.finfo(float).tiny],
+            ]
+        )
+        assert units_off(_mapped(LOG1P, u), [mpmath.log1p(mpmath.mpf(float(v))) for v in u]) < 2
+        assert _mapped(LOG1P, np.zeros(1))[0] == 0
+
+    def test_cos_pi(self):
+        x = np.concatenate([np.random.default_rng(3).uniform(0, 1, 3000), [0.0, 0.25, 0.5, 0.75, 1.0]])
+        exact = np.array([float(mpmath.cospi(mpmath.mpf(float(v)))) for v in x])
+        np.testing.assert_allclose(_mapped(COS_PI, x), exact, rtol=0, atol=1e-15)
+        assert _mapped(COS_PI, np.array([0.0, 1.0])).tolist() == [1.0, -1.0]
+
+
+def dot_in_order(a: np.ndarray, b: np.ndarray):
+    """`dot`'s sum in its order: sixteen accumulators, folded in halves that pick up 8, 4, 2 and 1 elements."""
+    n = len(a)
+    whole = n - n % 16
+    total = np.zeros(16, a.dtype)
+    for j in range(0, whole, 16):
+        total = total + a[j : j + 16] * b[j : j + 16]
+    j = whole
+    for lanes in (8, 4, 2, 1):
+        total = total[:lanes] + total[lanes:]
+        if n & lanes:
+            total = total + a[j : j + lanes] * b[j : j + lanes]
+            j += lanes
+    return total[0]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_dot_sums_in_its_documented_order(dtype):
+    rng = np.random.default_rng(0)
+    A, B = rng.standard_normal((3, 200)).astype(dtype), rng.standard_normal((4, 200)).astype(dtype)
+    lengths = np.arange(201)
+    out = np.empty(201, dtype)
+    _dots(A, B, lengths, out)
+    expected = np.array([dot_in_order(A[1, :n], B[2, :n]) for n in lengths], dtype)
+    np.testing.assert_array_equal(out, expected)
+    assert out[0] == 0
+    np.testing.assert_allclose(out[200], A[1] @ B[2], rtol=1e-5)
+
+
+@nb.njit
+def _first_of_row(A):
+    return kernels.address(A, 1)[0]
+
+
+def test_rows_that_are_not_contiguous_have_no_address():
+    """It would be wrong, and nothing else would notice."""
+    assert _first_of_row(np.arange(6.0).reshape(2, 3)) == 3
+    with pytest.raises(nb.core.errors.TypingError):
+        _first_of_row(np.asfortranarray(np.ones((2, 3))))
+
+
+def gradient_in_order(X: np.ndarray, slopes: np.ndarray) -> np.ndarray:
+    """Four rows at a time, counted from the batch's start."""
+    slopes = slopes.astype(X.dtype)
+    products = slopes[:, None] * X
+    total = np.zeros(X.shape[1], X.dtype)
+    whole = len(X) - len(X) % 4
+    for i in range(0, whole, 4):
+        total = total + ((products[i] + products[i + 1]) + (products[i + 2] + products[i + 3]))
+    for i in range(whole, len(X)):
+        total = total + products[i]
+    return total
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 33])
+def test_one_batch_of_squared_error_has_the_documented_bits(n):
+    """Prediction, gradient and step of plain SGD, bit for bit, from the order of the sums in the docstrings."""
+    rows = make_rows(n, 37, dtype=np.float32, seed=n)
+    recipe = Recipe(optimizer="sgd", learning_rate="constant", eta0=0.25, batch_size=n)
+    state = begin(recipe, rows)
+    first = np.random.default_rng(n).standard_normal(38)
+    state.theta[0] = first
+    feed(state, rows, pack(recipe, rows))
+    coef = first[:-1].astype(np.float32)
+    p = np.array([dot_in_order(x, coef) for x in rows.X], np.float64) + first[-1]
+    slopes = p - rows.y[:, 0]
+    g = gradient_in_order(rows.X, slopes).astype(np.float64) / n
+    intercept = dot_in_order(np.ones(n), slopes) / n
+    np.testing.assert_array_equal(state.theta[0], first - 0.25 * np.append(g, intercept))
+    assert state.scalars[kernels.LOSS_SUM] == dot_in_order(np.ones(n), 0.5 * slopes * slopes)
+
+
+# --- what a call leaves behind ---------------------------------------------------------------------------------------
+def test_counters_checksum_and_moments():
+    rows = make_rows(103, 4, dtype=np.float32)
+    recipe = Recipe(batch_size=10)
+    state = begin(recipe, rows)
+    feed(state, rows, pack(recipe, rows, moments=True), start=3, stop=58, close=False)
+    counters = state.counters
+    assert counters[[kernels.ROW, kernels.EPOCH_ROWS, kernels.N_ROWS]].tolist() == [58, 55, 55]
+    assert counters[[kernels.N_UPDATES, kernels.N_CARRY]].tolist() == [5, 5]
+    np.testing.assert_array_equal(state.carry_X[:5], rows.X[53:58])
+    np.testing.assert_array_equal(state.carry_y[:5], rows.y[53:58])
+    assert state.checksum[0] == sum(range(3, 58))
+    expected = np.zeros((2, 4))
+    for first in range(3, 53, 10):  # of whole batches, four rows at a time
+        for rows_of, X in enumerate((rows.X, rows.X**2)):
+            for i in range(first, first + 8, 4):
+                expected[rows_of] += (X[i] + X[i + 1]) + (X[i + 2] + X[i + 3])
+            expected[rows_of] += X[first + 8]
+            expected[rows_of] += X[first + 9]
+    np.testing.assert_array_equal(state.moments, expected)
+    feed(state, rows, pack(recipe, rows, moments=True), start=58)
+    np.testing.assert_allclose(state.moments[1], (rows.X[3:].astype(float) ** 2).sum(axis=0), rtol=1e-6)
+
+
+def test_the_checksum_wraps_around():
+    rows = make_rows(4, 1)
+    recipe = Recipe(batch_size=3)
+    state = begin(recipe, rows)
+    state.checksum[0] = 2**64 - 2
+    feed(state, rows, pack(recipe, rows))
+    assert state.checksum[0] == 4
+
+
+def test_moments_are_kept_only_when_asked_for():
+    rows = make_rows(20, 2)
+    assert not train(Recipe(), rows).moments.any()
+
+
+def test_the_open_batch_is_closed_with_the_rows_it_has():
+    rows = make_rows(25, 3)
+    recipe = Recipe(batch_size=10)
+    packed = pack(recipe, rows)
+    state = begin(recipe, rows)
+    feed(state, rows, packed, close=False)
+    assert (state.counters[kernels.N_UPDATES], state.counters[kernels.N_CARRY]) == (2, 5)
+    feed(state, rows, packed, start=25, close=True)
+    assert (state.counters[kernels.N_UPDATES], state.counters[kernels.N_CARRY]) == (3, 0)
+    assert bits_of(state) == bits_of(train(recipe, rows))
+    feed(state, rows, packed, start=25, close=True)
+    assert state.counters[kernels.N_UPDATES] == 3
+
+
+def test_no_rows_change_nothing():
+    rows = make_rows(25, 3)
+    recipe = Recipe(batch_size=10)
+    state = begin(recipe, rows)
+    before = bits_of(state)
+    feed(state, rows, pack(recipe, rows), stop=0)
+    assert bits_of(state) == before
+
+
+def test_weights_of_one_are_no_weights():
+    rows = make_rows(60, 3)
+    recipe = Recipe(batch_size=16)
+    weighted = Rows(rows.X, rows.y, np.ones(60))
+    assert bits_of(train(recipe, rows))["theta"] == bits_of(train(recipe, weighted))["theta"]
+
+
+def test_the_scale_of_the_weights_does_not_matter():
+    rows = make_rows(60, 3, weighted=True)
+    eightfold = Rows(rows.X, rows.y, rows.weight * 8)
+    recipe = Recipe(batch_size=16, penalty="l2")
+    np.testing.assert_array_equal(train(recipe, rows).theta, train(recipe, eightfold).theta)
+
+
+def test_rows_of_weight_zero_do_not_pull():
+    rows = make_rows(60, 3)
+    silent = np.concatenate([rows.y[:30], rows.y[30:] + 1000])
+    weight = np.repeat([1.0, 0.0], 30)
+    recipe = Recipe(batch_size=60)
+    moved = train(recipe, Rows(rows.X, silent, weight))
+    np.testing.assert_array_equal(moved.theta, train(recipe, Rows(rows.X, rows.y, weight)).theta)
+    assert moved.progressive_loss < 100
+
+
+# --- chunk invariance ------------------------------------------------------------------------------------------------
+OPTIMIZERS = [
+    {},
+    {"optimizer": "sgd"},
+    {"optimizer": "sgd", "learning_rate": "cosine", "momentum": 0.9, "nesterov": True, "average": 3},
+    {"optimizer": "adagrad", "average": True},
+    {"optimizer": "adam"},
+    {"optimizer": "dowg"},
+]
+PENALTIES = [{}, {"penalty": "l2", "alpha": 0.01}, {"penalty": "elasticnet", "alpha": 0.02, "l1_ratio": 0.6}]
+
+
+@st.composite
+def cut_problems(draw):
+    """A recipe, rows for it, and two sets of edges at which to cut them."""
+    loss = draw(st.sampled_from(sorted(LOSSES)))
+    task = LOSSES[loss].task
+    recipe = Recipe(
+        task=task,
+        loss=loss,
+        batch_size=draw(st.integers(1, 40)),
+        fit_intercept=draw(st.booleans()),
+        **draw(st.sampled_from(OPTIMIZERS)),
+        **draw(st.sampled_from(PENALTIES)),
+    )
+    n = draw(st.integers(1, 130))
+    rows = make_rows(
+        n,
+        draw(st.integers(1, 40)),
+        seed=draw(st.integers(0, 99)),
+        dtype=draw(st.sampled_from([np.float32, np.float64])),
+        n_targets=draw(st.integers(1, 3)) if task == "regression" else 1,
+        n_classes=draw(st.integers(2, 5)) if task == "classification" else 0,
+        weighted=draw(st.booleans()),
+        class_weighted=task == "classification" and draw(st.booleans()),
+    )
+    edges = st.lists(st.integers(1, max(1, n - 1)), max_size=12).map(lambda cuts: [cut for cut in cuts if cut < n])
+    return recipe, rows, draw(edges), draw(edges)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(cut_problems())
+def test_where_windows_and_pieces_end_changes_no_bit(problem):
+    recipe, rows, window_edges, piece_edges = problem
+    whole = train_in_pieces(recipe, rows, [], [], moments=True)
+    assert whole.counters[kernels.STATUS] == kernels.OK
+    cut = train_in_pieces(recipe, rows, window_edges, piece_edges, moments=True)
+    assert bits_of(cut) == bits_of(whole)
+
+
+@pytest.mark.parametrize("kind", ["regression", "softmax"])
+def test_row_by_row_equals_all_at_once(kind):
+    n_classes = 4 if kind == "softmax" else 0
+    rows = make_rows(70, 19, dtype=np.float32, n_targets=3 - 2 * (n_classes > 0), n_classes=n_classes, weighted=True)
+    recipe = Recipe(task="classification", loss="log_loss", batch_size=32) if n_classes else Recipe(batch_size=32)
+    assert bits_of(train_in_pieces(recipe, rows, range(1, 70), [])) == bits_of(train(recipe, rows))
+
+
+# --- the survey's two ------------------------------------------------------------------------------------------------
+def test_add_moments_equals_the_textbook_and_ignores_where_pieces_end():
+    rng = np.random.default_rng(0)
+    X, weight = rng.standard_normal((500, 3)) * [1, 1e-3, 1e6] + [0, 1e4, -1e6], rng.uniform(0, 2, 500)
+    weight[::7] = 0
+
+    def moments(weight: np.ndarray, edges: list[int]):
+        mean, squares, total = np.zeros(3), np.zeros(3), np.zeros(1)
+        for first, last in zip([0, *edges], [*edges, 500], strict=True):
+            kernels.add_moments(X[first:last], weight[first:last], mean, squares, total)
+        return mean, squares / total[0]
+
+    for w in (weight, EMPTY):
+        mean, variance = moments(w, [])
+        expected = np.average(X, axis=0, weights=w if w.size else None)
+        np.testing.assert_allclose(mean, expected, rtol=1e-13)
+        np.testing.assert_allclose(
+            variance, np.average((X - expected) ** 2, axis=0, weights=w if w.size else None), rtol=1e-8
+        )
+        assert all(np.array_equal(a, b) for a, b in zip(moments(w, [1, 64, 333]), (mean, variance), strict=True))
+
+
+def test_add_moments_of_a_constant_are_exact():
+    mean, squares, total = np.zeros(1), np.zeros(1), np.zeros(1)
+    kernels.add_moments(np.full((1000, 1), 0.1), np.full(1000, 0.7), mean, squares, total)
+    assert (mean[0], squares[0]) == (0.1, 0.0)
