@@ -401,6 +401,18 @@ def test_a_huge_target_is_divergence():
     assert kept(state) == before
 
 
+@pytest.mark.parametrize("loss", ["hinge", "squared_hinge", "perceptron", "modified_huber", "log_loss"])
+def test_infinite_predictions_on_the_right_side_are_divergence(loss):
+    """They cost nothing and pull at nothing: only the look at the predictions themselves can tell."""
+    rows = Rows(np.ones((8, 2), np.float32), np.ones((8, 1)), n_classes=2)
+    recipe = Recipe(task="classification", loss=loss, batch_size=8)
+    state = begin(recipe, rows)
+    state.theta[0, 0] = 1e39  # beyond float32
+    feed(state, rows, pack(recipe, rows))
+    assert state.counters[kernels.STATUS] == kernels.DIVERGED
+    assert state.scalars[kernels.BAD_VALUE] == np.inf
+
+
 def test_nan_in_the_rows_is_divergence():
     for column in ("X", "y"):
         rows = make_rows(40, 3)
