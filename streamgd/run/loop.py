@@ -283,7 +283,7 @@ class _Training:
         kept = "" if self.folder is None else f" The last checkpoint in {self.folder.path} is good."
         return DivergenceError(
             f"training diverged in epoch {state.epoch + 1}, window {window.index + 1}, update "
-            f"{int(state.counters[kernels.N_UPDATES]) + 1:,}: the batch's loss is {state.scalars[kernels.BAD_VALUE]} "
+            f"{int(state.counters[kernels.N_UPDATES]) + 1:,}: a loss, prediction or gradient of the batch overflowed "
             + self._advice()
             + kept
         )
