@@ -25,6 +25,10 @@ _WHOLE_BLOCKS_PER_WINDOW = 8
 #: Slices shorter than this cost more in calls than they bring in mixing.
 _MIN_SLICE_ROWS = 256
 _MIN_WINDOW_ROWS = 256
+#: Where slices are cheap, windows take so many bytes, which a processor's caches hold, or this share of a big buffer…
+_CHEAP_WINDOW_BYTES, _CHEAP_WINDOW_SHARE = 8 << 20, 64
+#: … and, as far as an eighth of the buffer goes, so many rows at least; slices of so many blocks make up each of them.
+_CHEAP_WINDOW_ROWS, _CHEAP_BLOCKS_PER_WINDOW = 16_384, 64
 _MIN_PIECE_BYTES, _MAX_PIECE_BYTES = 20_000, 4_000_000
 #: All pieces together may always cost this share of an open block.
 _PIECES_PER_OPEN_BLOCK = 64
@@ -102,9 +106,10 @@ class Layout:
         Whether rows are shuffled.
     resident : bool
         Whether all rows fit in one window with room to keep a copy, so that only the first epoch reads.
+    n_windows : int
+        The most windows in memory at once: the consumer's, those ahead of it, and the copy if `resident`.
     window_bytes, open_bytes, piece_bytes, carry_bytes : int
-        The parts of `planned_bytes`: one window (there are two, three if `resident`), all open blocks, all pieces
-        being decoded, and the open batch.
+        The parts of `planned_bytes`: one window, all open blocks, all pieces being decoded, and the open batch.
     """
 
     window_rows: int
@@ -117,6 +122,7 @@ class Layout:
     n_outputs: int
     shuffle: bool
     resident: bool
+    n_windows: int
     window_bytes: int
     open_bytes: int
     piece_bytes: int
@@ -254,9 +260,12 @@ def plan_layout(
         raise _too_small(source, costs)
     piece_rows = costs.piece_rows
     whole_rows = 2 * costs.n_rows * costs.row + costs.open_block
+    n_windows = 2
     if whole_rows <= costs.available and costs.n_rows <= _MAX_WINDOW_ROWS:
         n_open = min(MAX_READERS, costs.most_open(1.0, costs.n_rows))
         window_rows, slice_rows = costs.n_rows, costs.max_block_rows
+    elif source.is_flat:
+        n_windows, window_rows, n_open, slice_rows = _share_cheap_slices(costs, shuffle)
     else:
         n_open = min(MAX_READERS, costs.most_open(0.25, costs.min_window_rows))
         window_rows, slice_rows = costs.window_rows(n_open), costs.max_block_rows
@@ -273,6 +282,7 @@ def plan_layout(
                 window_rows = n_open * slice_rows if shuffle else window_rows
     spare = costs.available - n_open * costs.open_block - 2 * window_rows * costs.row
     resident = window_rows == costs.n_rows and spare >= window_rows * costs.row
+    n_windows += resident
     parts = {
         "window_bytes": window_rows * costs.row,
         "open_bytes": n_open * costs.open_block,
@@ -285,11 +295,12 @@ def plan_layout(
         slice_rows=slice_rows,
         piece_rows=piece_rows,
         row_bytes=costs.row,
-        planned_bytes=sum(parts.values()) + (2 if resident else 1) * parts["window_bytes"],
+        planned_bytes=sum(parts.values()) + (n_windows - 1) * parts["window_bytes"],
         buffer_bytes=buffer_bytes,
         n_outputs=n_outputs,
         shuffle=shuffle,
         resident=resident,
+        n_windows=n_windows,
         **parts,
     )
 
@@ -301,6 +312,25 @@ def _share_big_blocks(costs: _Costs) -> tuple[int, int]:
     n_turns = -(-costs.n_blocks // n_open)
     n_open = -(-costs.n_blocks // n_turns)
     return n_open, costs.window_rows(n_open)
+
+
+def _share_cheap_slices(costs: _Costs, shuffle: bool) -> tuple[int, int, int, int]:
+    """Choose windows, their rows, the blocks they draw on, and the rows of a slice, where short slices cost nothing."""
+    wanted = max(
+        _CHEAP_WINDOW_BYTES,
+        costs.buffer // _CHEAP_WINDOW_SHARE,
+        min(_CHEAP_WINDOW_ROWS * costs.row, costs.buffer // 8),
+    )
+    window_rows = max(1, min(wanted // costs.row, costs.window_rows(1)))
+    spare = costs.available - costs.open_block
+    n_windows = max(2, min(MAX_READERS + 2, spare // (window_rows * costs.row)))
+    if not shuffle or window_rows >= _CHEAP_BLOCKS_PER_WINDOW * costs.max_block_rows:
+        slice_rows = min(costs.max_block_rows, max(1, window_rows // _WHOLE_BLOCKS_PER_WINDOW))
+        return n_windows, window_rows, 1, slice_rows
+    n_turns = -(-costs.n_blocks // min(_CHEAP_BLOCKS_PER_WINDOW, window_rows))
+    n_open = -(-costs.n_blocks // n_turns)
+    slice_rows = window_rows // n_open
+    return n_windows, n_open * slice_rows, n_open, slice_rows
 
 
 def _stored_width(dtypes: Sequence[str]) -> int:

@@ -25,7 +25,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 # Rows and columns that are put together at once, and values where rows are stored as such: 16 or 32 kB.
 _TILE_ROWS, _TILE_COLUMNS, _TILE_VALUES = 128, 32, 1024
 
-#: Codes of the dtypes that features can be stored as; booleans are read as bytes.
+#: Codes of the dtypes that features can be stored as, and the bytes of each; booleans are read as bytes.
 DTYPE_CODES: dict[str, int] = {
     "float32": 0,
     "float64": 1,
@@ -39,6 +39,8 @@ DTYPE_CODES: dict[str, int] = {
     "uint64": 9,
     "bool": 6,
 }
+
+_SIZES = (4, 8, 1, 2, 4, 8, 1, 2, 4, 8)
 
 #: So many rows ahead of being written, so many bytes of a place are fetched; the processor foresees the rest.
 _AHEAD, _AHEAD_BYTES = 8, 256
@@ -64,6 +66,9 @@ def _reader_of(kind: Any) -> Any:
 
     return read
 
+
+#: The operating system's own; found by name when compiled code is loaded, so that it can be kept on disk.
+_pread: Any = types.ExternalFunction("pread", types.intp(types.intc, types.intp, types.uintp, types.int64))
 
 _float32_at, _float64_at = _reader_of(types.float32), _reader_of(types.float64)
 _int8_at, _int16_at = _reader_of(types.int8), _reader_of(types.int16)
@@ -544,3 +549,157 @@ def find_classes(values: NDArray[np.float64], classes: NDArray[np.float64], out:
             if unknown < 0:
                 unknown = i
     return unknown
+
+
+# Rows that lie in a file or in memory as they are ------------------------------------------------------------------
+
+#: What each number of a strip is, see `streamgd.data.sources.flat.Strip`.
+FD, OFFSET, ROW_BYTES, CODE, PART, COLUMN, N_COLUMNS = range(7)
+#: What a strip holds.
+FEATURES, TARGET, WEIGHT = range(3)
+#: How `place_flat` ended.
+PLACED, UNREADABLE, UNUSABLE = range(3)
+#: Values that are not scaled go through arrays of this many.
+_CONVERTED_ROWS = 512
+
+
+@_compiled
+def _fetch(strip: NDArray[np.int64], first: int, n: int, scratch: int) -> Any:
+    """Return the address of `n` rows of a strip, read to `scratch` if they lie in a file; 0 if they cannot be read."""
+    at, wanted = strip[OFFSET] + first * strip[ROW_BYTES], n * strip[ROW_BYTES]
+    if strip[FD] < 0:
+        return at
+    done = 0
+    while done < wanted:
+        got = _pread(np.int32(strip[FD]), scratch + done, np.uint64(wanted - done), at + done)
+        if got <= 0:
+            return 0
+        done += got
+    return scratch
+
+
+@_compiled
+def _place_numbers(
+    address: int,
+    code: int,
+    stride: int,
+    classes: NDArray[np.float64],
+    places: NDArray[np.int32],
+    column: int,
+    not_negative: bool,
+    out: NDArray[np.float64],
+) -> tuple[bool, bool]:
+    """Write targets or weights, `stride` values apart, at their places; tell whether all are finite, and all known."""
+    loaded, codes = np.empty(_CONVERTED_ROWS), np.empty(_CONVERTED_ROWS)
+    finite, known = True, True
+    for first in range(0, len(places), _CONVERTED_ROWS):
+        n = min(_CONVERTED_ROWS, len(places) - first)
+        _load(address, code, first * stride, stride, n, loaded)
+        values = loaded
+        if len(classes):
+            known &= find_classes(loaded[:n], classes, codes[:n]) < 0
+            values = codes
+        for i in range(n):
+            value = values[i]
+            out[places[first + i], column] = value
+            finite &= value - value == 0 and not (not_negative and value < 0)
+    return finite, known
+
+
+@_compiled
+def place_flat(
+    slices: NDArray[np.int64],
+    strips: NDArray[np.int64],
+    shift: NDArray[np.float64],
+    factor: NDArray[np.float64],
+    classes: NDArray[np.float64],
+    places: NDArray[np.int32],
+    X: NDArray[Any],
+    y: NDArray[np.float64],
+    weight: NDArray[np.float64],
+    ids: NDArray[np.uint64],
+    scratch: NDArray[np.uint8],
+    check: bool,
+) -> tuple[int, int]:
+    """Read slices of rows that lie as they are, scale them and put them at their places.
+
+    Parameters
+    ----------
+    slices : ndarray of shape (n_slices, 5), int64
+        Block, first row in the block, rows, file, first row in the file.
+    strips : ndarray of shape (n_files, n_strips, 7), int64
+        Where the values lie.
+    shift, factor : ndarrays of shape (n_features,), float64
+        Each feature becomes ``(float64(value) - shift) * factor``.
+    classes : ndarray of shape (n_classes,), float64
+        Sorted classes, if targets become their index; empty for numbers.
+    places : ndarray of shape (n_rows,), int32
+        Row of the window for each row, slice after slice.
+    X, y, weight, ids : ndarrays
+        The window; `y` of shape (capacity, n_outputs) and `weight` of shape (capacity, 1), either with no columns.
+    scratch : ndarray of uint8
+        Memory that what is read passes through.
+    check : bool
+        Whether numbers that are not finite and negative weights are errors.
+
+    Returns
+    -------
+    int, int
+        `PLACED`, `UNREADABLE` or `UNUSABLE` (bad numbers, unknown classes), and the slice.
+    """
+    n_features = X.shape[1]
+    addresses, codes = np.empty(n_features, np.int64), np.empty(n_features, np.int64)
+    strides = np.empty(n_features, np.int64)
+    memory = (scratch.ctypes.data + 63) // 64 * 64
+    room = len(scratch) - 64 * (strips.shape[1] + 1)
+    placed = 0
+    for k in range(len(slices)):
+        block, start, n_rows, file, file_row = slices[k]
+        widest = 0
+        for s in range(strips.shape[1]):
+            widest += strips[file, s, ROW_BYTES] * (strips[file, s, FD] >= 0)
+        most = n_rows if widest == 0 else max(1, room // widest)
+        for first in range(0, n_rows, most):
+            n = min(most, n_rows - first)
+            here = places[placed : placed + n]
+            free, whole = memory, False
+            for s in range(strips.shape[1]):
+                strip = strips[file, s]
+                address = _fetch(strip, file_row + first, n, free)
+                if address == 0:
+                    return UNREADABLE, k
+                if address == free:
+                    free += (n * strip[ROW_BYTES] + 63) // 64 * 64
+                size = _SIZES[strip[CODE]]
+                stride = strip[ROW_BYTES] // size
+                if strip[PART] == FEATURES:
+                    if strip[N_COLUMNS] == n_features:
+                        whole = True
+                        finite = place_rows(address, strip[CODE], stride, shift, factor, here, X)
+                        if check and not finite:
+                            return UNUSABLE, k
+                    else:
+                        for j in range(strip[N_COLUMNS]):
+                            column = strip[COLUMN] + j
+                            addresses[column], codes[column] = address + j * size, strip[CODE]
+                            strides[column] = stride
+                else:
+                    is_target = strip[PART] == TARGET
+                    for j in range(strip[N_COLUMNS]):
+                        finite, known = _place_numbers(
+                            address + j * size,
+                            strip[CODE],
+                            stride,
+                            classes if is_target else classes[:0],
+                            here,
+                            strip[COLUMN] + j,
+                            not is_target,
+                            y if is_target else weight,
+                        )
+                        if not known or (check and not finite):
+                            return UNUSABLE, k
+            if not whole and not (place_columns(addresses, codes, strides, shift, factor, here, X) or not check):
+                return UNUSABLE, k
+            place_identities(block, start + first, here, ids)
+            placed += n
+    return PLACED, 0

@@ -19,6 +19,7 @@ from typing import Final, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from streamgd.data.flat import FlatFiller, reads_flat
 from streamgd.data.plan import EpochPlan, Layout, WindowPlan
 from streamgd.data.sources.base import Source
 from streamgd.data.targets import TargetCodec
@@ -66,8 +67,9 @@ class WindowStream:
         Epoch to stop before, counted from 0 and not from `first`; None goes on for ever.
     n_threads : int or None, default=None
         Threads that read; default: one for each processor. No result depends on it.
-    depth : int, default=2
-        Windows in memory: the consumer's and those ahead of it. No result depends on it.
+    depth : int or None, default=None
+        The most windows in memory, the consumer's and those ahead of it; default: as many as the layout has room for.
+        No result depends on it.
     lane, n_lanes : int, default=0 and 1
         Which part of the blocks.
     check : bool, default=True
@@ -95,7 +97,7 @@ class WindowStream:
         first: tuple[int, int] = (0, 0),
         n_epochs: int | None = 1,
         n_threads: int | None = None,
-        depth: int = 2,
+        depth: int | None = None,
         lane: int = 0,
         n_lanes: int = 1,
         check: bool = True,
@@ -103,7 +105,14 @@ class WindowStream:
         whole = n_lanes == 1 and layout.window_rows >= source.n_rows
         small = whole and source.kind == "memory" and layout.row_bytes * source.n_rows <= _SMALL_BYTES
         n_threads = 1 if small else default_threads() if n_threads is None else n_threads
-        reader = WindowFiller(source, layout, codec, shift=shift, factor=factor, n_threads=n_threads, check=check)
+        rows = source.flat_rows() if reads_flat(source, codec) else None
+        reader: WindowFiller | FlatFiller
+        if rows is None:
+            reader = WindowFiller(source, layout, codec, shift=shift, factor=factor, n_threads=n_threads, check=check)
+        else:
+            reader = FlatFiller(
+                source, rows, layout, codec, shift=shift, factor=factor, n_threads=n_threads, check=check
+            )
         again = n_epochs is None or n_epochs - first[0] > 1
         # What is in memory anyway is not copied, unless it is so small that calling its reader costs more.
         keep = again and (small or (whole and layout.resident and source.kind != "memory"))
@@ -115,7 +124,11 @@ class WindowStream:
             )
 
         plans = _windows_of(plan_epoch, first, n_epochs)
-        self._core = _Prefetcher(filler, plans, lambda: Window(layout, source), depth=1 if small else max(1, depth))
+        depth = layout.n_windows - layout.resident if depth is None else depth
+        n_callers = reader.n_callers if filler is reader else 1
+        # One window for the consumer, and one for every thread that fills its own.
+        depth = 1 if small else max(1, min(depth, 1 + n_callers))
+        self._core = _Prefetcher(filler, plans, lambda: Window(layout, source), depth=depth, n_callers=n_callers)
         self._row_bytes = source.stored_bytes / source.n_rows
         self._finalizer = weakref.finalize(self, self._core.close)
         if not small:
@@ -195,39 +208,49 @@ def _windows_of(
 
 
 class _Prefetcher:
-    """What the consumer and the thread share; knows nothing of the `WindowStream`, which may therefore be collected."""
+    """What the consumer and the threads share; knows nothing of the `WindowStream`, which may therefore be collected.
+
+    Each thread takes a free window first and a plan then, so that whoever fills the window that the consumer waits for
+    has one to fill. Windows are handed out in the order of their plans, whoever is done first.
+    """
 
     def __init__(
         self,
-        filler: WindowFiller | ResidentFiller,
+        filler: WindowFiller | ResidentFiller | FlatFiller,
         plans: Iterator[WindowPlan],
         make_window: Callable[[], Window],
         *,
         depth: int,
+        n_callers: int = 1,
     ) -> None:
         self.filler = filler
         self.wait_s = 0.0
         self.fill_s = 0.0
         self.exhausted = False
-        self._plans = plans
+        self._plans = _Ahead(plans)
         self._make_window = make_window
         self._n_unmade = depth  # windows are allocated when they are first needed: one epoch may need only one
+        self._n_callers = max(1, min(n_callers, depth))
         self._free: deque[Window] = deque()
-        self._ready: deque[Window] = deque()
+        self._ready: dict[int, Window | BaseException] = {}  # by the number of the plan
+        self._n_handed = self._n_planned = 0
+        self._n_running = 0
         self._handed: Window | None = None
         self._error: BaseException | None = None
-        self._finished = False
         self._closed = False
         self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        # A daemon, so that a consumer that was forgotten does not keep Python from exiting; the finalizer joins it.
-        self._thread = threading.Thread(target=self._run, name="streamgd-prefetch", daemon=True)
-        self._thread.start()
+        # Daemons, so that a consumer that was forgotten does not keep Python from exiting; the finalizer joins them.
+        self._n_running = self._n_callers
+        for number in range(self._n_callers):
+            thread = threading.Thread(target=self._run, name=f"streamgd-prefetch-{number}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def get(self, timeout_s: float | None) -> Window | Literal[_End.END] | None:
-        if self._thread is None:
+        if not self._threads:
             return self._get_now()
         begin = time.perf_counter()
         with self._changed:
@@ -235,14 +258,21 @@ class _Prefetcher:
                 self._free.append(self._handed)
                 self._handed = None
                 self._changed.notify_all()
-            ready = self._changed.wait_for(lambda: self._ready or self._finished or self._closed, timeout_s)
-            self.wait_s += time.perf_counter() - begin
-            if self._ready and not self._closed:
-                self._handed = self._ready.popleft()
-                return self._handed
             if self._error is not None:
                 raise self._error
-            if not ready:
+            answered = self._changed.wait_for(
+                lambda: self._n_handed in self._ready or self._n_running == 0 or self._closed, timeout_s
+            )
+            self.wait_s += time.perf_counter() - begin
+            found = None if self._closed else self._ready.pop(self._n_handed, None)
+            if isinstance(found, BaseException):
+                self._error = found
+                raise found
+            if found is not None:
+                self._n_handed += 1
+                self._handed = found
+                return found
+            if not answered:
                 return None
             self.exhausted = True
             return END
@@ -252,7 +282,7 @@ class _Prefetcher:
         if self._error is not None:
             raise self._error
         begin = time.perf_counter()
-        plan = None if self._closed else next(self._plans, None)
+        plan, _ = (None, None) if self._closed else self._plans.take()
         if plan is None:
             self.exhausted = True
             return END
@@ -268,34 +298,50 @@ class _Prefetcher:
         return self._handed
 
     def _run(self) -> None:
+        number, window = -1, None
         try:
-            plan = next(self._plans, None)
-            while plan is not None and (window := self._free_window()) is not None:
-                upcoming = next(self._plans, None)
+            while (window := self._free_window()) is not None:
+                with self._changed:
+                    number = self._n_planned
+                    plan, upcoming = self._plans.take()
+                    self._n_planned += plan is not None
+                if plan is None:
+                    break
                 begin = time.perf_counter()
                 self.filler.fill(window, plan, upcoming)
-                self.fill_s += time.perf_counter() - begin
                 with self._changed:
-                    self._ready.append(window)
+                    self.fill_s += time.perf_counter() - begin
+                    self._ready[number] = window
                     self._changed.notify_all()
-                plan = upcoming
         except Stopped:
             pass
         except BaseException as err:
-            self._error = err
+            with self._changed:
+                self._ready[number] = err
+                self._plans.end()
         finally:
+            self._leave(number)
+
+    def _leave(self, number: int) -> None:
+        """Be the last to close the filler, if this thread is."""
+        with self._changed:
+            last = self._n_running == 1
+        error: BaseException | None = None
+        if last:
             try:
                 self.filler.close()
             except BaseException as err:
-                self._error = self._error or err
-            with self._changed:
-                self._finished = True
-                self._changed.notify_all()
+                error = err
+        with self._changed:
+            self._n_running -= 1
+            if error is not None:
+                self._ready.setdefault(self._n_planned, error)
+            self._changed.notify_all()
 
     def _free_window(self) -> Window | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._free or self._n_unmade or self._closed)
-            if self._closed:
+            self._changed.wait_for(lambda: self._free or self._n_unmade or self._closed or self._plans.exhausted)
+            if self._closed or self._plans.exhausted:
                 return None
             if self._free:
                 return self._free.popleft()
@@ -307,9 +353,31 @@ class _Prefetcher:
             self._closed = True
             self._changed.notify_all()
         self.filler.stop()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
         self.filler.close()
         self._ready.clear()
         self._free.clear()
         self._handed = None
+
+
+class _Ahead:
+    """The plans, each with the one after it; not for several threads at once."""
+
+    def __init__(self, plans: Iterator[WindowPlan]) -> None:
+        self._plans = plans
+        self._next: WindowPlan | None = None
+        self._begun = False
+        self.exhausted = False
+
+    def take(self) -> tuple[WindowPlan | None, WindowPlan | None]:
+        if not self._begun:
+            self._begun, self._next = True, next(self._plans, None)
+        plan = None if self.exhausted else self._next
+        self._next = None if plan is None else next(self._plans, None)
+        self.exhausted = self._next is None
+        return plan, self._next
+
+    def end(self) -> None:
+        self.exhausted = True

@@ -92,8 +92,8 @@ class TargetCodec:
         if self.classes is None:
             return self._as_numbers(y), -1
         y = as_vector(y)
-        if self._numbers is not None and is_number(y):
-            return find_numbers(y, self._numbers)
+        if self.sorted_numbers is not None and is_number(y):
+            return find_numbers(y, self.sorted_numbers)
         inverse, values = factorize(y)
         index = np.array([self._index.get(value, -1) for value in values] + [np.nan])
         codes = index[inverse]
@@ -155,9 +155,10 @@ class TargetCodec:
         return cls(counter.classes)
 
     @cached_property
-    def _numbers(self) -> Floats | None:
-        """The classes as float64 if all of them are exact."""
-        assert self.classes is not None
+    def sorted_numbers(self) -> Floats | None:
+        """The classes as float64 if they are numbers and all of them are exact."""
+        if self.classes is None:
+            return None
         if self.classes.dtype.kind not in "fiub":
             return None
         numbers = self.classes.astype(np.float64)

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,9 @@ from streamgd.data.rows import RowPlacer, Window
 from streamgd.data.sources.base import BlockReader, Source
 from streamgd.data.targets import TargetCodec
 from streamgd.errors import OptionError
+
+if TYPE_CHECKING:
+    from streamgd.data.flat import FlatFiller
 
 __all__ = ["ResidentFiller", "Stopped", "Window", "WindowFiller"]
 
@@ -99,6 +103,7 @@ class WindowFiller:
         self._placer = RowPlacer(source, codec, shift, factor, check=check)
         self._places = np.empty(layout.window_rows, np.int32)
         self._n_threads = max(1, min(n_threads, MAX_READERS))
+        self.n_callers = 1  # blocks stay open from one window to the next
         self._pool: ThreadPoolExecutor | None = None
         self._open: dict[int, tuple[BlockReader, int]] = {}  # reader and its next row
         self._n_open = 0
@@ -278,13 +283,13 @@ class ResidentFiller:
 
     Parameters
     ----------
-    filler : WindowFiller
+    filler : WindowFiller or FlatFiller
         Reads the rows, and is closed as soon as it has.
     held : Window
         Memory for all rows, in file order.
     """
 
-    def __init__(self, filler: WindowFiller, held: Window) -> None:
+    def __init__(self, filler: WindowFiller | FlatFiller, held: Window) -> None:
         self._filler = filler
         self._held = held
         self._places = np.empty(len(held.ids), np.int32)

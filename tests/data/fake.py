@@ -145,6 +145,7 @@ def layout_of(
         n_outputs=n_outputs,
         shuffle=shuffle,
         resident=resident,
+        n_windows=2 + resident,
         window_bytes=window_rows * row_bytes,
         open_bytes=0,
         piece_bytes=0,

@@ -160,8 +160,8 @@ class TestLayout:
 
     def test_refuses_a_layout_of_another_version(self):
         stored = plan_layout(FakeSource([5]), 10**6).to_json()
-        with pytest.raises(OptionError, match="n_windows"):
-            Layout.from_json({**stored, "n_windows": 3})
+        with pytest.raises(OptionError, match="n_lists"):
+            Layout.from_json({**stored, "n_lists": 3})
 
 
 class TestOrder:

@@ -10,12 +10,15 @@ import abc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamgd.errors import OptionError
+
+if TYPE_CHECKING:
+    from streamgd.data.sources.flat import FlatRows
 
 Array = NDArray[Any]
 
@@ -133,6 +136,9 @@ class Source(abc.ABC):
     slice_cost_rows : int
         Rows that are decoded at least when a block is opened for any slice: 1 where slices cost what they hold, a data
         page's rows for Parquet, the whole block for Dask. The survey opens fewer blocks where this is high.
+    is_flat : bool
+        True where rows lie as they are, at even distances, so that any few of them cost what their bytes cost: then
+        `flat_rows` says where.
     dropped : tuple of (str, str)
         Columns left out on purpose, each with the reason, for the user to see.
     fingerprint : dict of str to JSON value
@@ -154,6 +160,7 @@ class Source(abc.ABC):
     open_block_bytes: int
     holds_block: bool = False
     slice_cost_rows: int = 1
+    is_flat: bool = False
     dropped: tuple[tuple[str, str], ...] = ()
     fingerprint: dict[str, Any]
     origin: dict[str, Any]
@@ -206,6 +213,10 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def locate(self, block: int, row: int) -> str:
         """Say where row `row` of block `block` lies, for messages (file, row group, row in the file)."""
+
+    def flat_rows(self) -> FlatRows | None:
+        """Say where the rows lie, for this process; None unless `is_flat`."""
+        return None
 
     def announce(self, blocks: Sequence[int]) -> None:  # noqa: B027 - only sources that compute can use it
         """Tell which blocks will be opened next, in order, so that a source that computes may begin. Only a hint."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from streamgd.data.sources.base import Array, TargetInfo
+from streamgd.data.sources.flat import Part, Strip, strips_of
 from streamgd.data.sources.mapped import MappedArray
 from streamgd.errors import SchemaError
 
@@ -53,6 +54,13 @@ class Column:
         if rows.dtype != self.dtype:
             rows = rows.astype(self.dtype)
         return np.ascontiguousarray(rows) if rows.ndim == 1 else rows
+
+    def strips(self, part: Part, column: int) -> list[Strip] | None:
+        """Say where the values lie, as column `column` and those after it of a part; None if they are converted."""
+        data = self.data
+        if isinstance(data, MappedArray) and data.dtype == self.dtype:
+            return data.strips(part, column)
+        return strips_of(data, part, column) if isinstance(data, np.ndarray) and data.dtype == self.dtype else None
 
     def close(self) -> None:
         """Close the file behind the column, if there is one."""

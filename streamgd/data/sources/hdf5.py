@@ -25,6 +25,7 @@ from streamgd.data.sources.base import (
     TargetInfo,
     choose_row_dtype,
 )
+from streamgd.data.sources.flat import FlatRows, Part, Strip
 from streamgd.data.sources.hdf5_blocks import Cut, advise, cut_into_blocks
 from streamgd.data.sources.hdf5_files import open_file
 from streamgd.data.sources.hdf5_layout import (
@@ -33,6 +34,7 @@ from streamgd.data.sources.hdf5_layout import (
     check_agreement,
     describe_file,
     find_datasets,
+    flat_offset,
     widest_dtype,
 )
 from streamgd.errors import CorruptDataError, DataError, EmptySourceError, OptionError, SchemaError
@@ -127,6 +129,7 @@ class Hdf5Source(Source):
         self.has_weight = weight is not None
         self.stored_bytes = sum(each.stored_bytes for info in files for each in info.datasets)
         n_rows = sum(info.n_rows for info in files)
+        self.is_flat = all(each.is_flat for info in files for each in info.datasets)
         self._set_blocks([cut_into_blocks(info, block_bytes, n_rows) for info in files], block_bytes)
         self.fingerprint = self._make_fingerprint()
         self.origin = {
@@ -188,6 +191,32 @@ class Hdf5Source(Source):
                     f"from {', '.join(repr(info.datasets[i].name) for i in datasets)}: {err}. The file is damaged; "
                     "copy it again, or leave it out"
                 ) from err
+        return found
+
+    def flat_rows(self) -> FlatRows | None:
+        """Say where the rows lie if no dataset is chunked; see `Source.flat_rows`."""
+        return FlatRows(self._block_file, self._block_start, self._strips) if self.is_flat else None
+
+    def _strips(self, file: int) -> list[Strip]:
+        """Look up where the rows of a file's datasets lie, and make sure that they still do."""
+        opened = self._opened.setdefault(os.getpid(), _OpenFiles())
+        info = self._files[file]
+        with opened.lock:
+            handles = opened.get(file, info)
+            offsets = [flat_offset(handle) for handle in handles]
+            h5py.h5f.flush(handles[0].file.id)  # what this process wrote through another handle
+        n_features, found, column = len(info.features), [], 0
+        for i, (each, offset) in enumerate(zip(info.datasets, offsets, strict=True)):
+            if offset is None:
+                raise CorruptDataError(
+                    f"{info.path} was changed while it was in use: dataset {each.name!r} was stored in one piece, and "
+                    "is no longer. Open the source again"
+                )
+            part: Part = "features" if i < n_features else "target" if i == n_features and self.target else "weight"
+            first = column if part == "features" else 0
+            # A dataset's own file: behind a link, it is another one.
+            found.append(Strip(part, handles[i].file.filename, offset, each.row_bytes, each.dtype, first, each.width))
+            column += each.width
         return found
 
     def place(self, block: int) -> tuple[int, int, int]:

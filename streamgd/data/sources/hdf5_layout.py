@@ -16,6 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from streamgd.data.sources.flat import FLAT_DTYPES
 from streamgd.data.sources.hdf5_files import dtype_name, filter_is_there, list_datasets, open_file
 from streamgd.errors import CorruptDataError, DataError, SchemaError, SourceNotFoundError
 
@@ -48,6 +49,8 @@ class DatasetInfo:
         Compression, checksums and the like, which make a chunk readable only as a whole.
     stored_bytes : int
         Bytes in the file.
+    is_flat : bool
+        Whether rows lie in the file one after the other as they are, so that they can be read without HDF5.
     """
 
     name: str
@@ -57,6 +60,7 @@ class DatasetInfo:
     chunks: tuple[int, ...] | None
     filters: tuple[str, ...]
     stored_bytes: int
+    is_flat: bool = False
 
     @property
     def width(self) -> int:
@@ -238,7 +242,18 @@ def _describe(dataset: h5py.Dataset, name: str, path: str) -> DatasetInfo:
         dataset.chunks,
         _filters(dataset, path),
         _stored_bytes(dataset),
+        flat_offset(dataset) is not None,
     )
+
+
+def flat_offset(dataset: h5py.Dataset) -> int | None:
+    """Return the byte of its file where a dataset's rows begin if they lie there as they are, else None."""
+    if dataset.chunks is not None or dataset.is_virtual or dataset.external or not hasattr(os, "pread"):
+        return None
+    if dataset.dtype.name not in FLAT_DTYPES or not dataset.dtype.isnative:
+        return None
+    offset = dataset.id.get_offset()  # None for what is so small that it lies in the header, or was never written
+    return None if offset is None else int(offset)
 
 
 def _stored_bytes(dataset: h5py.Dataset) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from streamgd.data.sources.base import Array
+from streamgd.data.sources.flat import FLAT_DTYPES, Part, Strip
 from streamgd.errors import CorruptDataError, SourceNotFoundError
 
 
@@ -41,7 +42,7 @@ class MappedArray:
         self.strides = strides
         self.dtype = dtype
         self._row_bytes = dtype.itemsize + sum((n - 1) * s for n, s in zip(shape[1:], strides[1:], strict=True))
-        self._file: _OpenFile | None = None
+        self._file: OpenFile | None = None
 
     @property
     def ndim(self) -> int:
@@ -67,7 +68,7 @@ class MappedArray:
     def _read(self, raw: Array, at: int) -> None:
         file = self._file
         if file is None:  # two threads at once may open it twice; the loser's is closed as it is forgotten
-            file = self._file = _OpenFile(self.path)
+            file = self._file = OpenFile(self.path)
         done, view = 0, raw.data
         while done < len(view):
             try:
@@ -83,6 +84,16 @@ class MappedArray:
                 )
             done += got
 
+    def strips(self, part: Part, column: int) -> list[Strip] | None:
+        """Say where the rows lie if they fill their bytes of the file; None if there are others between them."""
+        width = 1 if self.ndim == 1 else self.shape[1]
+        dense = self.strides[0] == width * self.dtype.itemsize and (
+            width == 1 or self.strides[1] == self.dtype.itemsize
+        )
+        if not dense or self.dtype.name not in FLAT_DTYPES or not self.dtype.isnative:
+            return None
+        return [Strip(part, self.path, self.offset, self.strides[0], self.dtype.name, column, width)]
+
     def close(self) -> None:
         """Forget the open file; the next slice opens it again."""
         self._file = None
@@ -92,7 +103,7 @@ class MappedArray:
         return {**self.__dict__, "_file": None}
 
 
-class _OpenFile:
+class OpenFile:
     """A descriptor that is closed with the last reference, so that a read under way in a thread keeps it."""
 
     def __init__(self, path: str) -> None:
@@ -101,11 +112,12 @@ class _OpenFile:
             self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError as err:
             raise SourceNotFoundError(
-                f"{path}: the file behind a memory-mapped array cannot be opened ({err.strerror}). "
-                "Put it back, or open the array again where the file is now"
+                f"{path}: the file that rows are read from cannot be opened ({err.strerror}). "
+                "Put it back, or open the data again where the file is now"
             ) from err
 
     def __del__(self) -> None:
+        """Close the file."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
 

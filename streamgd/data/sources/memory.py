@@ -23,6 +23,7 @@ from streamgd.data.sources.base import (
     choose_row_dtype,
 )
 from streamgd.data.sources.columns import Column, Features, Target
+from streamgd.data.sources.flat import FlatRows, Part, Strip
 from streamgd.data.sources.frames import pick_columns
 from streamgd.errors import EmptySourceError, SchemaError
 
@@ -109,6 +110,7 @@ class MemorySource(Source):
         self.block_rows = np.full(-(-n_rows // block), block, np.int64)
         self.block_rows[-1] = n_rows - block * (len(self.block_rows) - 1)
         self._block = block
+        self.is_flat = self._strips() is not None
         self.fingerprint = self._make_fingerprint()
         self.origin = {"kind": self.kind, "name": self.name, "shape": list(self._features.shape)}
 
@@ -157,6 +159,29 @@ class MemorySource(Source):
             None if self._target is None else self._target.read(first, stop),
             None if self._weight is None else self._weight.read(first, stop),
         )
+
+    def flat_rows(self) -> FlatRows | None:
+        """Say where the rows lie if nothing must be converted; see `Source.flat_rows`."""
+        strips = self._strips()
+        if strips is None:
+            return None
+        starts = np.arange(self.n_blocks, dtype=np.int64) * self._block
+        return FlatRows(np.zeros(self.n_blocks, np.int64), starts, lambda file: strips)
+
+    def _strips(self) -> list[Strip] | None:
+        found: list[Strip] = []
+        parts: list[tuple[Part, Sequence[Column]]] = [("features", self._features.columns)]
+        if self._target is not None:
+            parts.append(("target", [self._target.column]))
+        if self._weight is not None:
+            parts.append(("weight", [self._weight]))
+        for part, columns in parts:
+            for j, column in enumerate(columns):
+                strips = column.strips(part, j)
+                if strips is None:
+                    return None
+                found.extend(strips)
+        return found
 
     def iter_targets(self) -> Iterator[tuple[int, int, Any, Array | None]]:
         """Hand out target and weights, a block at a time."""

@@ -1,0 +1,259 @@
+"""Fill windows from rows that lie in files or in memory as they are, each window by one compiled call.
+
+Takes the place of `streamgd.data.window.WindowFiller` for such sources: the windows are the same. Nothing is kept open
+from one window to the next but files, so that several threads may fill a window each.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamgd.data import placing
+from streamgd.data.plan import MAX_READERS, Layout, WindowPlan
+from streamgd.data.rows import RowPlacer, Window
+from streamgd.data.sources.base import Source
+from streamgd.data.sources.flat import FlatRows, Strip
+from streamgd.data.sources.mapped import OpenFile
+from streamgd.data.targets import TargetCodec
+from streamgd.data.window import Stopped
+from streamgd.errors import CorruptDataError, OptionError
+
+Floats = NDArray[np.float64]
+
+_PARTS = {"features": placing.FEATURES, "target": placing.TARGET, "weight": placing.WEIGHT}
+#: What is read passes through so many bytes for each thread, so that it stays in the second cache.
+_SCRATCH_BYTES = 1 << 17
+#: Files kept open, and read in one call; most systems allow a process 1,024.
+_OPEN_FILES = 128
+#: Windows of fewer bytes are filled by one thread each, several at once; others by all threads together.
+_OWN_WINDOW_BYTES = 24 << 20
+
+
+class FlatFiller:
+    """Fills windows by a plan; several threads may do so at once.
+
+    Parameters
+    ----------
+    source : Source
+        What is read.
+    rows : FlatRows
+        Where its rows lie.
+    layout : Layout
+        How much at once.
+    codec : TargetCodec or None
+        How targets become numbers; None leaves the target out. One that `reads_flat` accepts.
+    shift, factor : ndarray of shape (n_features,), float64, or None, default=None
+        Each value becomes ``(x - shift) * factor``; None leaves it as it is.
+    n_threads : int, default=1
+        Threads that read; the result does not depend on it.
+    check : bool, default=True
+        Whether features, targets and weights that are not finite, and negative weights, are errors.
+
+    Attributes
+    ----------
+    n_callers : int
+        How many threads should call `fill` at once.
+    read_rows : int
+        Rows read so far.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        rows: FlatRows,
+        layout: Layout,
+        codec: TargetCodec | None,
+        *,
+        shift: Floats | None = None,
+        factor: Floats | None = None,
+        n_threads: int = 1,
+        check: bool = True,
+    ) -> None:
+        self._source, self._rows, self._check = source, rows, check
+        self._placer = RowPlacer(source, codec, shift, factor, check=check)
+        d = source.n_features
+        self._shift = np.zeros(d) if shift is None else np.ascontiguousarray(shift, np.float64)
+        self._factor = np.ones(d) if factor is None else np.ascontiguousarray(factor, np.float64)
+        self._with_target = codec is not None
+        classes = None if codec is None else codec.sorted_numbers
+        self._classes = np.zeros(0) if classes is None else classes
+        n_threads = max(1, min(n_threads, MAX_READERS))
+        shared = layout.window_rows * layout.row_bytes > _OWN_WINDOW_BYTES
+        self.n_callers = 1 if shared else n_threads
+        self._n_parts = n_threads if shared else 1
+        self._pool: ThreadPoolExecutor | None = None
+        self._files = _Files(rows)
+        self._local = threading.local()
+        self._stopped = False
+        self.read_rows = 0
+
+    def fill(self, window: Window, plan: WindowPlan, upcoming: WindowPlan | None = None) -> None:
+        """Fill a window, see `streamgd.data.window.WindowFiller.fill`."""
+        if plan.n_rows > len(window.ids):
+            raise OptionError(f"a plan of {plan.n_rows:,} rows for a window of {len(window.ids):,}: layouts differ")
+        places = plan.places(self._memory("places", len(window.ids), np.int32))
+        blocks = plan.table[:, 0]
+        files = self._rows.block_file[blocks]
+        slices = np.column_stack([plan.table, files, self._rows.block_start[blocks] + plan.table[:, 1]])
+        ends = np.cumsum(plan.table[:, 2])
+        if self._n_parts > 1 and len(slices) > 1:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._n_parts, "streamgd-reader")
+            cuts = np.linspace(0, len(slices), min(self._n_parts, len(slices)) + 1).astype(int)
+            parts = [
+                self._pool.submit(self._place, window, slices[a:b], places[(ends[a - 1] if a else 0) : ends[b - 1]])
+                for a, b in itertools.pairwise(cuts)
+            ]
+            errors = [error for part in parts if (error := part.exception()) is not None]
+            if errors:
+                raise errors[0]
+        else:
+            self._place(window, slices, places)
+        window.describe(plan)
+        self.read_rows += plan.n_rows
+
+    def _place(self, window: Window, slices: NDArray[np.int64], places: NDArray[np.int32]) -> None:
+        """Read and place slices, those of a bounded number of files at a time."""
+        files, of_slice = np.unique(slices[:, 3], return_inverse=True)
+        for first in range(0, len(files), _OPEN_FILES):
+            if self._stopped:
+                raise Stopped
+            few = files[first : first + _OPEN_FILES]
+            if len(files) == len(few):
+                self._place_few(window, slices, places, few, of_slice)
+                continue
+            kept = (of_slice >= first) & (of_slice < first + len(few))
+            rows = np.repeat(kept, slices[:, 2])
+            self._place_few(window, slices[kept], places[rows], few, of_slice[kept] - first)
+
+    def _place_few(
+        self,
+        window: Window,
+        slices: NDArray[np.int64],
+        places: NDArray[np.int32],
+        files: NDArray[np.int64],
+        of_slice: NDArray[np.intp],
+    ) -> None:
+        opened = [self._files.open(int(file)) for file in files]  # keeps descriptors until all is read
+        strips = np.stack([table for table, _ in opened])
+        if not self._with_target:
+            strips = strips[:, strips[0, :, placing.PART] != placing.TARGET]
+        slices = slices.copy()
+        slices[:, 3] = of_slice
+        width = int((strips[:, :, placing.ROW_BYTES] * (strips[:, :, placing.FD] >= 0)).sum(axis=1).max())
+        scratch = self._memory("scratch", max(_SCRATCH_BYTES, width) + 64 * (strips.shape[1] + 1), np.uint8)
+        weight = np.empty((0, 0)) if window.weight is None else window.weight[:, None]
+        status, failed = placing.place_flat(
+            slices,
+            strips,
+            self._shift,
+            self._factor,
+            self._classes,
+            places,
+            window.X,
+            window.y,
+            weight,
+            window.ids,
+            scratch,
+            self._check,
+        )
+        if status != placing.PLACED:
+            self._explain(window, slices[failed], int(slices[:failed, 2].sum()), places)
+
+    def _explain(self, window: Window, failed: NDArray[np.int64], first: int, places: NDArray[np.int32]) -> None:
+        """Read the slice that failed as any other source is read, which raises the error that says why."""
+        block, start, n_rows = (int(value) for value in failed[:3])
+        with self._source.open_block(block, start, piece_rows=n_rows) as reader:
+            self._placer.place(window, reader.read(n_rows), block, start, places[first : first + n_rows])
+        raise CorruptDataError(
+            f"{self._source.locate(block, start)}: {n_rows:,} rows from here could not be used at first, and could a "
+            "moment later: the data changes while it is read. Train on data that nobody writes to"
+        )
+
+    def _memory(self, name: str, size: int, dtype: type) -> Any:
+        """Return memory that this thread keeps for the purpose."""
+        found: NDArray[Any] | None = getattr(self._local, name, None)
+        if found is None or len(found) < size:
+            found = np.empty(size, dtype)
+            setattr(self._local, name, found)
+        return found
+
+    def stop(self) -> None:
+        """Make `fill` give up soon, from any thread."""
+        self._stopped = True
+
+    def close(self) -> None:
+        """Stop the threads and close the files. Idempotent."""
+        self.stop()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
+            self._pool = None
+        self._files.close()
+
+    def __enter__(self) -> FlatFiller:
+        """Return the filler itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+
+def reads_flat(source: Source, codec: TargetCodec | None) -> bool:
+    """Tell whether a `FlatFiller` can read a source and encode its targets."""
+    if not source.is_flat or codec is None or source.target is None:
+        return source.is_flat and codec is None
+    if codec.classes is None:
+        exact = codec.dtype is not None and source.target.dtype in ("int64", "uint64")
+        return source.target.numeric and not exact and codec.n_outputs == source.target.n_outputs
+    return source.target.numeric and source.target.n_outputs == 1 and codec.sorted_numbers is not None
+
+
+class _Files:
+    """The strips of each file as numbers, with its descriptors; the least recently used are forgotten first."""
+
+    def __init__(self, rows: FlatRows) -> None:
+        self._rows = rows
+        self._lock = threading.Lock()
+        self._known: OrderedDict[int, tuple[NDArray[np.int64], list[OpenFile]]] = OrderedDict()
+
+    def open(self, file: int) -> tuple[NDArray[np.int64], list[OpenFile]]:
+        """Return the strips of a file; its descriptors stay open as long as the caller holds what is returned."""
+        with self._lock:
+            if file in self._known:
+                self._known.move_to_end(file)
+                return self._known[file]
+            while len(self._known) >= _OPEN_FILES:
+                self._known.popitem(last=False)
+            found = self._known[file] = _numbers_of(self._rows.strips(file))
+            return found
+
+    def close(self) -> None:
+        """Forget every file."""
+        with self._lock:
+            self._known.clear()
+
+
+def _numbers_of(strips: Sequence[Strip]) -> tuple[NDArray[np.int64], list[OpenFile]]:
+    opened = {path: OpenFile(path) for path in {strip.path for strip in strips} if path is not None}
+    table = [
+        (
+            -1 if strip.path is None else opened[strip.path].descriptor,
+            strip.offset,
+            strip.row_bytes,
+            placing.DTYPE_CODES[strip.dtype],
+            _PARTS[strip.part],
+            strip.column,
+            strip.n_columns,
+        )
+        for strip in strips
+    ]
+    return np.array(table, np.int64), list(opened.values())
