@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-# Rows and columns that are put together at once, and values where rows are stored as such: 16 or 32 kB.
-_TILE_ROWS, _TILE_COLUMNS, _TILE_VALUES = 128, 32, 1024
+# Rows and columns that are put together at once, and values where rows are stored as such: 32 kB at most.
+_TILE_ROWS, _TILE_COLUMNS, _TILE_VALUES = 256, 32, 1024
 
 #: Codes of the dtypes that features can be stored as, and the bytes of each; booleans are read as bytes.
 DTYPE_CODES: dict[str, int] = {
@@ -90,6 +90,39 @@ def _copy_bytes(_context: Any, _target: Any, _source: Any, _n_bytes: Any) -> Any
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), generate
+
+
+def _transposer_of(kind: Any) -> Any:
+    """Make a function of (source, its step, target, its step) that turns 8 columns of 8 values into 8 rows.
+
+    Spelt as vectors: value by value, turning columns into rows took three quarters of the time of placing them.
+    """
+
+    @intrinsic
+    def transpose(_context: Any, _source: Any, _source_step: Any, _target: Any, _target_step: Any) -> Any:
+        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+            source, source_step, target, target_step = arguments
+            element = context.get_data_type(kind)
+            pointer, align = ir.VectorType(element, 8).as_pointer(), kind.bitwidth // 8
+
+            def at(base: Any, step: Any, k: int) -> Any:
+                return builder.inttoptr(builder.add(base, builder.mul(step, ir.Constant(ir.IntType(64), k))), pointer)
+
+            vectors = [builder.load(at(source, source_step, k), align=align) for k in range(8)]
+            for _stage in range(3):  # each pairs the values of vectors four apart; after three, all are in place
+                halves = ([0, 8, 1, 9, 2, 10, 3, 11], [4, 12, 5, 13, 6, 14, 7, 15])
+                masks = [ir.Constant(ir.VectorType(ir.IntType(32), 8), half) for half in halves]
+                vectors = [builder.shuffle_vector(vectors[i], vectors[i + 4], m) for i in range(4) for m in masks]
+            for k in range(8):
+                builder.store(vectors[k], at(target, target_step, k), align=align)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64, types.int64), generate
+
+    return transpose
+
+
+_transpose_float32, _transpose_float64 = _transposer_of(types.float32), _transposer_of(types.float64)
 
 
 @intrinsic
@@ -389,6 +422,58 @@ def _scale(
 
 
 @_compiled
+def _scale_column(
+    address: int,
+    code: int,
+    first: int,
+    stride: int,
+    n: int,
+    shift: float,
+    factor: float,
+    loaded: NDArray[np.float64],
+    out: NDArray[Any],
+) -> bool:
+    """Do what `_scale` does for values of one column."""
+    infinite = np.int32(0)
+    if code == 0 and stride == 1:
+        for i in range(n):
+            value = out.dtype.type((np.float64(_float32_at(address, first + i)) - shift) * factor)
+            out[i] = value
+            infinite |= np.int32(0) if value - value == 0 else np.int32(1)
+    else:
+        _load(address, code, first, stride, n, loaded)
+        for i in range(n):
+            value = out.dtype.type((loaded[i] - shift) * factor)
+            out[i] = value
+            infinite |= np.int32(0) if value - value == 0 else np.int32(1)
+    return bool(infinite == 0)
+
+
+@_compiled
+def _turn(columns: NDArray[Any], n_rows: int, n_columns: int, tile: NDArray[Any]) -> None:
+    """Turn columns into rows; rows up to the next multiple of 8 are written as well, and mean nothing."""
+    size = tile.itemsize
+    source, source_step = columns.ctypes.data, columns.shape[1] * size
+    target, target_step = tile.ctypes.data, tile.shape[1] * size
+    if n_columns < 8:
+        for k in range(n_columns):
+            for i in range(n_rows):
+                tile[i, k] = columns[k, i]
+        return
+    for left in range(0, n_columns, 8):
+        k = min(left, n_columns - 8)  # the last ones overlap
+        for i in range(0, n_rows, 8):
+            if size == 4:
+                _transpose_float32(
+                    source + k * source_step + i * 4, source_step, target + i * target_step + k * 4, target_step
+                )
+            else:
+                _transpose_float64(
+                    source + k * source_step + i * 8, source_step, target + i * target_step + k * 8, target_step
+                )
+
+
+@_compiled
 def place_columns(
     addresses: NDArray[np.int64],
     codes: NDArray[np.int64],
@@ -414,8 +499,7 @@ def place_columns(
     n_rows, n_features = len(places), len(addresses)
     width = min(n_features, _TILE_COLUMNS)
     loaded = np.empty(_TILE_ROWS, np.float64)
-    shifts, factors = np.empty(_TILE_ROWS), np.empty(_TILE_ROWS)
-    scaled = np.empty(_TILE_ROWS, out.dtype)
+    columns = np.empty((width, _TILE_ROWS), out.dtype)
     tile = np.empty((_TILE_ROWS, width), out.dtype)
     finite = True
     for first in range(0, n_rows, _TILE_ROWS):
@@ -424,13 +508,10 @@ def place_columns(
             n_columns = min(width, n_features - left)
             for k in range(n_columns):
                 j = left + k
-                for i in range(n):
-                    shifts[i], factors[i] = shift[j], factor[j]
-                finite &= _scale(
-                    addresses[j], codes[j], first * strides[j], strides[j], n, shifts, factors, loaded, scaled
+                finite &= _scale_column(
+                    addresses[j], codes[j], first * strides[j], strides[j], n, shift[j], factor[j], loaded, columns[k]
                 )
-                for i in range(n):
-                    tile[i, k] = scaled[i]
+            _turn(columns, n, n_columns, tile)
             _spread(tile, width, n, n_columns, places, first, out, left)
     return finite
 

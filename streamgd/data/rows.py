@@ -22,7 +22,7 @@ from streamgd.data.placing import (
     place_weights,
 )
 from streamgd.data.plan import Layout, WindowPlan
-from streamgd.data.sources.base import Array, Slice, Source
+from streamgd.data.sources.base import Array, Columns, Slice, Source, readable
 from streamgd.data.targets import TargetCodec
 from streamgd.errors import CorruptDataError, NonFiniteError, SchemaError
 
@@ -151,37 +151,27 @@ class RowPlacer:
         place_identities(block, start, places, window.ids)
 
     def _place_features(self, X: Array | Sequence[Array], places: NDArray[np.int32], out: Array, block: int) -> bool:
-        if not isinstance(X, np.ndarray):
-            columns = [_readable(column) for column in X]
-            for column in columns:
-                self._expect_rows(len(column), len(places), block)
-            addresses = [_address(column) for column in columns]
-            strides = [column.strides[0] // column.itemsize for column in columns]
-            codes = [DTYPE_CODES[column.dtype.name] for column in columns]
-        else:
-            X = _readable(X)
+        if isinstance(X, np.ndarray):
+            X = readable(X)
             self._expect_rows(len(X), len(places), block)
-            code = DTYPE_CODES[X.dtype.name]
-            to_row, to_column = (step // X.itemsize for step in X.strides)
-            if X.shape[1] == out.shape[1] and (to_column == 1 or X.shape[1] == 1):
-                return place_rows(_address(X), code, to_row, self._shift, self._factor, places, out)
-            columns = [X]
-            addresses = [_address(X) + j * X.strides[1] for j in range(X.shape[1])]
-            strides, codes = [to_row] * X.shape[1], [code] * X.shape[1]
-        if len(addresses) != out.shape[1]:
+            row_step, step = X.strides
+            if X.shape[1] == out.shape[1] and (step == X.itemsize or X.shape[1] == 1):
+                code, stride = DTYPE_CODES[X.dtype.name], row_step // X.itemsize
+                return place_rows(
+                    X.__array_interface__["data"][0], code, stride, self._shift, self._factor, places, out
+                )
+            X = Columns(list(X.T))
+        columns = X if isinstance(X, Columns) else Columns(X)
+        if len(columns) != out.shape[1]:
             raise SchemaError(
-                f"block {block} of {self._source.name} has {len(addresses)} features: expected {out.shape[1]}"
+                f"block {block} of {self._source.name} has {len(columns)} features: expected {out.shape[1]}"
             )
+        for column in columns if columns is not X else columns[:1]:
+            self._expect_rows(len(column), len(places), block)
+        addresses, strides, dtypes = columns.locate()
+        codes = np.array([DTYPE_CODES[name] for name in dtypes], np.int64)
         # By address: `columns` keeps the memory alive until the kernel has returned.
-        return place_columns(
-            np.array(addresses, np.int64),
-            np.array(codes, np.int64),
-            np.array(strides, np.int64),
-            self._shift,
-            self._factor,
-            places,
-            out,
-        )
+        return place_columns(addresses, codes, strides, self._shift, self._factor, places, out)
 
     def _expect_rows(self, found: int, expected: int, block: int) -> None:
         if found != expected:
@@ -226,17 +216,3 @@ class RowPlacer:
             f"{self._source.locate(block, start + row)}: sample weight is {weight[row]}: expected a finite number that "
             "is not negative. Give rows that should not count the weight 0"
         )
-
-
-def _readable(values: Array) -> Array:
-    """Return values that the kernels can read by address: a known dtype, aligned, with strides of whole values."""
-    if values.dtype.name not in DTYPE_CODES or not values.dtype.isnative:
-        values = values.astype(np.float32 if values.dtype.kind == "f" and values.itemsize < 4 else np.float64)
-    if not values.flags.aligned or any(step % values.itemsize for step in values.strides):
-        values = np.ascontiguousarray(values)
-    return values
-
-
-def _address(values: Array) -> int:
-    address: int = values.__array_interface__["data"][0]
-    return address

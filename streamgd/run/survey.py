@@ -9,6 +9,7 @@ of a smaller source. Moments are summed one row after the other, so that they do
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -137,15 +138,8 @@ def take_survey(source: Source, config: Config, *, classes: NDArray[Any] | None 
     """
     if source.target is None:
         raise DataError(f"{source.name}: no target was given. Name the target column or dataset (target=…)")
-    classify = config.recipe.task == "classification"
-    targets = _survey_classes(source, classes) if classify else _survey_values(source)
+    targets, (scaling, n_sampled) = _look(source, config, classes)
     factors = _class_factors(config.class_weight, targets)
-    if config.standardize:
-        scaling, n_sampled = _survey_features(
-            source, everything=config.standardize == "full", centred=config.recipe.fit_intercept
-        )
-    else:
-        scaling, n_sampled = Scaling.identity(source.n_features), 0
     recipe = config.recipe
     loss = recipe.the_loss
     n_classes = 0 if targets.codec.classes is None else len(targets.codec.classes)
@@ -177,6 +171,27 @@ def take_survey(source: Source, config: Config, *, classes: NDArray[Any] | None 
         null_loss=null_loss,
         n_sampled=n_sampled,
     )
+
+
+def _look(source: Source, config: Config, classes: NDArray[Any] | None) -> tuple[_Targets, tuple[Scaling, int]]:
+    """Look at the targets and at the features, side by side where reading takes a while."""
+
+    def targets() -> _Targets:
+        classify = config.recipe.task == "classification"
+        return _survey_classes(source, classes) if classify else _survey_values(source)
+
+    def features() -> tuple[Scaling, int]:
+        if not config.standardize:
+            return Scaling.identity(source.n_features), 0
+        everything = config.standardize == "full"
+        return _survey_features(source, everything=everything, centred=config.recipe.fit_intercept)
+
+    if source.kind == "memory" or not config.standardize:
+        return targets(), features()
+    with ThreadPoolExecutor(1, "streamgd-survey") as pool:
+        sampled = pool.submit(features)
+        found = targets()  # what is wrong with the target is said first, whoever is faster
+        return found, sampled.result()
 
 
 @dataclass(frozen=True)

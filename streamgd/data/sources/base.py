@@ -10,7 +10,7 @@ import abc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,73 @@ Array = NDArray[Any]
 
 #: Raw bytes a reader hands out at once when nothing else decides: small enough to stay cheap, big enough to amortise.
 DEFAULT_BLOCK_BYTES = 1 << 20
+#: Dtypes that compiled code reads as they are, in native byte order.
+FLAT_DTYPES = frozenset(
+    ("float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
+)
+
+
+class Columns(Sequence[Array]):
+    """Columns of consecutive rows, whose addresses are looked up once however often they are sliced.
+
+    Parameters
+    ----------
+    arrays : sequence of ndarray of shape (n_rows,)
+        As in `Slice`.
+    first, stop : int, optional
+        The rows that count; default: all.
+    """
+
+    def __init__(self, arrays: Sequence[Array], first: int = 0, stop: int | None = None) -> None:
+        self._arrays = arrays
+        self._first = first
+        self.n_rows = (len(arrays[0]) if stop is None else stop) - first
+        self._located: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], tuple[str, ...]] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of columns."""
+        return len(self._arrays)
+
+    @overload
+    def __getitem__(self, index: int) -> Array: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Array]: ...
+    def __getitem__(self, index: int | slice) -> Array | Sequence[Array]:
+        """Return a column."""
+        rows = slice(self._first, self._first + self.n_rows)
+        if isinstance(index, slice):
+            return [array[rows] for array in self._arrays[index]]
+        return self._arrays[index][rows]
+
+    def rows(self, first: int, stop: int) -> Columns:
+        """Return some of the rows, as views."""
+        self._located = self._located or self._locate()
+        found = Columns(self._arrays, self._first + first, self._first + stop)
+        found._located = self._located
+        return found
+
+    def locate(self) -> tuple[NDArray[np.int64], NDArray[np.int64], tuple[str, ...]]:
+        """Return the address of each column's first row, how many values lie from row to row, and the dtypes."""
+        self._located = self._located or self._locate()
+        addresses, steps, strides, names = self._located
+        return addresses + self._first * steps, strides, names
+
+    def _locate(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], tuple[str, ...]]:
+        self._arrays = [readable(array) for array in self._arrays]
+        addresses = [array.__array_interface__["data"][0] for array in self._arrays]
+        steps = [array.strides[0] for array in self._arrays]
+        strides = [array.strides[0] // array.itemsize for array in self._arrays]
+        names = tuple(array.dtype.name for array in self._arrays)
+        return np.array(addresses), np.array(steps), np.array(strides), names
+
+
+def readable(values: Array) -> Array:
+    """Return values that compiled code can read by address: a known dtype, aligned, with strides of whole values."""
+    if values.dtype.name not in FLAT_DTYPES or not values.dtype.isnative:
+        values = values.astype(np.float32 if values.dtype.kind == "f" and values.itemsize < 4 else np.float64)
+    if not values.flags.aligned or any(step % values.itemsize for step in values.strides):
+        values = np.ascontiguousarray(values)
+    return values
 
 
 class Slice(NamedTuple):
@@ -31,7 +98,7 @@ class Slice(NamedTuple):
 
     Attributes
     ----------
-    X : ndarray of shape (n_rows, n_features) or sequence of n_features ndarrays of shape (n_rows,)
+    X : ndarray of shape (n_rows, n_features), Columns, or sequence of n_features ndarrays of shape (n_rows,)
         The features, row-major (or any 2-D layout) where the storage is, else one contiguous array per column
         (columns may differ in dtype). Real numbers or booleans, native byte order.
     y : ndarray of shape (n_rows,) or (n_rows, n_outputs), pyarrow.Array, or None

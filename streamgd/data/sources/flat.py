@@ -13,14 +13,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from streamgd.data.sources.base import Array
+from streamgd.data.sources.base import FLAT_DTYPES, Array
 
 Part = Literal["features", "target", "weight"]
-
-#: Types that may lie in a strip, in native byte order.
-FLAT_DTYPES = frozenset(
-    ("float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
-)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from streamgd.data.sources.flat import FLAT_DTYPES
+from streamgd.data.sources.base import FLAT_DTYPES
 from streamgd.data.sources.hdf5_files import dtype_name, filter_is_there, list_datasets, open_file
 from streamgd.errors import CorruptDataError, DataError, SchemaError, SourceNotFoundError
 

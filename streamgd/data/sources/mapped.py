@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from streamgd.data.sources.base import Array
-from streamgd.data.sources.flat import FLAT_DTYPES, Part, Strip
+from streamgd.data.sources.base import FLAT_DTYPES, Array
+from streamgd.data.sources.flat import Part, Strip
 from streamgd.errors import CorruptDataError, SourceNotFoundError
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from streamgd.data.sources.base import Array, BlockReader, Slice, Source, TargetInfo, choose_row_dtype
+from streamgd.data.sources.base import Array, BlockReader, Columns, Slice, Source, TargetInfo, choose_row_dtype
 from streamgd.data.sources.files import FileSet, data_files
 from streamgd.data.sources.parquet_columns import Roles
 from streamgd.data.sources.parquet_footer import Layout, OpenFiles
@@ -241,8 +241,9 @@ class _Reader(BlockReader):
         self._n_rows = int(source.block_rows[block])
         self._piece_rows = max(1, min(piece_rows, self._n_rows))
         self._batches: Iterator[Any] | None = self._open() if self._from_file else None
-        self._columns: list[Any] = []
-        self._have = self._at = 0  # rows in `_columns`, and how many of them are handed out
+        self._features_read: Columns | None = None
+        self._rest: list[Any] = []  # target and weight columns
+        self._have = self._at = 0  # rows that are decoded, and how many of them are handed out
         self._next = 0  # row of the block with which the next batch begins
         self._skip = start
 
@@ -269,30 +270,39 @@ class _Reader(BlockReader):
 
     def read(self, n_rows: int) -> Slice:
         """Return the next rows; views of Arrow's memory where they lie in one batch, as in pieces of `piece_rows`."""
-        parts: list[list[Any]] = []
+        parts: list[tuple[Columns | None, list[Any]]] = []
         while n_rows:
             if self._at == self._have:
                 self._load()
             take = min(n_rows, self._have - self._at)
-            whole = take == self._have
-            parts.append(self._columns if whole else [c[self._at : self._at + take] for c in self._columns])
+            if take == self._have:
+                parts.append((self._features_read, self._rest))
+            else:
+                first, stop = self._at, self._at + take
+                features = None if self._features_read is None else self._features_read.rows(first, stop)
+                parts.append((features, [column[first:stop] for column in self._rest]))
             self._at += take
             n_rows -= take
-        columns = parts[0] if len(parts) == 1 else [_joined(pieces) for pieces in zip(*parts, strict=True)]
-        return self._slice(columns)
+        if len(parts) == 1:
+            return self._slice(*parts[0])
+        joined = [_joined(pieces) for pieces in zip(*(part[0] or () for part in parts), strict=True)]
+        return self._slice(
+            Columns(joined) if joined else None,
+            [_joined(pieces) for pieces in zip(*(part[1] for part in parts), strict=True)],
+        )
 
-    def _slice(self, columns: list[Any]) -> Slice:
-        n = len(self._features)
+    def _slice(self, features: Columns | None, rest: list[Any]) -> Slice:
         info = self._source.target
-        rest = columns[n:]
+        rest = list(rest)
         weight = rest.pop() if self._source.has_weight else None
+        X: Sequence[Array] = () if features is None else features
         if info is None:
-            return Slice(columns[:n], None, weight)
-        return Slice(columns[:n], rest[0] if info.is_vector else np.column_stack(rest), weight)
+            return Slice(X, None, weight)
+        return Slice(X, rest[0] if info.is_vector else np.column_stack(rest), weight)
 
     def _load(self) -> None:
         """Decode the next batch; rows to be skipped are dropped before they are converted."""
-        self._columns = []
+        self._features_read, self._rest = None, []
         while True:
             batch, n = self._next_batch()
             self._next += n
@@ -302,7 +312,9 @@ class _Reader(BlockReader):
         if batch is not None and before:
             batch = batch.slice(before)
         self._have, self._at = n - before, 0
-        self._columns = [self._column(name, batch) for name in self._names]
+        columns = [self._column(name, batch) for name in self._names]
+        n = len(self._features)
+        self._features_read, self._rest = Columns(columns[:n]) if n else None, columns[n:]
 
     def _next_batch(self) -> tuple[Any, int]:
         if not self._from_file:  # partition columns only
@@ -354,9 +366,9 @@ class _Reader(BlockReader):
 
     def close(self) -> None:
         """Let go of the row group."""
-        if self._batches is None and not self._columns:
+        if self._batches is None and not self._have:
             return
-        self._batches, self._columns, self._have, self._at = None, [], 0, 0
+        self._batches, self._features_read, self._rest, self._have, self._at = None, None, [], 0, 0
         if self._source.open_block_bytes >= _RELEASED_BYTES:
             pa.default_memory_pool().release_unused()
 
