@@ -19,7 +19,7 @@ from tests.data.fake import FakeSource, layout_of
 
 N_ROWS = 400
 #: Room for windows of two blocks of 40 rows.
-BUFFER = 9000
+BUFFER = 7000
 
 
 def data(n_rows: int = N_ROWS, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
