@@ -6,7 +6,7 @@ Rows come in file order and in slices of bounded size, so that neither the data 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,70 +20,18 @@ from streamgd.errors import DataError, NonFiniteError, OptionError, SchemaError
 from streamgd.learn.kernels import add_moments, mean_loss
 from streamgd.learn.model import PROBABILISTIC, LinearModel
 from streamgd.learn.recipe import Recipe
+from streamgd.run.pieces import Piece, map_pieces
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
 
 #: What can be asked of a model.
 METHODS = ("predict", "predict_proba", "predict_log_proba", "decision_function")
-#: Bytes of a slice as float64, features and outputs together. At 4 MB, fresh pages for each made it ten times slower.
+#: Bytes of the rows of an array that are converted at once. At 4 MB, fresh pages for each made it ten times slower.
 _SLICE_BYTES = 1 << 20
-#: Blocks that a source which computes is told of ahead of time, the one being read included.
-_AHEAD = 3
 #: Classes up to which confusions are counted.
 MOST_CONFUSED = 20
 _NONE: Floats = np.zeros(0)
-
-
-class Piece(NamedTuple):
-    """Consecutive rows of one block.
-
-    Attributes
-    ----------
-    block, start : int
-        Where they lie.
-    X : ndarray of shape (n_rows, n_features)
-        Features as stored, a common dtype for columns of several.
-    y : ndarray, pyarrow.Array or None
-        The target as stored.
-    weight : ndarray of shape (n_rows,), or None
-        Sample weights.
-    """
-
-    block: int
-    start: int
-    X: Array
-    y: Any
-    weight: Array | None
-
-
-def iter_pieces(source: Source, n_outputs: int = 1) -> Generator[Piece, None, None]:
-    """Read a source in file order, about a megabyte at a time.
-
-    Parameters
-    ----------
-    source : Source
-        What to read. Its handles are released when the iterator ends or is dropped.
-    n_outputs : int, default=1
-        Columns of what is computed for each row, which count towards the size of a piece.
-
-    Yields
-    ------
-    Piece
-        Valid until the next one is asked for.
-    """
-    most = max(1, _SLICE_BYTES // (8 * (source.n_features + n_outputs)))
-    try:
-        for block, n_rows in enumerate(source.block_rows.tolist()):
-            source.announce(range(block, min(block + _AHEAD, source.n_blocks)))
-            n = min(most, n_rows)
-            with source.open_block(block, piece_rows=n) as reader:
-                for start in range(0, n_rows, n):
-                    rows = reader.read(min(n, n_rows - start))
-                    X = rows.X if isinstance(rows.X, np.ndarray) else np.stack(list(rows.X), axis=1)
-                    yield Piece(block, start, X, rows.y, rows.weight)
-    finally:
-        source.close()
 
 
 def predict_array(model: LinearModel, X: Array, method: str = "predict", owner: str = "the model") -> Array:
@@ -149,11 +97,13 @@ def predict_source(model: LinearModel, source: Source, method: str = "predict") 
     require_features(model, source)
     function = _function(model, method)
 
+    def predicted(piece: Piece) -> Array:
+        _require_finite_piece(source, piece)
+        return function(piece.X)
+
     def go_through() -> Iterator[Array]:
-        with contextlib.closing(iter_pieces(source, len(model.coef))) as pieces:
-            for piece in pieces:
-                _require_finite_piece(source, piece)
-                yield function(piece.X)
+        with contextlib.closing(map_pieces(source, predicted, len(model.coef))) as parts:
+            yield from parts
 
     return go_through()
 
@@ -218,15 +168,18 @@ def evaluate(model: LinearModel, source: Source, recipe: Recipe | None = None) -
         raise DataError(f"{source.name}: no target to compare with. Name the target column or dataset (target=…)")
     sums = _Values(model, source) if model.classes is None else _Labels(model, source)
     loss = None if recipe is None else _Loss(model, recipe)
+
+    def judged(piece: Piece) -> _Judged:
+        _require_finite_piece(source, piece)
+        return sums.judge(piece)
+
     n_rows = 0
-    with contextlib.closing(iter_pieces(source, len(model.coef))) as pieces:
+    with contextlib.closing(map_pieces(source, judged, len(model.coef) + 2)) as pieces:
         for piece in pieces:
-            weight = np.ones(len(piece.X)) if piece.weight is None else np.ascontiguousarray(piece.weight, np.float64)
-            _require_finite_piece(source, piece)
-            y, decided = sums.add(piece, weight)
+            sums.add(piece)
             if loss is not None:
-                loss.add(y, weight, decided)
-            n_rows += len(piece.X)
+                loss.add(piece)
+            n_rows += len(piece.y)
     if not sums.weight > 0:
         raise DataError(f"{source.name}: the sample weights are all zero: at least one row needs a weight above 0")
     metrics = sums.metrics(n_rows)
@@ -244,6 +197,20 @@ def require_features(model: LinearModel, source: Source) -> None:
             f"{source.name} has {source.n_features} features, but the model is expecting {expected} features as input. "
             "Choose them with features=[…] when opening the source"
         )
+
+
+class _Judged(NamedTuple):
+    """Some rows: targets as numbers (a class the model does not know is -1), decisions, weights, log-probabilities."""
+
+    y: Floats
+    decided: Floats
+    weight: Floats
+    log_probability: Floats | None
+
+
+def _weights_of(piece: Piece) -> Floats:
+    """Copy the weights of a piece, or give each row one."""
+    return np.ones(len(piece.X)) if piece.weight is None else np.array(piece.weight, np.float64)
 
 
 class _Values:
@@ -268,18 +235,21 @@ class _Values:
     def weight(self) -> float:
         return float(self._total[0])
 
-    def add(self, piece: Piece, weight: Floats) -> tuple[Floats, Floats]:
-        """Add rows; return their targets as numbers, and the model's decisions."""
-        y = self._codec.encode(piece.y)
+    def judge(self, piece: Piece) -> _Judged:
+        """Compare rows with the model; called by several threads."""
+        y = np.array(self._codec.encode(piece.y))
         bad = np.flatnonzero(~np.isfinite(y).all(axis=1))
         if len(bad):
             raise _missing_target(self._source, piece, int(bad[0]))
-        decided = self._model.decision_function(piece.X)
+        return _Judged(y, self._model.decision_function(piece.X), _weights_of(piece), None)
+
+    def add(self, rows: _Judged) -> None:
+        """Add rows to the sums."""
+        y, decided, weight, _ = rows
         residual = y - decided.reshape(y.shape)
         add_moments(y, weight, self._mean, self._squares, self._total)
         add_moments(residual, weight, self._residual_mean, self._residual_squares, self._residual_total)
         self._absolute += weight @ np.abs(residual)
-        return y, decided
 
     def metrics(self, n_rows: int) -> dict[str, float]:
         left = self._residual_squares + self.weight * self._residual_mean**2
@@ -307,14 +277,22 @@ class _Labels:
         n = len(model.classes)
         self.confusion = np.zeros((n, n), np.int64) if n <= MOST_CONFUSED else None
 
-    def add(self, piece: Piece, weight: Floats) -> tuple[Floats, Floats]:
-        """Add rows; return their classes' numbers, -1 for those unknown, and the model's decisions."""
-        found, _ = self._codec.look_up(piece.y)
-        codes = found[:, 0]
-        bad = np.flatnonzero(np.isnan(codes))
+    def judge(self, piece: Piece) -> _Judged:
+        """Compare rows with the model; called by several threads."""
+        codes = np.array(self._codec.look_up(piece.y)[0])
+        bad = np.flatnonzero(np.isnan(codes[:, 0]))
         if len(bad):
             raise _missing_target(self._source, piece, int(bad[0]))
-        decided = self._model.decision_function(piece.X)
+        of_target = None
+        if self._probabilities:
+            log_probabilities = self._model.predict_log_proba(piece.X)
+            of_target = log_probabilities[np.arange(len(codes)), np.maximum(codes[:, 0], 0).astype(np.intp)]
+        return _Judged(codes, self._model.decision_function(piece.X), _weights_of(piece), of_target)
+
+    def add(self, rows: _Judged) -> None:
+        """Add rows to the sums."""
+        found, decided, weight, of_target = rows
+        codes = found[:, 0]
         chosen = decided > 0 if decided.ndim == 1 else decided.argmax(axis=1)
         self.weight += float(weight.sum())
         self._right += float(weight[chosen == codes].sum())
@@ -324,12 +302,9 @@ class _Labels:
             n = len(self.confusion)
             pairs = codes[known].astype(np.intp) * n + chosen[known]
             self.confusion += np.bincount(pairs, minlength=n * n).reshape(n, n)
-        if self._probabilities:
-            log_probabilities = self._model.predict_log_proba(piece.X)
-            of_target = log_probabilities[np.arange(len(codes)), np.maximum(codes, 0).astype(np.intp)]
+        if of_target is not None:
             floor = np.log(np.finfo(np.float64).eps)
             self._loss -= float(weight @ np.where(codes < 0, floor, np.maximum(of_target, floor)))
-        return found, decided
 
     def metrics(self, n_rows: int) -> dict[str, float]:
         found = {"accuracy": self._right / self.weight}
@@ -345,7 +320,9 @@ class _Loss:
         self._labels = n_classes > 0
         self._sum = self._weight = 0.0
 
-    def add(self, y: Floats, weight: Floats, decided: Floats) -> None:
+    def add(self, rows: _Judged) -> None:
+        """Add rows to the sum."""
+        y, decided, weight, _ = rows
         decided = decided.reshape(len(y), -1)
         if self._labels and (y < 0).any():
             known = y[:, 0] >= 0
@@ -373,6 +350,8 @@ def _function(model: LinearModel, method: str) -> Callable[[Array], Array]:
 
 
 def _require_finite_piece(source: Source, piece: Piece) -> None:
+    if piece.finite:
+        return
     _require_finite(piece.X, partial(_locate, source, piece), source.feature_label, source.name)
 
 

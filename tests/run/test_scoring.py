@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from sklearn.metrics import accuracy_score, log_loss, mean_absolute_error, r2_sc
 from streamgd import open_source
 from streamgd.errors import DataError, NonFiniteError, OptionError, SchemaError
 from streamgd.learn.model import LinearModel
-from streamgd.run import scoring
-from streamgd.run.scoring import evaluate, iter_pieces, predict_array, predict_source
+from streamgd.run import pieces, scoring
+from streamgd.run.pieces import map_pieces
+from streamgd.run.scoring import evaluate, predict_array, predict_source
+from tests.data.fake import FakeSource, expect_no_threads
 
 
 def table(n_rows: int = 900, n_features: int = 4, dtype: str = "float64") -> np.ndarray:
@@ -40,6 +43,7 @@ def classification(classes: Any, loss: str = "log_loss") -> LinearModel:
 @pytest.fixture
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "_SLICE_BYTES", 2_000)
+    monkeypatch.setattr(pieces, "_PIECE_BYTES", 2_000)
 
 
 @pytest.mark.parametrize("method", ["predict", "predict_proba", "predict_log_proba", "decision_function"])
@@ -58,9 +62,47 @@ def test_a_source_is_predicted_in_file_order(method: str, classes: list[Any], sm
 
 
 def test_slices_are_of_bounded_size(small_slices: None) -> None:
-    sizes = [len(piece.X) for piece in iter_pieces(open_source(table()))]
+    sizes = list(map_pieces(open_source(table()), lambda piece: len(piece.X)))
     assert sum(sizes) == 900
     assert max(sizes) == 2_000 // (8 * 5)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 5])
+@pytest.mark.parametrize("slow", [0, 3, None])
+def test_any_number_of_threads_keeps_file_order(
+    n_threads: int, slow: int | None, small_slices: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever block takes long, and however little may be held."""
+    monkeypatch.setattr(pieces, "_HELD_BYTES", 800)
+    source = FakeSource([70, 10, 200, 33, 1, 150], columns=True)
+
+    def numbers(piece: pieces.Piece) -> np.ndarray:
+        if piece.block == slow:
+            time.sleep(0.01)
+        return piece.X[:, 0].copy()
+
+    found = list(map_pieces(source, numbers, n_threads=n_threads))
+    assert len(found) > 6
+    np.testing.assert_array_equal(np.concatenate(found), np.arange(464) * 3)
+    expect_no_threads()
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_an_error_comes_after_what_was_before_it(n_threads: int, small_slices: None) -> None:
+    source = FakeSource([50] * 20)
+
+    def fail(block: int, row: int) -> None:
+        if block == 9:
+            raise OSError("gone")
+
+    source.before_read = fail
+    found = map_pieces(source, lambda piece: len(piece.X), n_threads=n_threads)
+    total = 0
+    with pytest.raises(OSError, match="gone"):  # noqa: PT012
+        for n in found:
+            total += n
+    assert total == 450
+    expect_no_threads()
 
 
 def test_predicting_reads_only_what_is_asked_for(small_slices: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,205 @@
+"""A source in file order, a bounded piece at a time, worked on by several threads.
+
+What the threads make of the pieces comes out in the order of the rows, whoever was faster, and only as much of it is
+held as a consumer that lags behind should be kept waiting for.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamgd.data.placing import DTYPE_CODES, place_columns, place_rows
+from streamgd.data.prefetch import default_threads
+from streamgd.data.sources.base import Columns, Source, readable
+
+Array = NDArray[Any]
+Floats = NDArray[np.float64]
+T = TypeVar("T")
+
+#: Bytes of a piece as float64, features and outputs together. At 4 MB, fresh pages for each made it ten times slower.
+_PIECE_BYTES = 1 << 20
+#: Blocks that a source which computes is told of ahead of time, the one being read included.
+_AHEAD = 3
+#: No more threads than this, nor so many that their open blocks cost more than this.
+_MOST_THREADS, _OPEN_BYTES = 8, 256 << 20
+#: Results held for the consumer, about.
+_HELD_BYTES = 32 << 20
+
+
+class Piece(NamedTuple):
+    """Consecutive rows of one block.
+
+    Attributes
+    ----------
+    block, start : int
+        Where they lie.
+    X : ndarray of shape (n_rows, n_features), float64
+        Features; overwritten once the function that it was given to has returned.
+    finite : bool
+        Whether all features are finite.
+    y : ndarray, pyarrow.Array or None
+        The target as stored.
+    weight : ndarray of shape (n_rows,), or None
+        Sample weights.
+    """
+
+    block: int
+    start: int
+    X: Floats
+    finite: bool
+    y: Any
+    weight: Array | None
+
+
+def map_pieces(
+    source: Source, function: Callable[[Piece], T], n_outputs: int = 1, *, n_threads: int | None = None
+) -> Generator[T, None, None]:
+    """Apply a function to all rows of a source, about a megabyte at a time.
+
+    Parameters
+    ----------
+    source : Source
+        What to read. Its handles are released when the iterator ends or is dropped.
+    function : callable
+        Given a `Piece`; called by several threads. What it returns must not refer to the piece's memory.
+    n_outputs : int, default=1
+        Columns of what is computed for each row, which count towards the size of a piece.
+    n_threads : int or None, default=None
+        Threads; default: one for each processor. No result depends on it.
+
+    Yields
+    ------
+    object
+        What the function returned, in the order of the rows.
+    """
+    most = max(1, _PIECE_BYTES // (8 * (source.n_features + n_outputs)))
+    work = _Work(source, function, most, 8 * n_outputs)
+    wanted = default_threads() if n_threads is None else n_threads
+    # A source that holds whole blocks computes them side by side by itself.
+    affordable = 1 if source.holds_block else max(1, _OPEN_BYTES // max(1, source.open_block_bytes))
+    n_threads = min(wanted, affordable, source.n_blocks, _MOST_THREADS)
+    try:
+        if n_threads == 1:
+            for block in range(source.n_blocks):
+                yield from work.through(block)
+        else:
+            yield from work.side_by_side(n_threads)
+    finally:
+        work.stop()
+        source.close()
+
+
+class _Work:
+    """Blocks claimed in order by threads, and their results handed out in order."""
+
+    def __init__(self, source: Source, function: Callable[[Piece], T], most: int, row_bytes: int) -> None:
+        self._source, self._function, self._most, self._row_bytes = source, function, most, row_bytes
+        self._changed = threading.Condition()
+        self._results: dict[int, deque[tuple[Any, int]]] = {}
+        self._ended: dict[int, BaseException | None] = {}
+        self._n_claimed = self._current = self._held = 0
+        self._stopped = self._closing = False
+        self._threads: list[threading.Thread] = []
+
+    def through(self, block: int) -> Generator[Any, None, None]:
+        """Work through one block."""
+        source, n_rows = self._source, int(self._source.block_rows[block])
+        source.announce(range(block, min(block + _AHEAD, source.n_blocks)))
+        n = min(self._most, n_rows)
+        out = np.empty((n, source.n_features))
+        with source.open_block(block, piece_rows=n) as reader:
+            for start in range(0, n_rows, n):
+                rows = reader.read(min(n, n_rows - start))
+                X = out[: min(n, n_rows - start)]
+                finite = _as_float64(rows.X, X)
+                yield self._function(Piece(block, start, X, finite, rows.y, rows.weight))
+
+    def side_by_side(self, n_threads: int) -> Generator[Any, None, None]:
+        """Work through all blocks with several threads."""
+        for number in range(n_threads):
+            thread = threading.Thread(target=self._run, name=f"streamgd-pieces-{number}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        for block in range(self._source.n_blocks):
+            while (found := self._next_of(block)) is not None:
+                yield found[0]
+
+    def _next_of(self, block: int) -> tuple[Any] | None:
+        """Wait for the next result of a block; None after the last one."""
+        with self._changed:
+            self._current = block
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._results.get(block) or block in self._ended)
+            if self._results.get(block):
+                result, n_bytes = self._results[block].popleft()
+                self._held -= n_bytes
+                self._changed.notify_all()
+                return (result,)
+            self._results.pop(block, None)
+            error = self._ended.pop(block)
+        if error is not None:
+            raise error
+        return None
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                block = self._n_claimed
+                if self._stopped or block == self._source.n_blocks:
+                    return
+                self._n_claimed += 1
+                self._results[block] = deque()
+            error: BaseException | None = None
+            try:
+                self._fill(block)
+            except BaseException as err:
+                error = err
+            with self._changed:
+                self._ended[block] = error
+                self._stopped = self._stopped or error is not None  # blocks before this one are being worked on
+                self._changed.notify_all()
+
+    def _fill(self, block: int) -> None:
+        rows_done = 0
+        for result in self.through(block):
+            n_bytes = self._row_bytes * min(self._most, int(self._source.block_rows[block]) - rows_done)
+            rows_done += self._most
+            with self._changed:
+                self._results[block].append((result, n_bytes))
+                self._held += n_bytes
+                self._changed.notify_all()
+                # Whoever works on the block that the consumer waits for goes on in any case.
+                self._changed.wait_for(lambda: self._held < _HELD_BYTES or self._current == block or self._closing)
+                if self._closing:
+                    return
+
+    def stop(self) -> None:
+        """Stop and join the threads."""
+        with self._changed:
+            self._stopped = self._closing = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+
+def _as_float64(X: Any, out: Floats) -> bool:
+    """Write features as float64, row by row; return whether all are finite."""
+    n_features = out.shape[1]
+    places = np.arange(len(out), dtype=np.int32)
+    shift, factor = np.zeros(n_features), np.ones(n_features)
+    if isinstance(X, np.ndarray):
+        X = readable(X)
+        if X.strides[1] == X.itemsize or n_features == 1:
+            address, code = X.__array_interface__["data"][0], DTYPE_CODES[X.dtype.name]
+            return bool(place_rows(address, code, X.strides[0] // X.itemsize, shift, factor, places, out))
+        X = list(X.T)
+    columns = X if isinstance(X, Columns) else Columns(X)
+    addresses, strides, dtypes = columns.locate()
+    codes = np.array([DTYPE_CODES[name] for name in dtypes], np.int64)
+    return bool(place_columns(addresses, codes, strides, shift, factor, places, out))
