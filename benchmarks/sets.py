@@ -97,6 +97,23 @@ def _draw(logit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (rng.random(len(logit)) < 1 / (1 + np.exp(-logit))).astype(np.int64)
 
 
+#: Levels of each of adult's attributes, numbers cut into classes: 123 indicators in all.
+ADULT_LEVELS = (5, 8, 5, 16, 5, 7, 14, 6, 5, 2, 2, 2, 5, 41)
+
+
+def adult_like(rng: np.random.Generator, n_train: int = 32_561, n_test: int = 16_281) -> tuple[Set, Set]:
+    """Return training and test rows like adult's: one indicator of each attribute, some rare, a quarter positive."""
+    n_rows, columns = n_train + n_test, []
+    for n_levels in ADULT_LEVELS:
+        shares = 1.0 / np.arange(1, n_levels + 1)
+        level = rng.choice(n_levels, size=n_rows, p=shares / shares.sum())
+        columns.append(level[:, None] == np.arange(n_levels))
+    X = np.concatenate(columns, axis=1).astype(np.float64)
+    logit = X @ (0.7 * rng.standard_normal(X.shape[1]))
+    y = _draw(logit - np.quantile(logit, 0.8), rng)
+    return Set(X[:n_train], y[:n_train], "classification"), Set(X[n_train:], y[n_train:], "classification")
+
+
 GENERATED: dict[str, Callable[[np.random.Generator], Set]] = {
     "independent": independent,
     "AR(0.9)": ar_09,
