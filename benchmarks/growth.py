@@ -3,7 +3,7 @@
 Each set of data is trained on for one epoch by a process of its own, at the defaults, over a warm page cache. Time is
 that of `fit`, survey included, the median of several; what is compiled or loaded once is left out, by a fit to a few
 rows beforehand. Memory is the peak of the resident set, pages of mapped files included; "before" is what Python and the
-libraries took after that first fit.
+libraries took after that first fit. The bare scan is of the same file, by h5py or by pyarrow with threads.
 
     python benchmarks/growth.py [--what sizes features groups] [--sizes 1GB 4GB 16GB] [--buffer 256MB] [--folder DIR]
 
@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 
 import cold
+import contenders
 from tables import N_FEATURES, PIECE, hdf5_row_bytes, write_hdf5, write_parquet
 
 import streamgd
@@ -34,6 +35,8 @@ from streamgd.errors import BufferTooSmallError
 
 #: Bytes of a row group where features grow.
 GROUP_BYTES = 16_000_000
+#: Bytes of rows that a bare scan takes at once, about.
+SCAN_BYTES = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,8 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def measure_here(path: Path, warm_up: Path, buffer: str, n_repeats: int) -> dict[str, object]:
-    """Train, and return seconds and peaks, or why the buffer is too small."""
+def measure_here(path: Path, warm_up: Path, buffer: str, n_repeats: int, row_bytes: int) -> dict[str, object]:
+    """Train, then scan; return seconds and peaks of the training, or why the buffer is too small."""
 
     def fit(path: Path) -> float:
         source = streamgd.open_source(str(path), target="y")
@@ -99,7 +102,15 @@ def measure_here(path: Path, warm_up: Path, buffer: str, n_repeats: int) -> dict
         seconds = [fit(path) for _ in range(n_repeats)]
     except BufferTooSmallError as err:
         return {"refused": str(err)}
-    return {"seconds": seconds, "before": before, "peak": peak_bytes()}
+    peak = peak_bytes()
+    scan = contenders.h5py_scan if path.suffix == ".h5" else contenders.pyarrow_scan
+    piece_rows = max(1, SCAN_BYTES // row_bytes)
+    scans = []
+    for _ in range(n_repeats):
+        began = time.perf_counter()
+        scan(path, piece_rows)
+        scans.append(time.perf_counter() - began)
+    return {"seconds": seconds, "scan": statistics.median(scans), "before": before, "peak": peak}
 
 
 def measure(growth: Growth, folder: Path, buffer: str, n_repeats: int) -> str:
@@ -109,18 +120,19 @@ def measure(growth: Growth, folder: Path, buffer: str, n_repeats: int) -> str:
     write = write_hdf5 if growth.suffix == "h5" else write_parquet
     write(warm_up, 2000, growth.n_features)
     cold.sequential_read(path)
-    asked = json.dumps([str(path), str(warm_up), buffer, n_repeats])
+    asked = json.dumps([str(path), str(warm_up), buffer, n_repeats, hdf5_row_bytes(growth.n_features)])
     command = [sys.executable, __file__, "--measure", asked]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     n_bytes = path.stat().st_size
     found = json.loads(done.stdout)
     if "refused" in found:
-        return f"| {growth.label} | {growth.n_rows:,} | refused: {found['refused']} | | | | |"
+        return f"| {growth.label} | {growth.n_rows:,} | refused: {found['refused']} | | | | | |"
     seconds = statistics.median(found["seconds"])
     spread = f"{seconds:.2f} ({min(found['seconds']):.2f}-{max(found['seconds']):.2f})"
+    scan = seconds / found["scan"]
     megabytes = f"{found['before'] / 1e6:.0f} | {found['peak'] / 1e6:.0f}"
     per_row, rate = seconds / growth.n_rows * 1e9, n_bytes / seconds / 1e9
-    return f"| {growth.label} | {growth.n_rows:,} | {spread} | {per_row:.1f} | {rate:.2f} | {megabytes} |"
+    return f"| {growth.label} | {growth.n_rows:,} | {spread} | {per_row:.1f} | {rate:.2f} | {scan:.1f} | {megabytes} |"
 
 
 def main() -> None:
@@ -138,8 +150,8 @@ def main() -> None:
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        path, warm_up, buffer, n_repeats = json.loads(options.measure)
-        print(json.dumps(measure_here(Path(path), Path(warm_up), buffer, n_repeats)))
+        path, warm_up, *rest = json.loads(options.measure)
+        print(json.dumps(measure_here(Path(path), Path(warm_up), *rest)))
         return
     tables = {
         "sizes": sizes(options.sizes),
@@ -151,7 +163,10 @@ def main() -> None:
     print(f"one epoch, buffer {options.buffer}, medians (and range) of {options.repeats}")
     for what in options.what:
         print(
-            "\n| data | rows | s | ns a row | GB/s | MB before | MB peak |\n|---|---|---|---|---|---|---|", flush=True
+            "\n| data | rows | s | ns a row | GB/s | times the bare scan | MB before | MB peak |",
+            "|" + "---|" * 8,
+            sep="\n",
+            flush=True,
         )
         for growth in tables[what]:
             with tempfile.TemporaryDirectory(dir=options.folder) as folder:

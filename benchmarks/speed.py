@@ -115,6 +115,8 @@ def main() -> None:
     parser.add_argument("--cold", metavar="SIZE", help="measure a cold HDF5 file too, so large: more than the memory")
     parser.add_argument("--data", type=Path, help=f"folder with adult, for {SORTED}; rows like it by default")
     options = parser.parse_args()
+    if options.cold and not hasattr(os, "posix_fadvise"):
+        parser.error("--cold needs Linux: it tells the kernel to forget a file, by posix_fadvise")
     print(describe_machine(), flush=True)
     if options.folder:
         options.folder.mkdir(parents=True, exist_ok=True)
