@@ -97,6 +97,28 @@ def _draw(logit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (rng.random(len(logit)) < 1 / (1 + np.exp(-logit))).astype(np.int64)
 
 
+#: Levels of each of adult's attributes, numbers cut into classes: 123 indicators in all.
+ADULT_LEVELS = (5, 8, 5, 16, 5, 7, 14, 6, 5, 2, 2, 2, 5, 41)
+
+
+def adult_like(rng: np.random.Generator, n_train: int = 32_561, n_test: int = 16_281) -> tuple[Set, Set]:
+    """Return training and test rows like adult's: one indicator of each attribute, some rare, a quarter positive.
+
+    Attributes are told by three hidden traits, as age, schooling and marriage tell each other: they are correlated.
+    """
+    n_rows, columns = n_train + n_test, []
+    traits = rng.standard_normal((n_rows, 3))
+    for k, n_levels in enumerate(ADULT_LEVELS):
+        score = 0.9 * traits[:, k % 3] + np.sqrt(1 - 0.9**2) * rng.standard_normal(n_rows)
+        shares = 1.0 / np.arange(1, n_levels + 1)
+        upper = np.quantile(score, np.cumsum(shares / shares.sum())[:-1])
+        columns.append(np.searchsorted(upper, score)[:, None] == np.arange(n_levels))
+    X = np.concatenate(columns, axis=1).astype(np.float64)
+    logit = X @ (0.7 * rng.standard_normal(X.shape[1]))
+    y = _draw(logit - np.quantile(logit, 0.8), rng)
+    return Set(X[:n_train], y[:n_train], "classification"), Set(X[n_train:], y[n_train:], "classification")
+
+
 GENERATED: dict[str, Callable[[np.random.Generator], Set]] = {
     "independent": independent,
     "AR(0.9)": ar_09,

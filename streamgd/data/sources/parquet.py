@@ -147,8 +147,9 @@ class ParquetSource(Source):
         for _, file, group in sorted(biggest.values(), reverse=True)[:_SAMPLED_WRITERS]:
             handle, metadata = self.open_file(file)
             row_group = metadata.row_group(group)
-            leaves = [Layout(metadata).leaves[name].number for name in table.file_columns]
-            most = max(most, open_bytes(handle, [chunk_of(row_group.column(leaf)) for leaf in leaves]))
+            leaves = Layout(metadata).leaves
+            chunks = [chunk_of(row_group.column(leaves[name].number)) for name in table.file_columns]
+            most = max(most, open_bytes(handle, chunks))
         self.close()
         return most
 
