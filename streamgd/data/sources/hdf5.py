@@ -191,7 +191,10 @@ class Hdf5Source(Source):
             reader = readers[i]
             if reader is not None:
                 memory = opened.take(reader.n_bytes(stop - first), lent)
-                rows = reader.read(first, stop, memory, opened.scratch)
+                try:
+                    rows = reader.read(first, stop, memory, opened.scratch)
+                except OSError as err:
+                    raise self._unreadable(file, [i], first, stop, err) from err
                 # What cannot be decoded is left to h5py, which can after all, or says what is wrong; so is text.
                 with contextlib.suppress(UnicodeDecodeError):
                     found.update({} if rows is None else {i: _native(rows)})
@@ -224,11 +227,17 @@ class Hdf5Source(Source):
                     f"{info.path}: text in rows {first:,} to {stop - 1:,} is not UTF-8: {err}. Store it as UTF-8"
                 ) from err
             except (OSError, RuntimeError, ValueError, KeyError) as err:
-                raise CorruptDataError(
-                    f"{info.path}: rows {first:,} to {stop - 1:,} (block {self._block_at(file, first)}) cannot be read "
-                    f"from {', '.join(repr(info.datasets[i].name) for i in datasets)}: {err}. The file is damaged; "
-                    "copy it again, or leave it out"
-                ) from err
+                raise self._unreadable(file, datasets, first, stop, err) from err
+
+    def _unreadable(
+        self, file: int, datasets: Sequence[int], first: int, stop: int, err: Exception
+    ) -> CorruptDataError:
+        info = self._files[file]
+        return CorruptDataError(
+            f"{info.path}: rows {first:,} to {stop - 1:,} (block {self._block_at(file, first)}) cannot be read "
+            f"from {', '.join(repr(info.datasets[i].name) for i in datasets)}: {err}. The file is damaged; "
+            "copy it again, or leave it out"
+        )
 
     def flat_rows(self) -> FlatRows | None:
         """Say where the rows lie if no dataset is chunked; see `Source.flat_rows`."""
@@ -408,10 +417,10 @@ class _OpenFiles:
             handles = self.get(file, info)
             found = self._readers.get(file)
             if found is None:
-                found = self._readers[file] = tuple(
-                    None if each.chunks is None else self._chunk_tables().open((file, i), handle)
-                    for i, (each, handle) in enumerate(zip(info.datasets, handles, strict=True))
-                )
+                found = (None,) * len(handles)
+                if any(each.chunks is not None for each in info.datasets):
+                    found = self._chunk_tables().open(file, handles)
+                self._readers[file] = found
         return found
 
     def _chunk_tables(self) -> ChunkTables:

@@ -62,9 +62,9 @@ class ChunkTable:
 class Descriptor:
     """A descriptor of an open file, closed with the last reference, so that a read under way keeps its file."""
 
-    def __init__(self, file: h5py.File) -> None:
+    def __init__(self, number: int) -> None:
         self.number = -1
-        self.number = os.dup(file.id.get_vfd_handle())
+        self.number = os.dup(number)
 
     @property
     def identity(self) -> tuple[int, ...]:
@@ -77,14 +77,14 @@ class Descriptor:
 
         Raises
         ------
-        UndecodableError
-            If the file ends before.
+        OSError
+            If the file ends before (HDF5 would go on with zeros), or cannot be read.
         """
         done = os.preadv(self.number, [memory], offset)
         while done < len(memory):
             got = os.preadv(self.number, [memory[done:]], offset + done)
             if got == 0:
-                raise UndecodableError(f"the file ends at byte {offset + done:,}")
+                raise OSError(f"the file ends at byte {offset + done:,}")
             done += got
 
     def read(self, n_bytes: int, offset: int) -> bytes:
@@ -132,7 +132,12 @@ class ChunkReader:
         # Columns that are stored one by one stay so: rows are put together when they go to their places.
         self._by_column = self._width == 1 and self._columns > 1
         self._most_stored = int(table.sizes.max(initial=0))
-        if self._undo or self._shuffled:
+        filtered = bool(self._undo) or self._shuffled
+        # HDF5 can leave chunks that stick out beyond the last row or column unfiltered, and does not say so. With these
+        # filters a chunk says it itself.
+        self._doubtful = filtered and not {_DEFLATE, _FLETCHER32}.intersection(filters)
+        self._n_rows = int(dataset.shape[0])
+        if filtered:
             expanded = self._chunk_bytes + _SLACK if _LZF in filters else 0
             self._work_bytes = self._most_stored + expanded
         else:
@@ -158,6 +163,11 @@ class ChunkReader:
         -------
         ndarray of shape (n_rows,) or (n_rows, n_columns), or None
             Rows as stored; a view of `memory`. None if a chunk is damaged or stored in a way that is not known here.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be read, or has become shorter.
         """
         n_rows = stop - first
         memory = memory[: self.n_bytes(n_rows)]
@@ -201,9 +211,15 @@ class ChunkReader:
                         raise UndecodableError(f"a chunk of {self._chunk_bytes:,} bytes is stored in {size:,}")
                     n_bytes = n_rows * width * item
                     self._descriptor.fill(memory[at : at + n_bytes], offset + top * width * item)
+                elif self._may_be_unfiltered(run, n_columns, size, mask):
+                    raise UndecodableError("whether a chunk at the edge was filtered cannot be told")
                 else:
                     chunk, shuffled, skipped = self._chunk(offset, size, mask, work, top, n_rows)
                     put_rows(chunk, shuffled, item, width, top - skipped, n_rows, n_columns, address + at, step)
+
+    def _may_be_unfiltered(self, run: int, n_columns: int, size: int, mask: int) -> bool:
+        sticks_out = n_columns < self._width or (run + 1) * self._height > self._n_rows
+        return self._doubtful and sticks_out and size == self._chunk_bytes and mask == 0
 
     def _chunk(self, offset: int, size: int, mask: int, work: Bytes, top: int, n_rows: int) -> tuple[Bytes, bool, int]:
         """Read a chunk and undo its filters, except that its bytes may be left shuffled; or only the rows asked for.
@@ -265,21 +281,28 @@ class ChunkTables:
     def __init__(self) -> None:
         self._tables: dict[tuple[int, int], ChunkTable] = {}
 
-    def open(self, key: tuple[int, int], dataset: h5py.Dataset) -> ChunkReader | None:
-        """Make the reader of a dataset, or return None if only h5py can read it.
+    def open(self, file: int, datasets: Sequence[h5py.Dataset]) -> tuple[ChunkReader | None, ...]:
+        """Make a reader of each of a file's datasets, None for those that only h5py can read.
 
         Parameters
         ----------
-        key : tuple of int
-            The number of its file in the source, and its own.
-        dataset : h5py.Dataset
-            Needed only while this function runs.
+        file : int
+            The number of the file in the source.
+        datasets : sequence of h5py.Dataset
+            Always the same ones. Needed only while this function runs.
         """
+        descriptors: dict[int, Descriptor] = {}
+        return tuple(self._open((file, number), dataset, descriptors) for number, dataset in enumerate(datasets))
+
+    def _open(
+        self, key: tuple[int, int], dataset: h5py.Dataset, descriptors: dict[int, Descriptor]
+    ) -> ChunkReader | None:
         try:
             filters = _known_filters(dataset) if _stores_values_as_they_are(dataset) else None
             if filters is None:
                 return None
-            descriptor = Descriptor(dataset.file)
+            handle = dataset.file.id.get_vfd_handle()  # datasets that are linked to may lie in other files
+            descriptor = descriptors.setdefault(handle, Descriptor(handle))
             table = self._table(key, dataset, descriptor)
             return None if table is None else ChunkReader(dataset, filters, table, descriptor)
         except (OSError, RuntimeError, ValueError, KeyError):
