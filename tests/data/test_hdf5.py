@@ -18,6 +18,7 @@ import pytest
 
 from streamgd.data.sources import hdf5, hdf5_blocks, hdf5_files
 from streamgd.data.sources.hdf5 import Hdf5Source
+from streamgd.data.sources.hdf5_chunks import ChunkReader
 from streamgd.data.sources.hdf5_files import has_dataset
 from streamgd.errors import CorruptDataError, DataError, EmptySourceError, OptionError, SchemaError, SourceNotFoundError
 from tests.data.contract import (
@@ -215,13 +216,15 @@ def test_tall_compressed_chunks_are_decoded_once(tmp_path: Path, monkeypatch: py
     assert source.block_rows.tolist() == [20_000, 20_000, 5_000]
     assert source.open_block_bytes >= 20_000 * 28 * 4
     calls: list[tuple[int, int]] = []
+    read = ChunkReader.read
 
-    def counted(dataset: h5py.Dataset, first: int, stop: int, panel: int) -> Any:
-        if dataset.ndim == 2:
+    def counted(self: ChunkReader, first: int, stop: int, *args: Any) -> Any:
+        rows = read(self, first, stop, *args)
+        if rows is not None and rows.ndim == 2:
             calls.append((first, stop))
-        return dataset[first:stop]
+        return rows
 
-    monkeypatch.setattr(hdf5, "_read_rows", counted)
+    monkeypatch.setattr(ChunkReader, "read", counted)
     read_block(source, 0, 0, (999,))
     read_block(source, 1, 7_000, (999,))
     assert calls == [(0, 20_000), (27_000, 40_000)]
@@ -278,12 +281,13 @@ def test_target_chunks_are_decoded_once_in_a_pass_over_the_target(
     monkeypatch.setattr(hdf5, "_TARGET_ROWS", 4_000)
     source = Hdf5Source(tmp_path / "a.h5")
     calls: list[int] = []
+    read = ChunkReader.read
 
-    def counted(dataset: h5py.Dataset, first: int, stop: int, panel: int) -> Any:
+    def counted(self: ChunkReader, first: int, *args: Any) -> Any:
         calls.append(first)
-        return dataset[first:stop]
+        return read(self, first, *args)
 
-    monkeypatch.setattr(hdf5, "_read_rows", counted)
+    monkeypatch.setattr(ChunkReader, "read", counted)
     assert_same_bits(np.concatenate([plain(y) for _, _, y, _ in source.iter_targets()]), make_target(10_000))
     assert calls == [0, 3_000, 6_000, 9_000]
 

@@ -1,17 +1,19 @@
 """HDF5 files as a source.
 
-`hdf5_layout` describes the files and `hdf5_blocks` cuts them into blocks; here rows are read. Files are opened by the
-process that reads, a bounded number at a time, and never travel with a pickle or a fork.
+`hdf5_layout` describes the files and `hdf5_blocks` cuts them into blocks; here rows are read, chunks with the help of
+`hdf5_chunks`. Files are opened by the process that reads, a bounded number at a time, and never travel with a pickle or
+a fork.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
@@ -25,8 +27,9 @@ from streamgd.data.sources.base import (
     TargetInfo,
     choose_row_dtype,
 )
+from streamgd.data.sources.buffers import Buffers, Bytes
 from streamgd.data.sources.flat import FlatRows, Part, Strip
-from streamgd.data.sources.hdf5_blocks import Cut, advise, cut_into_blocks
+from streamgd.data.sources.hdf5_blocks import Cut, advise, cut_into_blocks, place_bytes, rows_at_least
 from streamgd.data.sources.hdf5_files import open_file
 from streamgd.data.sources.hdf5_layout import (
     DatasetInfo,
@@ -38,6 +41,9 @@ from streamgd.data.sources.hdf5_layout import (
     widest_dtype,
 )
 from streamgd.errors import CorruptDataError, DataError, EmptySourceError, OptionError, SchemaError
+
+if TYPE_CHECKING:
+    from streamgd.data.sources.hdf5_chunks import ChunkReader, ChunkTables
 
 #: Files kept open at once; most systems allow a process 1,024.
 _OPEN_FILES = 64
@@ -148,7 +154,8 @@ class Hdf5Source(Source):
         self._block_start = np.concatenate([cut.starts for cut in cuts])
         self._block_file = np.repeat(np.arange(len(cuts)), [len(cut.starts) for cut in cuts])
         self._held = tuple(cut.held for cut in cuts)
-        self.open_block_bytes = max(cut.open_bytes for cut in cuts)
+        self.open_block_bytes = max(cut.open_bytes for cut in cuts) + place_bytes(self._files)
+        self.slice_cost_rows = max(rows_at_least(info) for info in self._files)
         self._times_decoded = max(cut.times_decoded for cut in cuts)
         self._block_bytes = block_bytes
 
@@ -156,7 +163,9 @@ class Hdf5Source(Source):
         """Open a run of rows; nothing is read yet."""
         return _Reader(self, block, start)
 
-    def read_rows(self, file: int, datasets: Sequence[int], first: int, stop: int) -> list[Array]:
+    def read_rows(
+        self, file: int, datasets: Sequence[int], first: int, stop: int, lent: list[Bytes] | None = None
+    ) -> list[Array]:
         """Read rows of some datasets of one file.
 
         Parameters
@@ -167,31 +176,68 @@ class Hdf5Source(Source):
             Which datasets: features, then target, then weight.
         first, stop : int
             Rows within the file.
+        lent : list of ndarray, optional
+            If given, takes up memory that the arrays lie in, for `give_back` once nobody reads them any more.
 
         Raises
         ------
         SourceNotFoundError, CorruptDataError
             If the file is gone, has changed, or cannot be read.
         """
+        opened = self._open_files()
+        readers = opened.readers(file, self._files[file])
+        found: dict[int, Array] = {}
+        for i in datasets:
+            reader = readers[i]
+            if reader is not None:
+                memory = opened.take(reader.n_bytes(stop - first), lent)
+                try:
+                    rows = reader.read(first, stop, memory, opened.scratch)
+                except OSError as err:
+                    raise self._unreadable(file, [i], first, stop, err) from err
+                # What cannot be decoded is left to h5py, which can after all, or says what is wrong; so is text.
+                with contextlib.suppress(UnicodeDecodeError):
+                    found.update({} if rows is None else {i: _native(rows)})
+        left = [i for i in datasets if i not in found]
+        if left:
+            found.update(zip(left, self._read_by_h5py(opened, file, left, first, stop), strict=True))
+        return [found[i] for i in datasets]
+
+    def give_back(self, lent: list[Bytes]) -> None:
+        """Take back memory that `read_rows` lent, and empty the list."""
+        while lent:
+            self._open_files().rows.give(lent.pop())
+
+    def _open_files(self) -> _OpenFiles:
         # Keyed by process: a forked child must neither use its parent's files nor wait for a lock whose holder was
         # not forked. `setdefault` is atomic.
-        opened = self._opened.setdefault(os.getpid(), _OpenFiles())
+        number = os.getpid()
+        return self._opened.get(number) or self._opened.setdefault(number, _OpenFiles())
+
+    def _read_by_h5py(
+        self, opened: _OpenFiles, file: int, datasets: Sequence[int], first: int, stop: int
+    ) -> list[Array]:
         info = self._files[file]
         with opened.lock:
             handles = opened.get(file, info)
             try:
-                found = [_native(_read_rows(handles[i], first, stop, info.datasets[i].panel)) for i in datasets]
+                return [_native(_read_rows(handles[i], first, stop, info.datasets[i].panel)) for i in datasets]
             except UnicodeDecodeError as err:
                 raise SchemaError(
                     f"{info.path}: text in rows {first:,} to {stop - 1:,} is not UTF-8: {err}. Store it as UTF-8"
                 ) from err
             except (OSError, RuntimeError, ValueError, KeyError) as err:
-                raise CorruptDataError(
-                    f"{info.path}: rows {first:,} to {stop - 1:,} (block {self._block_at(file, first)}) cannot be read "
-                    f"from {', '.join(repr(info.datasets[i].name) for i in datasets)}: {err}. The file is damaged; "
-                    "copy it again, or leave it out"
-                ) from err
-        return found
+                raise self._unreadable(file, datasets, first, stop, err) from err
+
+    def _unreadable(
+        self, file: int, datasets: Sequence[int], first: int, stop: int, err: Exception
+    ) -> CorruptDataError:
+        info = self._files[file]
+        return CorruptDataError(
+            f"{info.path}: rows {first:,} to {stop - 1:,} (block {self._block_at(file, first)}) cannot be read "
+            f"from {', '.join(repr(info.datasets[i].name) for i in datasets)}: {err}. The file is damaged; "
+            "copy it again, or leave it out"
+        )
 
     def flat_rows(self) -> FlatRows | None:
         """Say where the rows lie if no dataset is chunked; see `Source.flat_rows`."""
@@ -199,8 +245,7 @@ class Hdf5Source(Source):
 
     def _strips(self, file: int) -> list[Strip]:
         """Look up where the rows of a file's datasets lie, and make sure that they still do."""
-        opened = self._opened.setdefault(os.getpid(), _OpenFiles())
-        info = self._files[file]
+        opened, info = self._open_files(), self._files[file]
         with opened.lock:
             handles = opened.get(file, info)
             offsets = [flat_offset(handle) for handle in handles]
@@ -327,35 +372,70 @@ class _Reader(BlockReader):
         self._kept = [i for i, keep in enumerate(held) if keep]
         self._direct = [i for i, keep in enumerate(held) if not keep]
         self._decoded: dict[int, Array] = {}
+        self._lent_to_block: list[Bytes] = []
+        self._lent_to_slice: list[Bytes] = []
 
     def read(self, n_rows: int) -> Slice:
         """Return the next rows: views of what is kept decoded, the rest straight from the file."""
         first, stop = self._at, self._at + n_rows
         if self._kept and not self._decoded:
-            rows = self._source.read_rows(self._file, self._kept, first, self._stop)
+            rows = self._source.read_rows(self._file, self._kept, first, self._stop, self._lent_to_block)
             self._decoded, self._held_from = dict(zip(self._kept, rows, strict=True)), first
         part = slice(first - self._held_from, stop - self._held_from)
         found = {i: array[part] for i, array in self._decoded.items()}
         if self._direct:
-            found.update(zip(self._direct, self._source.read_rows(self._file, self._direct, first, stop), strict=True))
+            self._source.give_back(self._lent_to_slice)
+            rows = self._source.read_rows(self._file, self._direct, first, stop, self._lent_to_slice)
+            found.update(zip(self._direct, rows, strict=True))
         self._at = stop
         return self._source.slice_of([found[i] for i in range(len(found))])
 
     def close(self) -> None:
         """Forget the decoded rows."""
         self._decoded = {}
+        self._source.give_back(self._lent_to_block)
+        self._source.give_back(self._lent_to_slice)
 
 
 class _OpenFiles:
-    """The files one process has open, the least recently used closed first.
+    """The files one process has open, the least recently used closed first, and memory to read into.
 
     h5py runs one call at a time in a process anyway, so that one lock costs no speed, and a file is never closed under
-    a read.
+    a read. Chunk readers need neither.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        self.rows, self.scratch = Buffers(), Buffers()
         self._files: OrderedDict[int, tuple[h5py.File, tuple[h5py.Dataset, ...]]] = OrderedDict()
+        self._readers: dict[int, tuple[ChunkReader | None, ...]] = {}
+        self._tables: ChunkTables | None = None
+
+    def readers(self, file: int, info: FileInfo) -> tuple[ChunkReader | None, ...]:
+        """Return for each dataset of a file what reads its chunks beside h5py, or None where only h5py can read it."""
+        with self.lock:
+            handles = self.get(file, info)
+            found = self._readers.get(file)
+            if found is None:
+                found = (None,) * len(handles)
+                if any(each.chunks is not None for each in info.datasets):
+                    found = self._chunk_tables().open(file, handles)
+                self._readers[file] = found
+        return found
+
+    def _chunk_tables(self) -> ChunkTables:
+        if self._tables is None:
+            from streamgd.data.sources.hdf5_chunks import ChunkTables  # imports Numba
+
+            self._tables = ChunkTables()
+        return self._tables
+
+    def take(self, n_bytes: int, lent: list[Bytes] | None) -> Bytes:
+        """Return memory for rows; noted in `lent` if it will come back, else fresh."""
+        if lent is None:
+            return np.empty(n_bytes, np.uint8)
+        lent.append(self.rows.take(n_bytes))
+        return lent[-1]
 
     def get(self, file: int, info: FileInfo) -> tuple[h5py.Dataset, ...]:
         """Return the datasets of a file, opening it if need be. The caller holds the lock."""
@@ -363,7 +443,7 @@ class _OpenFiles:
             self._files.move_to_end(file)
             return self._files[file][1]
         while len(self._files) >= _OPEN_FILES:
-            self._files.popitem(last=False)[1][0].close()
+            self._close_oldest()
         handle = open_file(info.path)
         try:
             now = find_datasets(handle, info)
@@ -380,7 +460,14 @@ class _OpenFiles:
         """Close every file."""
         with self.lock:
             while self._files:
-                self._files.popitem()[1][0].close()
+                self._close_oldest()
+            self.rows.clear()
+            self.scratch.clear()
+
+    def _close_oldest(self) -> None:
+        file, (handle, _) = self._files.popitem(last=False)
+        self._readers.pop(file, None)
+        handle.close()
 
 
 def _read_rows(dataset: h5py.Dataset, first: int, stop: int, panel: int) -> Array:

@@ -17,9 +17,13 @@ HELD_BYTES = 32 << 20
 #: Blocks of fewer rows cost more to open than to read.
 _LEAST_ROWS = 32
 #: Short runs of chunks are joined until a source has no more blocks than this: more mix no better.
-_MANY_BLOCKS = 16384
+_MANY_BLOCKS = 2048
 #: Blocks grow until they decode at most so many times their own bytes.
 _DECODED_TIMES = 4
+#: The places of so many chunks of a source are kept in memory, in twelve bytes each; h5py reads datasets with more.
+MOST_CHUNKS, _PLACE_BYTES = 1 << 20, 12
+#: They are there once, and every open block is charged with such a part of them.
+_SHARES = 8
 #: A row that lies in more pieces than this is read a block at a time: the cost is per piece, not per byte.
 _MANY_PIECES = 8
 
@@ -80,10 +84,23 @@ def cut_into_blocks(info: FileInfo, block_bytes: int, n_rows: int) -> Cut:
     n_features = len(info.features)
     held = tuple(each.in_wholes or (many and i < n_features) for i, each in enumerate(info.datasets))
     open_bytes = 4096 + sum(rows * each.row_bytes for each, kept in zip(info.datasets, held, strict=True) if kept)
-    # While it decodes, HDF5 has a chunk twice, compressed and not; only big ones matter beside the plan's constant.
+    # While a chunk is decoded it is there twice, as stored and as bytes that are not yet rows.
     decoding = max((2 * each.chunk_bytes for each in info.datasets if each.in_wholes), default=0)
     times = float(parts) if lead is not None and lead.in_wholes and parts > 1 else _times_decoded(info, rows)
-    return Cut(starts, held, open_bytes + (decoding if decoding > block_bytes else 0), times)
+    return Cut(starts, held, open_bytes + decoding, times)
+
+
+def place_bytes(files: Sequence[FileInfo]) -> int:
+    """Return an open block's share of the memory that the places of chunks take."""
+    n_chunks = sum(each.n_chunks for info in files for each in info.datasets)
+    return -(-_PLACE_BYTES * min(n_chunks, MOST_CHUNKS) // _SHARES)
+
+
+def rows_at_least(info: FileInfo) -> int:
+    """Estimate how many rows' bytes are decoded for any row: those of the chunks that are read whole."""
+    row_bytes = max(1, sum(each.row_bytes for each in info.datasets))
+    heights = [(min(each.chunks[0], info.n_rows), each) for each in info.datasets if each.in_wholes and each.chunks]
+    return max(1, sum(height * each.row_bytes for height, each in heights) // row_bytes)
 
 
 def _times_decoded(info: FileInfo, rows: int) -> float:

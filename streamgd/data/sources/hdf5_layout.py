@@ -96,6 +96,11 @@ class DatasetInfo:
         return self.chunks is not None and len(self.chunks) == 2 and self.width % self.chunks[1] != 0
 
     @property
+    def n_chunks(self) -> int:
+        """How many chunks it lies in; 0 if it is stored in one piece."""
+        return 0 if self.chunks is None else math.prod(map(math.ceil, np.divide(self.shape, self.chunks)))
+
+    @property
     def chunk_bytes(self) -> int:
         """Bytes of one chunk once decoded; 0 if it is stored in one piece."""
         return 0 if self.chunks is None else math.prod(self.chunks) * self.row_bytes // max(1, self.width)

@@ -1,0 +1,423 @@
+"""Rows out of HDF5 chunks without HDF5's library, which runs one call at a time in a process.
+
+HDF5 says once where the chunks of a dataset lie. From then on whoever needs a chunk reads it by its place in the file,
+decompresses it and puts its rows together, beside others who do the same. What cannot be read in this way, and what
+turns out to be damaged, is left to h5py, which reads it or says what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import h5py
+import numpy as np
+from isal import isal_zlib
+from numpy.typing import NDArray
+
+from streamgd.data.sources.base import Array
+from streamgd.data.sources.buffers import Buffers, Bytes
+from streamgd.data.sources.hdf5_blocks import MOST_CHUNKS
+from streamgd.data.sources.hdf5_codecs import expand_lzf, fletcher32, put_rows
+
+#: Numbers by which HDF5 knows filters.
+_DEFLATE, _SHUFFLE, _FLETCHER32, _LZF = 1, 2, 3, 32000
+#: Chunks that HDF5 lists are noted so many at a time: fast, and without ever holding a list of them all.
+_NOTED = 4096
+#: Room beyond what a chunk should decompress to: isal doubles its memory when that is filled to the last byte.
+_SLACK = 64
+_CHECKSUM_BYTES = 4
+_INFLATE_ERROR = cast("type[Exception]", isal_zlib.error)
+
+
+class UndecodableError(Exception):
+    """A chunk that this module cannot make sense of."""
+
+
+@dataclass(frozen=True)
+class ChunkTable:
+    """Where the chunks of a dataset lie, row by row of chunks.
+
+    Attributes
+    ----------
+    offsets : ndarray of shape (n_chunks,), int64
+        Byte of the file where each begins; -1 for those never written.
+    sizes : ndarray of shape (n_chunks,), uint32
+        Bytes of each in the file.
+    masks : ndarray of shape (n_chunks,), uint32, or None
+        For each chunk a bit for every filter that it was stored without; None if there is no such chunk.
+    identity : tuple of int
+        What the file was when this was looked up.
+    """
+
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.uint32]
+    masks: NDArray[np.uint32] | None
+    identity: tuple[int, ...]
+
+
+class Descriptor:
+    """A descriptor of an open file, closed with the last reference, so that a read under way keeps its file."""
+
+    def __init__(self, number: int) -> None:
+        self.number = -1
+        self.number = os.dup(number)
+
+    @property
+    def identity(self) -> tuple[int, ...]:
+        """Tell files, and states of a file, apart."""
+        found = os.fstat(self.number)
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+    def fill(self, memory: memoryview, offset: int) -> None:
+        """Read as many bytes as there is memory for.
+
+        Raises
+        ------
+        OSError
+            If the file ends before (HDF5 would go on with zeros), or cannot be read.
+        """
+        done = os.preadv(self.number, [memory], offset)
+        while done < len(memory):
+            got = os.preadv(self.number, [memory[done:]], offset + done)
+            if got == 0:
+                raise OSError(f"the file ends at byte {offset + done:,}")
+            done += got
+
+    def read(self, n_bytes: int, offset: int) -> bytes:
+        """Read some bytes, fewer where the file ends."""
+        return os.pread(self.number, n_bytes, offset)
+
+    def __del__(self) -> None:
+        """Close the file."""
+        if self.number >= 0:
+            os.close(self.number)
+
+
+class ChunkReader:
+    """Reads rows of one dataset; safe for any number of threads.
+
+    Parameters
+    ----------
+    dataset : h5py.Dataset
+        Described, not kept.
+    filters : sequence of int
+        HDF5's numbers of the filters that chunks went through.
+    table : ChunkTable
+        Where its chunks lie.
+    descriptor : Descriptor
+        The file.
+    """
+
+    def __init__(
+        self, dataset: h5py.Dataset, filters: Sequence[int], table: ChunkTable, descriptor: Descriptor
+    ) -> None:
+        self._table = table
+        self._descriptor = descriptor
+        self._dtype = np.dtype(dataset.dtype)
+        self._tail = tuple(dataset.shape[1:])
+        self._columns = math.prod(self._tail)
+        self._row_bytes: int = self._columns * self._dtype.itemsize
+        self._height = int(dataset.chunks[0])
+        self._width = math.prod(dataset.chunks[1:])
+        self._chunk_bytes = self._height * self._width * self._dtype.itemsize
+        # What undoes the filters, the last one first, each with its bit. A shuffle is the first one and stays: it is
+        # undone as rows are put together. HDF5 leaves single bytes where they are.
+        self._undo = [(1 << i, code) for i, code in enumerate(filters) if code != _SHUFFLE][::-1]
+        self._shuffled = _SHUFFLE in filters and self._dtype.itemsize > 1
+        self._fill = _fill_value(dataset, table)
+        # Columns that are stored one by one stay so: rows are put together when they go to their places.
+        self._by_column = self._width == 1 and self._columns > 1
+        self._most_stored = int(table.sizes.max(initial=0))
+        filtered = bool(self._undo) or self._shuffled
+        # HDF5 can leave chunks that stick out beyond the last row or column unfiltered, and does not say so. With these
+        # filters a chunk says it itself.
+        self._doubtful = filtered and not {_DEFLATE, _FLETCHER32}.intersection(filters)
+        self._n_rows = int(dataset.shape[0])
+        if filtered:
+            expanded = self._chunk_bytes + _SLACK if _LZF in filters else 0
+            self._work_bytes = self._most_stored + expanded
+        else:
+            self._work_bytes = 0 if self._by_column or self._width == self._columns else self._chunk_bytes
+
+    def n_bytes(self, n_rows: int) -> int:
+        """Return the memory that rows take."""
+        return n_rows * self._row_bytes
+
+    def read(self, first: int, stop: int, memory: Bytes, scratch: Buffers) -> Array | None:
+        """Read rows.
+
+        Parameters
+        ----------
+        first, stop : int
+            Which rows.
+        memory : ndarray of uint8
+            Where to; at least `n_bytes` of them.
+        scratch : Buffers
+            Memory to work in.
+
+        Returns
+        -------
+        ndarray of shape (n_rows,) or (n_rows, n_columns), or None
+            Rows as stored; a view of `memory`. None if a chunk is damaged or stored in a way that is not known here.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be read, or has become shorter.
+        """
+        n_rows = stop - first
+        memory = memory[: self.n_bytes(n_rows)]
+        shape = (self._columns, n_rows) if self._by_column else (n_rows, self._columns)
+        rows: Array = memory.view(self._dtype).reshape(shape)
+        rows = rows.T if self._by_column else rows
+        work = scratch.take(self._work_bytes) if self._work_bytes else memory[:0]
+        try:
+            self._read_into(rows, first, stop, memory.data, work)
+        except UndecodableError:
+            return None
+        finally:
+            if self._work_bytes:
+                scratch.give(work)
+        return rows if self._tail else rows[:, 0]
+
+    def _read_into(self, rows: Array, first: int, stop: int, memory: memoryview, work: Bytes) -> None:
+        """Go through the chunks that rows lie in, one run of chunks side by side after the other."""
+        item, height, width = self._dtype.itemsize, self._height, self._width
+        step, column_step = rows.strides
+        address = rows.__array_interface__["data"][0]
+        runs = range(first // height, -(-stop // height))
+        pieces = -(-self._columns // width)
+        span = slice(runs.start * pieces, runs.stop * pieces)
+        offsets, sizes = self._table.offsets[span].tolist(), self._table.sizes[span].tolist()
+        masks = [0] * len(sizes) if self._table.masks is None else self._table.masks[span].tolist()
+        number = 0
+        for run in runs:
+            top = max(first - run * height, 0)
+            n_rows = min(stop - run * height, height) - top
+            row = run * height + top - first
+            for left in range(0, self._columns, width):
+                n_columns = min(width, self._columns - left)
+                offset, size, mask = offsets[number], sizes[number], masks[number]
+                number += 1
+                at = row * step + left * column_step
+                if offset < 0:
+                    rows[row : row + n_rows, left : left + n_columns] = self._fill
+                elif self._work_bytes == 0:
+                    if size != self._chunk_bytes:
+                        raise UndecodableError(f"a chunk of {self._chunk_bytes:,} bytes is stored in {size:,}")
+                    n_bytes = n_rows * width * item
+                    self._descriptor.fill(memory[at : at + n_bytes], offset + top * width * item)
+                elif self._may_be_unfiltered(run, n_columns, size, mask):
+                    raise UndecodableError("whether a chunk at the edge was filtered cannot be told")
+                else:
+                    chunk, shuffled, skipped = self._chunk(offset, size, mask, work, top, n_rows)
+                    put_rows(chunk, shuffled, item, width, top - skipped, n_rows, n_columns, address + at, step)
+
+    def _may_be_unfiltered(self, run: int, n_columns: int, size: int, mask: int) -> bool:
+        sticks_out = n_columns < self._width or (run + 1) * self._height > self._n_rows
+        return self._doubtful and sticks_out and size == self._chunk_bytes and mask == 0
+
+    def _chunk(self, offset: int, size: int, mask: int, work: Bytes, top: int, n_rows: int) -> tuple[Bytes, bool, int]:
+        """Read a chunk and undo its filters, except that its bytes may be left shuffled; or only the rows asked for.
+
+        Returns the bytes, whether they are shuffled, and how many of the chunk's rows were left out before them.
+        """
+        row_bytes = self._width * self._dtype.itemsize
+        undo = [code for bit, code in self._undo if not mask & bit]
+        shuffled = self._shuffled and not mask & 1
+        if not undo and size != self._chunk_bytes:
+            raise UndecodableError(f"a chunk of {self._chunk_bytes:,} bytes is stored in {size:,}")
+        if not undo and not shuffled:
+            part = work[: n_rows * row_bytes]
+            self._descriptor.fill(part.data, offset + top * row_bytes)
+            return part, False, top
+        data = work[:size]
+        self._descriptor.fill(data.data, offset)
+        for code in undo:
+            if code == _FLETCHER32:
+                data = _checked(data)
+            elif code == _DEFLATE:
+                data = _inflated(data, self._chunk_bytes + _SLACK)
+            else:
+                room = work[self._most_stored :]
+                n = expand_lzf(data, room)
+                if n < 0:
+                    raise UndecodableError("a chunk is not LZF")
+                data = room[:n]
+        if len(data) != self._chunk_bytes:
+            raise UndecodableError(f"a chunk of {self._chunk_bytes:,} bytes decompresses to {len(data):,}")
+        return data, shuffled, 0
+
+
+def _checked(data: Bytes) -> Bytes:
+    """Compare a chunk with the checksum at its end, and return the chunk without."""
+    if len(data) < _CHECKSUM_BYTES:
+        raise UndecodableError("a chunk is shorter than its checksum")
+    data, stored = data[:-_CHECKSUM_BYTES], int.from_bytes(data[-_CHECKSUM_BYTES:].tobytes(), "little")
+    found = fletcher32(data)
+    # Versions of HDF5 before 1.6.3 swapped the bytes of each sum on some machines; it accepts both ever since.
+    if stored not in (found, (found & 0xFF00FF) << 8 | found >> 8 & 0xFF00FF):
+        raise UndecodableError(f"a chunk's checksum is {stored:08x}, but its bytes give {found:08x}")
+    return data
+
+
+def _inflated(data: Bytes, room: int) -> Bytes:
+    try:
+        return np.frombuffer(isal_zlib.decompress(data, isal_zlib.MAX_WBITS, room), np.uint8)
+    except _INFLATE_ERROR as err:
+        raise UndecodableError(f"a chunk cannot be decompressed: {err}") from err
+
+
+class ChunkTables:
+    """Makes the chunk readers of a source, and keeps what HDF5 said of its files. Not for several threads at once.
+
+    A file that was closed to make room for others is not asked again, unless it has changed.
+    """
+
+    def __init__(self) -> None:
+        self._tables: dict[tuple[int, int], ChunkTable] = {}
+
+    def open(self, file: int, datasets: Sequence[h5py.Dataset]) -> tuple[ChunkReader | None, ...]:
+        """Make a reader of each of a file's datasets, None for those that only h5py can read.
+
+        Parameters
+        ----------
+        file : int
+            The number of the file in the source.
+        datasets : sequence of h5py.Dataset
+            Always the same ones. Needed only while this function runs.
+        """
+        descriptors: dict[int, Descriptor] = {}
+        return tuple(self._open((file, number), dataset, descriptors) for number, dataset in enumerate(datasets))
+
+    def _open(
+        self, key: tuple[int, int], dataset: h5py.Dataset, descriptors: dict[int, Descriptor]
+    ) -> ChunkReader | None:
+        try:
+            filters = _known_filters(dataset) if _stores_values_as_they_are(dataset) else None
+            if filters is None:
+                return None
+            handle = dataset.file.id.get_vfd_handle()  # datasets that are linked to may lie in other files
+            descriptor = descriptors.setdefault(handle, Descriptor(handle))
+            table = self._table(key, dataset, descriptor)
+            return None if table is None else ChunkReader(dataset, filters, table, descriptor)
+        except (OSError, RuntimeError, ValueError, KeyError):
+            return None  # damaged: h5py says so as rows are read
+
+    def _table(self, key: tuple[int, int], dataset: h5py.Dataset, descriptor: Descriptor) -> ChunkTable | None:
+        known = self._tables.pop(key, None)
+        n_chunks = sum(len(each.offsets) for each in self._tables.values()) + math.prod(_grid(dataset))
+        if known is None or known.identity != descriptor.identity:
+            known = _look_up(dataset, descriptor) if n_chunks <= MOST_CHUNKS else None
+        if known is not None:
+            self._tables[key] = known
+        return known
+
+
+def _grid(dataset: h5py.Dataset) -> tuple[int, ...]:
+    """Count the chunks along each dimension."""
+    return tuple(-(-n // step) for n, step in zip(dataset.shape, dataset.chunks, strict=True))
+
+
+def _corner(dataset: h5py.Dataset, number: int) -> tuple[int, ...]:
+    """Return the first element of a chunk."""
+    at = np.unravel_index(number, _grid(dataset))
+    return tuple(int(i) * step for i, step in zip(at, dataset.chunks, strict=True))
+
+
+def _stores_values_as_they_are(dataset: h5py.Dataset) -> bool:
+    """Tell whether values lie in chunks of a plain file, and are there what they are in memory."""
+    file = dataset.file
+    return (
+        hasattr(os, "preadv")
+        and hasattr(dataset.id, "chunk_iter")
+        and dataset.ndim in (1, 2)
+        and dataset.id.get_create_plist().get_layout() == h5py.h5d.CHUNKED
+        and file.driver == "sec2"
+        # What somebody in this process writes to the file may not have reached it.
+        and file.id.get_intent() == h5py.h5f.ACC_RDONLY
+        and dataset.dtype.kind in "fiubS"
+        and dataset.id.get_type().equal(h5py.h5t.py_create(dataset.dtype, logical=True))
+    )
+
+
+def _known_filters(dataset: h5py.Dataset) -> list[int] | None:
+    """List the filters that chunks went through; None if one of them, or their order, is not known here."""
+    creation = dataset.id.get_create_plist()
+    found = [creation.get_filter(i) for i in range(creation.get_nfilters())]
+    codes = [code for code, *_ in found]
+    known = {_DEFLATE, _SHUFFLE, _FLETCHER32, _LZF}.issuperset(codes) and not {_DEFLATE, _LZF}.issubset(codes)
+    if not known or len(set(codes)) < len(codes):
+        return None
+    if _SHUFFLE in codes and (codes[0] != _SHUFFLE or found[0][2][:1] != (dataset.dtype.itemsize,)):
+        return None
+    return codes
+
+
+def _look_up(dataset: h5py.Dataset, descriptor: Descriptor) -> ChunkTable | None:
+    """Ask HDF5 for the place of every chunk; None if what it says cannot be made use of."""
+    chunks, grid = np.array(dataset.chunks), np.array(_grid(dataset))
+    offsets = np.full(grid.prod(), -1, np.int64)
+    sizes, masks = np.zeros(len(offsets), np.uint32), np.zeros(len(offsets), np.uint32)
+    noted: list[Any] = []
+    n_noted, usable = 0, True
+
+    def note(chunk: Any) -> None:
+        noted.append(chunk)
+        if len(noted) == _NOTED:
+            enter()
+
+    def enter() -> None:
+        nonlocal n_noted, usable
+        if noted:
+            at, odd = np.divmod(np.array([chunk.chunk_offset for chunk in noted]), chunks)
+            bytes_of = np.array([chunk.size for chunk in noted])
+            # Some versions of HDF5 list chunks by their number; chunks of 4 GiB and more do not fit the table.
+            usable &= not odd.any() and bool((at < grid).all()) and int(bytes_of.max()) < 1 << 32
+            if usable:
+                number = at @ np.append(np.cumprod(grid[:0:-1])[::-1], 1)
+                offsets[number] = [chunk.byte_offset for chunk in noted]
+                sizes[number], masks[number] = bytes_of, [chunk.filter_mask for chunk in noted]
+            n_noted += len(noted)
+            noted.clear()
+
+    dataset.id.chunk_iter(note)
+    enter()
+    if not usable or np.count_nonzero(offsets >= 0) != n_noted:
+        return None
+    base = _find_base(dataset, descriptor, offsets, sizes)
+    if base is None:
+        return None
+    offsets[offsets >= 0] += base
+    return ChunkTable(offsets, sizes, masks if masks.any() else None, descriptor.identity)
+
+
+def _find_base(
+    dataset: h5py.Dataset, descriptor: Descriptor, offsets: NDArray[np.int64], sizes: NDArray[np.uint32]
+) -> int | None:
+    """Return from where in the file HDF5 counts, which its versions do differently where a user's own bytes come first.
+
+    Two chunks are read both ways to find out, and to be sure of everything else: None if they differ.
+    """
+    there = np.flatnonzero(offsets >= 0)
+    if len(there) == 0:
+        return 0
+    bases = {0, dataset.file.userblock_size}
+    for number in {int(there[np.argmin(sizes[there])]), int(there[np.argmax(offsets[there])])}:
+        _, expected = dataset.id.read_direct_chunk(_corner(dataset, number))
+        at, size = int(offsets[number]), int(sizes[number])
+        bases = {base for base in bases if descriptor.read(size, at + base) == expected}
+    return min(bases, default=None)
+
+
+def _fill_value(dataset: h5py.Dataset, table: ChunkTable) -> Array | None:
+    """Let h5py read one value of a chunk that was never written; None if there is none."""
+    missing = np.flatnonzero(table.offsets < 0)
+    if len(missing) == 0:
+        return None
+    found: Array = dataset[tuple(slice(at, at + 1) for at in _corner(dataset, int(missing[0])))]
+    return found.reshape(1, 1)

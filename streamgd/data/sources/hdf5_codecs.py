@@ -1,0 +1,266 @@
+"""Compiled decoding of HDF5 chunks: checksums, LZF, and the bytes of a chunk put in rows.
+
+Everything here works on plain bytes and runs without the interpreter lock, so that readers decode side by side. The one
+file of compiled code outside `streamgd.data.placing`: it is imported only by who reads compressed or chunked HDF5.
+Nothing here is imported by another compiled file, because Numba's cache notices only changes of the file that holds a
+function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+Bytes = NDArray[np.uint8]
+
+#: Bytes of rows that are put together before they are dealt out: they stay in the first cache.
+_TILE_BYTES = 16384
+#: Checksums are reduced after so many words: the most whose sums stay below 2**32.
+_FLETCHER_WORDS = 360
+
+
+def _compiled(function: _F) -> _F:
+    """Compile without the interpreter lock, and keep the machine code on disk."""
+    return cast(_F, numba.njit(nogil=True, cache=True)(function))
+
+
+def _writer_of(kind: Any) -> Any:
+    """Make a function of (address, index, value) that writes one number to memory, aligned or not."""
+
+    @intrinsic
+    def write(_context: Any, _address: Any, _index: Any, _value: Any) -> Any:
+        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+            pointer = builder.inttoptr(arguments[0], context.get_data_type(kind).as_pointer())
+            builder.store(arguments[2], builder.gep(pointer, [arguments[1]]), align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, kind), generate
+
+    return write
+
+
+def _reader_of(kind: Any) -> Any:
+    """Make a function of (address, index) that reads one number from memory, aligned or not."""
+
+    @intrinsic
+    def read(_context: Any, _address: Any, _index: Any) -> Any:
+        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+            pointer = builder.inttoptr(arguments[0], context.get_data_type(kind).as_pointer())
+            return builder.load(builder.gep(pointer, [arguments[1]]), align=1)
+
+        return kind(types.int64, types.int64), generate
+
+    return read
+
+
+_write_8, _write_16 = _writer_of(types.uint8), _writer_of(types.uint16)
+_write_32, _write_64 = _writer_of(types.uint32), _writer_of(types.uint64)
+_read_32, _read_64 = _reader_of(types.uint32), _reader_of(types.uint64)
+
+
+@intrinsic
+def _copy_bytes(_context: Any, _target: Any, _source: Any, _n_bytes: Any) -> Any:
+    """Copy memory from address to address."""
+
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        target, source, n_bytes = arguments
+        pointer = cgutils.voidptr_t
+        cgutils.raw_memcpy(builder, builder.inttoptr(target, pointer), builder.inttoptr(source, pointer), n_bytes, 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+# A chunk to rows --------------------------------------------------------------------------------------------------
+
+
+@_compiled
+def _join(chunk: Bytes, n_items: int, item_bytes: int, first: int, count: int, target: int) -> None:
+    """Join the bytes of some items of a shuffled chunk, and write the items one after the other.
+
+    Slices of the same length, and sums of at most 32 bits, are what the compiler makes vector instructions of.
+    """
+    if item_bytes == 4:
+        b0, b1 = chunk[first:][:count], chunk[n_items + first :][:count]
+        b2, b3 = chunk[2 * n_items + first :][:count], chunk[3 * n_items + first :][:count]
+        for i in range(count):
+            _write_32(target, i, _join_four(b0[i], b1[i], b2[i], b3[i]))
+    elif item_bytes == 8:
+        b0, b1 = chunk[first:][:count], chunk[n_items + first :][:count]
+        b2, b3 = chunk[2 * n_items + first :][:count], chunk[3 * n_items + first :][:count]
+        b4, b5 = chunk[4 * n_items + first :][:count], chunk[5 * n_items + first :][:count]
+        b6, b7 = chunk[6 * n_items + first :][:count], chunk[7 * n_items + first :][:count]
+        for i in range(count):
+            low, high = _join_four(b0[i], b1[i], b2[i], b3[i]), _join_four(b4[i], b5[i], b6[i], b7[i])
+            _write_64(target, i, np.uint64(low) | np.uint64(high) << np.uint64(32))
+    elif item_bytes == 2:
+        b0, b1 = chunk[first:][:count], chunk[n_items + first :][:count]
+        for i in range(count):
+            _write_16(target, i, np.uint16(np.uint32(b0[i]) | np.uint32(b1[i]) << np.uint32(8)))
+    else:
+        for k in range(item_bytes):
+            one = chunk[k * n_items + first :][:count]
+            for i in range(count):
+                _write_8(target, i * item_bytes + k, one[i])
+
+
+@_compiled
+def _join_four(b0: np.uint8, b1: np.uint8, b2: np.uint8, b3: np.uint8) -> np.uint32:
+    low = np.uint32(b0) | np.uint32(b1) << np.uint32(8)
+    return low | (np.uint32(b2) | np.uint32(b3) << np.uint32(8)) << np.uint32(16)
+
+
+@_compiled
+def _deal(source: int, n_rows: int, source_step: int, n_bytes: int, target: int, target_step: int) -> None:
+    """Copy the first bytes of each row; rows of few bytes without a call for each."""
+    if n_bytes == 4:
+        for i in range(n_rows):
+            _write_32(target + i * target_step, 0, _read_32(source + i * source_step, 0))
+    elif n_bytes == 8:
+        for i in range(n_rows):
+            _write_64(target + i * target_step, 0, _read_64(source + i * source_step, 0))
+    elif n_bytes == 16:
+        for i in range(n_rows):
+            _write_64(target + i * target_step, 0, _read_64(source + i * source_step, 0))
+            _write_64(target + i * target_step, 1, _read_64(source + i * source_step, 1))
+    else:
+        for i in range(n_rows):
+            _copy_bytes(target + i * target_step, source + i * source_step, n_bytes)
+
+
+@_compiled
+def put_rows(
+    chunk: Bytes,
+    shuffled: bool,
+    item_bytes: int,
+    width: int,
+    first: int,
+    n_rows: int,
+    n_columns: int,
+    target: int,
+    step: int,
+) -> None:
+    """Put some rows of a chunk where they belong among whole rows.
+
+    Parameters
+    ----------
+    chunk : ndarray of uint8
+        The chunk, decompressed.
+    shuffled : bool
+        Whether it holds the first bytes of all items, then the second ones, and so on.
+    item_bytes, width : int
+        Bytes of a value; values in a row of the chunk.
+    first, n_rows : int
+        Which rows of the chunk.
+    n_columns : int
+        How many values of each row; the last chunk of a row may be wider than what is left of the row.
+    target, step : int
+        Address of the first value, and bytes from one row to the next.
+    """
+    n_items = len(chunk) // item_bytes
+    row_bytes, wanted = width * item_bytes, n_columns * item_bytes
+    if not shuffled:
+        source = chunk.ctypes.data + first * row_bytes
+        if wanted == row_bytes == step:
+            _copy_bytes(target, source, n_rows * row_bytes)
+        else:
+            _deal(source, n_rows, row_bytes, wanted, target, step)
+    elif wanted == row_bytes == step:
+        _join(chunk, n_items, item_bytes, first * width, n_rows * width, target)
+    else:
+        tile_rows = max(1, _TILE_BYTES // row_bytes)
+        tile = np.empty(tile_rows * row_bytes, np.uint8)
+        address = tile.ctypes.data
+        for i in range(0, n_rows, tile_rows):
+            n = min(tile_rows, n_rows - i)
+            _join(chunk, n_items, item_bytes, (first + i) * width, n * width, address)
+            _deal(address, n, row_bytes, wanted, target + i * step, step)
+
+
+# Filters ----------------------------------------------------------------------------------------------------------
+
+
+@_compiled
+def fletcher32(data: Bytes) -> int:
+    """Compute Fletcher's checksum as HDF5 does: over 16-bit words, high byte first, each sum from 1 to 65535.
+
+    References
+    ----------
+    J. G. Fletcher, "An arithmetic checksum for serial transmissions", IEEE Transactions on Communications 30 (1982).
+    """
+    n_words = len(data) // 2
+    low = high = np.uint64(0)
+    for at in range(0, n_words, _FLETCHER_WORDS):
+        n = min(_FLETCHER_WORDS, n_words - at)
+        words = data[2 * at : 2 * (at + n)]
+        # The sums of the words, and of these sums, in a form that has no order: sums of 360 words fit in 32 bits.
+        plain = rising = np.uint32(0)
+        for i in range(n):
+            word = np.uint32(words[2 * i]) << np.uint32(8) | np.uint32(words[2 * i + 1])
+            plain += word
+            rising += word * np.uint32(n - i)
+        high = _fold(high + np.uint64(n) * low + np.uint64(rising))
+        low = _fold(low + np.uint64(plain))
+    if len(data) % 2:
+        low = _fold(low + (np.uint64(data[-1]) << np.uint64(8)))
+        high = _fold(high + low)
+    return int(high << np.uint64(16) | low)
+
+
+@_compiled
+def _fold(value: np.uint64) -> np.uint64:
+    """Reduce modulo 65535; only zero stays zero, as other multiples become 65535."""
+    while value > np.uint64(0xFFFF):
+        value = (value & np.uint64(0xFFFF)) + (value >> np.uint64(16))
+    return value
+
+
+@_compiled
+def expand_lzf(data: Bytes, out: Bytes) -> int:
+    """Decompress LZF (M. Lehmann's LibLZF format), and return the number of bytes, or -1 if it cannot be.
+
+    A byte below 32 announces as many bytes and one more as they are; any other holds length and distance of bytes that
+    came before, which may overlap with those they become.
+    """
+    source, target = data.ctypes.data, out.ctypes.data
+    at, done, n, room = 0, 0, len(data), len(out)
+    while at < n:
+        control = int(data[at])
+        at += 1
+        if control < 32:
+            length = control + 1
+            if at + length > n or done + length > room:
+                return -1
+            if at + 32 <= n and done + 32 <= room:  # more than needed: a length that is known is copied at once
+                _copy_bytes(target + done, source + at, 32)
+            else:
+                for i in range(length):
+                    out[done + i] = data[at + i]
+            at += length
+        else:
+            length = control >> 5
+            if length == 7 and at < n:
+                length += int(data[at])
+                at += 1
+            if at >= n:
+                return -1
+            distance = ((control & 31) << 8) + int(data[at]) + 1
+            at += 1
+            length += 2
+            if distance > done or done + length > room:
+                return -1
+            if distance >= length:
+                _copy_bytes(target + done, target + done - distance, length)
+            else:
+                for i in range(done, done + length):
+                    out[i] = out[i - distance]
+        done += length
+    return done
