@@ -24,6 +24,8 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 # Rows and columns that are put together at once, and values where rows are stored as such: 32 kB at most.
 _TILE_ROWS, _TILE_COLUMNS, _TILE_VALUES = 256, 32, 1024
+#: Rows that are turned into columns at once, as float64.
+_SHORT_TILE_ROWS = 64
 
 #: Codes of the dtypes that features can be stored as, and the bytes of each; booleans are read as bytes.
 DTYPE_CODES: dict[str, int] = {
@@ -513,6 +515,98 @@ def place_columns(
                 )
             _turn(columns, n, n_columns, tile)
             _spread(tile, width, n, n_columns, places, first, out, left)
+    return finite
+
+
+@_compiled
+def _add_columns(
+    columns: NDArray[np.float64],
+    left: int,
+    n_columns: int,
+    n: int,
+    factors: NDArray[np.float64],
+    sums: NDArray[np.float64],
+) -> bool:
+    """Add columns, each times its factors, to sums, one column after the other; return whether all are finite."""
+    infinite = np.int32(0)
+    for j in range(n_columns):
+        column = columns[j]
+        for i in range(n):
+            infinite |= np.int32(0) if column[i] - column[i] == 0 else np.int32(1)
+        for k in range(len(factors)):
+            factor, total = factors[k, left + j], sums[k]
+            for i in range(n):
+                total[i] += column[i] * factor
+    return bool(infinite == 0)
+
+
+@_compiled
+def combine_columns(
+    addresses: NDArray[np.int64],
+    codes: NDArray[np.int64],
+    strides: NDArray[np.int64],
+    factors: NDArray[np.float64],
+    start: NDArray[np.float64],
+    out: NDArray[np.float64],
+) -> bool:
+    """Add up columns as they are stored, each times a factor, in the order of the columns; tell whether all are finite.
+
+    Parameters
+    ----------
+    addresses, codes, strides : ndarrays of shape (n_columns,), int64
+        As for `place_columns`.
+    factors : ndarray of shape (n_outputs, n_columns), float64
+        What each value is multiplied with, as float64.
+    start : ndarray of shape (n_outputs,), float64
+        Is added last.
+    out : ndarray of shape (n_rows, n_outputs), float64
+        The sums.
+    """
+    n_rows, n_outputs = out.shape
+    column = np.empty((1, _TILE_ROWS))
+    sums = np.empty((n_outputs, _TILE_ROWS))
+    finite = True
+    for first in range(0, n_rows, _TILE_ROWS):
+        n = min(_TILE_ROWS, n_rows - first)
+        sums[:, :n] = 0.0
+        for j in range(len(addresses)):
+            _load(addresses[j], codes[j], first * strides[j], strides[j], n, column[0])
+            finite &= _add_columns(column, j, 1, n, factors, sums)
+        for k in range(n_outputs):
+            for i in range(n):
+                out[first + i, k] = sums[k, i] + start[k]
+    return finite
+
+
+@_compiled
+def combine_rows(
+    address: int,
+    code: int,
+    stride: int,
+    factors: NDArray[np.float64],
+    start: NDArray[np.float64],
+    out: NDArray[np.float64],
+) -> bool:
+    """Do what `combine_columns` does for rows whose values lie side by side, `stride` values from row to row."""
+    n_rows, n_outputs = out.shape
+    n_features = factors.shape[1]
+    width = min(n_features, _TILE_COLUMNS)
+    padded = (width + 7) // 8 * 8  # for `_turn`
+    rows, columns = np.zeros((_SHORT_TILE_ROWS, padded)), np.empty((padded, _SHORT_TILE_ROWS))
+    sums = np.empty((n_outputs, _SHORT_TILE_ROWS))
+    finite = True
+    for first in range(0, n_rows, _SHORT_TILE_ROWS):
+        n = min(_SHORT_TILE_ROWS, n_rows - first)
+        sums[:, :n] = 0.0
+        for left in range(0, n_features, width):
+            n_columns = min(width, n_features - left)
+            for i in range(n):
+                _load(address, code, (first + i) * stride + left, 1, n_columns, rows[i])
+            _turn(rows, n_columns, n, columns)
+            finite &= _add_columns(columns, left, n_columns, n, factors, sums)
+        for k in range(n_outputs):
+            for i in range(n):
+                out[first + i, k] = sums[k, i] + start[k]
     return finite
 
 

@@ -42,19 +42,24 @@ class LinearModel:
     classes: NDArray[Any] | None
     is_vector: bool = True
 
-    def decision_function(self, X: NDArray[Any]) -> Floats:
-        """Return X · coef + intercept.
+    def decision_function(self, decided: Floats) -> Floats:
+        """Shape decision values, coefficients · features + intercept, as scikit-learn does.
+
+        Parameters
+        ----------
+        decided : ndarray of shape (n_rows, n_outputs), float64
+            Decision values; so for every method here.
 
         Returns
         -------
         ndarray of shape (n_rows, n_outputs), or (n_rows,) if there is one output
         """
-        values = np.asarray(X, np.float64) @ self.coef.T + self.intercept
-        return values[:, 0] if values.shape[1] == 1 and (self.classes is not None or self.is_vector) else values
+        one = decided.shape[1] == 1 and (self.classes is not None or self.is_vector)
+        return decided[:, 0] if one else decided
 
-    def predict(self, X: NDArray[Any]) -> NDArray[Any]:
+    def predict(self, decided: Floats) -> NDArray[Any]:
         """Return the predicted values or classes, shape (n_rows,), or (n_rows, n_outputs) for several targets."""
-        values = self.decision_function(X)
+        values = self.decision_function(decided)
         if self.classes is None:
             return values
         if len(self.classes) == 1:
@@ -62,7 +67,7 @@ class LinearModel:
         chosen = (values > 0).astype(np.intp) if values.ndim == 1 else values.argmax(axis=1)
         return np.asarray(self.classes[chosen])
 
-    def predict_proba(self, X: NDArray[Any]) -> Floats:
+    def predict_proba(self, decided: Floats) -> Floats:
         """Return probabilities, shape (n_rows, n_classes).
 
         Softmax or the logistic function for log_loss; for modified_huber (clip(p, −1, 1) + 1) / 2, normalised over the
@@ -79,7 +84,7 @@ class LinearModel:
                 f"loss={self.loss!r} gives no probabilities: train with loss='log_loss' or loss='modified_huber', "
                 "or use decision_function"
             )
-        values = self.decision_function(X)
+        values = self.decision_function(decided)
         if len(self.classes) == 1:
             return np.ones((len(values), 1))
         if values.ndim == 1:
@@ -92,12 +97,12 @@ class LinearModel:
             shares[shares.sum(axis=1) == 0] = 1.0
         return np.asarray(shares / shares.sum(axis=1, keepdims=True))
 
-    def predict_log_proba(self, X: NDArray[Any]) -> Floats:
+    def predict_log_proba(self, decided: Floats) -> Floats:
         """Return the logarithms of `predict_proba`; for log_loss they stay finite where the probability rounds to 0."""
         if self.loss != "log_loss" or self.classes is None or len(self.classes) == 1:
             with np.errstate(divide="ignore"):
-                return np.asarray(np.log(self.predict_proba(X)))
-        values = self.decision_function(X)
+                return np.asarray(np.log(self.predict_proba(decided)))
+        values = self.decision_function(decided)
         if values.ndim == 1:
             return -np.logaddexp(0.0, np.column_stack([values, -values]))
         shifted = values - values.max(axis=1, keepdims=True)

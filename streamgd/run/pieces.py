@@ -14,16 +14,17 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from streamgd.data.placing import DTYPE_CODES, place_columns, place_rows
+from streamgd.data.placing import DTYPE_CODES, combine_columns, combine_rows
 from streamgd.data.prefetch import default_threads
 from streamgd.data.sources.base import Columns, Source, readable
+from streamgd.learn.model import LinearModel
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
 T = TypeVar("T")
 
-#: Bytes of a piece as float64, features and outputs together. At 4 MB, fresh pages for each made it ten times slower.
-_PIECE_BYTES = 1 << 20
+#: Bytes of a piece as float64, features and outputs together.
+_PIECE_BYTES = 2 << 20
 #: Blocks that a source which computes is told of ahead of time, the one being read included.
 _AHEAD = 3
 #: No more threads than this, nor so many that their open blocks cost more than this.
@@ -39,10 +40,12 @@ class Piece(NamedTuple):
     ----------
     block, start : int
         Where they lie.
-    X : ndarray of shape (n_rows, n_features), float64
-        Features; overwritten once the function that it was given to has returned.
+    decided : ndarray of shape (n_rows, n_outputs), float64
+        The model's decision values.
     finite : bool
         Whether all features are finite.
+    X : ndarray of shape (n_rows, n_features), Columns or sequence of ndarrays
+        Features as stored.
     y : ndarray, pyarrow.Array or None
         The target as stored.
     weight : ndarray of shape (n_rows,), or None
@@ -51,25 +54,26 @@ class Piece(NamedTuple):
 
     block: int
     start: int
-    X: Floats
+    decided: Floats
     finite: bool
+    X: Any
     y: Any
     weight: Array | None
 
 
 def map_pieces(
-    source: Source, function: Callable[[Piece], T], n_outputs: int = 1, *, n_threads: int | None = None
+    source: Source, model: LinearModel, function: Callable[[Piece], T], *, n_threads: int | None = None
 ) -> Generator[T, None, None]:
-    """Apply a function to all rows of a source, about a megabyte at a time.
+    """Decide all rows of a source, about two megabytes at a time, and apply a function to what comes of it.
 
     Parameters
     ----------
     source : Source
         What to read. Its handles are released when the iterator ends or is dropped.
+    model : LinearModel
+        What decides.
     function : callable
-        Given a `Piece`; called by several threads. What it returns must not refer to the piece's memory.
-    n_outputs : int, default=1
-        Columns of what is computed for each row, which count towards the size of a piece.
+        Given a `Piece`; called by several threads. What it returns may refer to the piece's `decided` only.
     n_threads : int or None, default=None
         Threads; default: one for each processor. No result depends on it.
 
@@ -78,8 +82,8 @@ def map_pieces(
     object
         What the function returned, in the order of the rows.
     """
-    most = max(1, _PIECE_BYTES // (8 * (source.n_features + n_outputs)))
-    work = _Work(source, function, most, 8 * n_outputs)
+    most = max(1, _PIECE_BYTES // (8 * (source.n_features + len(model.coef))))
+    work = _Work(source, model, function, most)
     wanted = default_threads() if n_threads is None else n_threads
     # A source that holds whole blocks computes them side by side by itself.
     affordable = 1 if source.holds_block else max(1, _OPEN_BYTES // max(1, source.open_block_bytes))
@@ -98,8 +102,9 @@ def map_pieces(
 class _Work:
     """Blocks claimed in order by threads, and their results handed out in order."""
 
-    def __init__(self, source: Source, function: Callable[[Piece], T], most: int, row_bytes: int) -> None:
-        self._source, self._function, self._most, self._row_bytes = source, function, most, row_bytes
+    def __init__(self, source: Source, model: LinearModel, function: Callable[[Piece], T], most: int) -> None:
+        self._source, self._model, self._function, self._most = source, model, function, most
+        self._row_bytes = 8 * (len(model.coef) + 2)
         self._changed = threading.Condition()
         self._results: dict[int, deque[tuple[Any, int]]] = {}
         self._ended: dict[int, BaseException | None] = {}
@@ -111,14 +116,12 @@ class _Work:
         """Work through one block."""
         source, n_rows = self._source, int(self._source.block_rows[block])
         source.announce(range(block, min(block + _AHEAD, source.n_blocks)))
-        n = min(self._most, n_rows)
-        out = np.empty((n, source.n_features))
+        n = -(-n_rows // max(1, round(n_rows / self._most)))  # even pieces, about as long as wanted
         with source.open_block(block, piece_rows=n) as reader:
             for start in range(0, n_rows, n):
                 rows = reader.read(min(n, n_rows - start))
-                X = out[: min(n, n_rows - start)]
-                finite = _as_float64(rows.X, X)
-                yield self._function(Piece(block, start, X, finite, rows.y, rows.weight))
+                decided, finite = decide(self._model, rows.X, min(n, n_rows - start))
+                yield self._function(Piece(block, start, decided, finite, rows.X, rows.y, rows.weight))
 
     def side_by_side(self, n_threads: int) -> Generator[Any, None, None]:
         """Work through all blocks with several threads."""
@@ -188,18 +191,37 @@ class _Work:
             thread.join()
 
 
-def _as_float64(X: Any, out: Floats) -> bool:
-    """Write features as float64, row by row; return whether all are finite."""
-    n_features = out.shape[1]
-    places = np.arange(len(out), dtype=np.int32)
-    shift, factor = np.zeros(n_features), np.ones(n_features)
+def decide(model: LinearModel, X: Any, n_rows: int) -> tuple[Floats, bool]:
+    """Return coefficients · features + intercept, and whether all features are finite.
+
+    Parameters
+    ----------
+    model : LinearModel
+        What decides.
+    X : ndarray of shape (n_rows, n_features), Columns, or sequence of ndarrays
+        Features as stored; added up column after column in float64, so that every processor gives the same bits.
+    n_rows : int
+        Rows of `X`.
+
+    Returns
+    -------
+    ndarray of shape (n_rows, n_outputs), float64, and bool
+    """
+    out = np.empty((n_rows, len(model.coef)))
+    if n_rows == 0:
+        return out, True
     if isinstance(X, np.ndarray):
         X = readable(X)
-        if X.strides[1] == X.itemsize or n_features == 1:
-            address, code = X.__array_interface__["data"][0], DTYPE_CODES[X.dtype.name]
-            return bool(place_rows(address, code, X.strides[0] // X.itemsize, shift, factor, places, out))
+        if X.strides[1] == X.itemsize or X.shape[1] == 1:
+            address, code, stride = (
+                X.__array_interface__["data"][0],
+                DTYPE_CODES[X.dtype.name],
+                X.strides[0] // X.itemsize,
+            )
+            return out, bool(combine_rows(address, code, stride, model.coef, model.intercept, out))
         X = list(X.T)
     columns = X if isinstance(X, Columns) else Columns(X)
     addresses, strides, dtypes = columns.locate()
     codes = np.array([DTYPE_CODES[name] for name in dtypes], np.int64)
-    return bool(place_columns(addresses, codes, strides, shift, factor, places, out))
+    # By address: `columns` keeps the memory alive until the kernel has returned.
+    return out, bool(combine_columns(addresses, codes, strides, model.coef, model.intercept, out))

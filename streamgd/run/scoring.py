@@ -20,15 +20,13 @@ from streamgd.errors import DataError, NonFiniteError, OptionError, SchemaError
 from streamgd.learn.kernels import add_moments, mean_loss
 from streamgd.learn.model import PROBABILISTIC, LinearModel
 from streamgd.learn.recipe import Recipe
-from streamgd.run.pieces import Piece, map_pieces
+from streamgd.run.pieces import Piece, decide, map_pieces
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
 
 #: What can be asked of a model.
 METHODS = ("predict", "predict_proba", "predict_log_proba", "decision_function")
-#: Bytes of the rows of an array that are converted at once. At 4 MB, fresh pages for each made it ten times slower.
-_SLICE_BYTES = 1 << 20
 #: Classes up to which confusions are counted.
 MOST_CONFUSED = 20
 _NONE: Floats = np.zeros(0)
@@ -42,7 +40,7 @@ def predict_array(model: LinearModel, X: Array, method: str = "predict", owner: 
     model : LinearModel
         What predicts.
     X : ndarray of shape (n_rows, n_features)
-        Rows; converted to float64 about a megabyte at a time.
+        Rows.
     method : {"predict", "predict_proba", "predict_log_proba", "decision_function"}, default="predict"
         What to compute.
     owner : str, default="the model"
@@ -58,14 +56,11 @@ def predict_array(model: LinearModel, X: Array, method: str = "predict", owner: 
     NonFiniteError
         If a feature is NaN or infinite.
     """
-    most = max(1, _SLICE_BYTES // (8 * X.shape[1]))
     function = _function(model, method)
-    parts = []
-    for first in range(0, max(len(X), 1), most):
-        rows = X[first : first + most]
-        _require_finite(rows, partial(_row_of_array, first), "number {}".format, owner)
-        parts.append(function(rows))
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    decided, finite = decide(model, X, len(X))
+    if not finite:
+        _require_finite(X, partial(_row_of_array, 0), "number {}".format, owner)
+    return function(decided)
 
 
 def predict_source(model: LinearModel, source: Source, method: str = "predict") -> Iterator[Array]:
@@ -83,7 +78,7 @@ def predict_source(model: LinearModel, source: Source, method: str = "predict") 
     Returns
     -------
     iterator of ndarray
-        Predictions of consecutive rows, about a megabyte of data at a time.
+        Predictions of consecutive rows, about two megabytes of data at a time.
 
     Raises
     ------
@@ -99,10 +94,10 @@ def predict_source(model: LinearModel, source: Source, method: str = "predict") 
 
     def predicted(piece: Piece) -> Array:
         _require_finite_piece(source, piece)
-        return function(piece.X)
+        return function(piece.decided)
 
     def go_through() -> Iterator[Array]:
-        with contextlib.closing(map_pieces(source, predicted, len(model.coef))) as parts:
+        with contextlib.closing(map_pieces(source, model, predicted)) as parts:
             yield from parts
 
     return go_through()
@@ -174,7 +169,7 @@ def evaluate(model: LinearModel, source: Source, recipe: Recipe | None = None) -
         return sums.judge(piece)
 
     n_rows = 0
-    with contextlib.closing(map_pieces(source, judged, len(model.coef) + 2)) as pieces:
+    with contextlib.closing(map_pieces(source, model, judged)) as pieces:
         for piece in pieces:
             sums.add(piece)
             if loss is not None:
@@ -210,7 +205,7 @@ class _Judged(NamedTuple):
 
 def _weights_of(piece: Piece) -> Floats:
     """Copy the weights of a piece, or give each row one."""
-    return np.ones(len(piece.X)) if piece.weight is None else np.array(piece.weight, np.float64)
+    return np.ones(len(piece.decided)) if piece.weight is None else np.array(piece.weight, np.float64)
 
 
 class _Values:
@@ -241,7 +236,7 @@ class _Values:
         bad = np.flatnonzero(~np.isfinite(y).all(axis=1))
         if len(bad):
             raise _missing_target(self._source, piece, int(bad[0]))
-        return _Judged(y, self._model.decision_function(piece.X), _weights_of(piece), None)
+        return _Judged(y, self._model.decision_function(piece.decided), _weights_of(piece), None)
 
     def add(self, rows: _Judged) -> None:
         """Add rows to the sums."""
@@ -285,9 +280,9 @@ class _Labels:
             raise _missing_target(self._source, piece, int(bad[0]))
         of_target = None
         if self._probabilities:
-            log_probabilities = self._model.predict_log_proba(piece.X)
+            log_probabilities = self._model.predict_log_proba(piece.decided)
             of_target = log_probabilities[np.arange(len(codes)), np.maximum(codes[:, 0], 0).astype(np.intp)]
-        return _Judged(codes, self._model.decision_function(piece.X), _weights_of(piece), of_target)
+        return _Judged(codes, self._model.decision_function(piece.decided), _weights_of(piece), of_target)
 
     def add(self, rows: _Judged) -> None:
         """Add rows to the sums."""
@@ -345,14 +340,15 @@ def _function(model: LinearModel, method: str) -> Callable[[Array], Array]:
     if method not in METHODS:
         raise OptionError(f"method={method!r}: expected one of {', '.join(map(repr, METHODS))}")
     if method.endswith("proba"):
-        model.predict_proba(np.zeros((0, model.coef.shape[1])))  # refuses here, not at the first piece
+        model.predict_proba(np.zeros((0, len(model.coef))))  # refuses here, not at the first piece
     return getattr(model, method)  # type: ignore[no-any-return]
 
 
 def _require_finite_piece(source: Source, piece: Piece) -> None:
     if piece.finite:
         return
-    _require_finite(piece.X, partial(_locate, source, piece), source.feature_label, source.name)
+    X = piece.X if isinstance(piece.X, np.ndarray) else np.stack(list(piece.X), axis=1)
+    _require_finite(X, partial(_locate, source, piece), source.feature_label, source.name)
 
 
 def _row_of_array(first: int, row: int) -> str:
@@ -364,12 +360,7 @@ def _locate(source: Source, piece: Piece, row: int) -> str:
 
 
 def _require_finite(X: Array, locate: Callable[[int], str], label: Callable[[int], str], owner: str) -> None:
-    """Look at the sum first; only one that is not finite is worth the search."""
-    if X.dtype.kind != "f":
-        return
-    with np.errstate(invalid="ignore", over="ignore"):
-        if np.isfinite(X.sum(dtype=np.float32 if X.itemsize < 4 else X.dtype)):
-            return
+    """Search for a value that is not finite, where it is known that there is one."""
     bad = np.argwhere(~np.isfinite(X))
     if len(bad):
         row, column = (int(value) for value in bad[0])
