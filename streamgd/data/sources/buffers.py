@@ -16,26 +16,27 @@ _SMALL_BYTES = 4096
 class Buffers:
     """Memory handed out again and again: in fresh memory the first write to each page costs more than decoding does.
 
-    Never holds more than was in use at some moment.
+    Never holds more than was in use at some moment. Safe for several threads.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._free: list[Bytes] = []
-        self._in_use = self._most = self._idle = 0
+        self._in_use = self._idle = self._most = 0
 
     def take(self, n_bytes: int) -> Bytes:
-        """Return memory of at least `n_bytes`, and at most about twice as much; whoever has it gives it back."""
+        """Return memory of at least `n_bytes`, and of not much more than twice as much, for `give` later."""
         with self._lock:
-            fitting = [each for each in self._free if n_bytes <= len(each) <= 2 * n_bytes + _SMALL_BYTES]
-            found = min(fitting, key=len, default=None)
-            if found is not None:
-                self._free = [each for each in self._free if each is not found]
-                self._idle -= len(found)
-            self._in_use += n_bytes if found is None else len(found)
+            for i in range(len(self._free) - 1, -1, -1):  # the last used is in the processor's caches
+                size = len(self._free[i])
+                if n_bytes <= size <= 2 * n_bytes + _SMALL_BYTES:
+                    self._idle -= size
+                    self._in_use += size
+                    return self._free.pop(i)
+            self._in_use += n_bytes
             self._most = max(self._most, self._in_use)
             self._shrink()
-        return np.empty(n_bytes, np.uint8) if found is None else found
+        return np.empty(n_bytes, np.uint8)
 
     def give(self, memory: Bytes) -> None:
         """Take back what `take` returned; nobody reads it any more."""
@@ -45,11 +46,11 @@ class Buffers:
             self._free.append(memory)
             self._shrink()
 
-    def _shrink(self) -> None:
-        while self._free and self._idle + self._in_use > self._most:
-            self._idle -= len(self._free.pop(0))
-
     def clear(self) -> None:
         """Forget what is not in use."""
         with self._lock:
             self._free, self._idle, self._most = [], 0, self._in_use
+
+    def _shrink(self) -> None:
+        while self._free and self._idle + self._in_use > self._most:
+            self._idle -= len(self._free.pop(0))

@@ -18,8 +18,8 @@ HELD_BYTES = 32 << 20
 _LEAST_ROWS = 32
 #: Short runs of chunks are joined until a source has no more blocks than this: more mix no better.
 _MANY_BLOCKS = 2048
-#: Blocks grow until they decode at most so many times their own bytes.
-_DECODED_TIMES = 4
+#: Blocks grow until they decode at most so many times their own bytes, and as long as they are small, few more at all.
+_DECODED_TIMES, _DECODED_TIMES_SMALL = 4, 1.1
 #: The places of so many chunks of a source are kept in memory, in twelve bytes each; h5py reads datasets with more.
 MOST_CHUNKS, _PLACE_BYTES = 1 << 20, 12
 #: They are there once, and every open block is charged with such a part of them.
@@ -77,8 +77,9 @@ def cut_into_blocks(info: FileInfo, block_bytes: int, n_rows: int) -> Cut:
         least = max(_LEAST_ROWS, n_rows // _MANY_BLOCKS)
         if rows < least:
             rows *= max(1, min(math.ceil(least / rows), free // rows))
-        while _times_decoded(info, rows) > _DECODED_TIMES and 2 * rows * row_bytes <= limit:
-            rows *= 2
+        for times, most_bytes in ((_DECODED_TIMES_SMALL, block_bytes), (_DECODED_TIMES, limit)):
+            while _times_decoded(info, rows) > times and 2 * rows * row_bytes <= most_bytes:
+                rows *= 2
         starts = np.arange(0, info.n_rows, rows, dtype=np.int64)
     many = sum(each.pieces for each in info.features) > _MANY_PIECES
     n_features = len(info.features)
