@@ -335,8 +335,10 @@ class Code:
 
     # --- flow ---
     @contextmanager
-    def loop(self, start: Value | Number, stop: Value | Number, step: Value | Number = 1) -> Iterator[Value]:
-        """Do what is written inside for start, start + step, … below stop."""
+    def loop(
+        self, start: Value | Number, stop: Value | Number, step: Value | Number = 1, *, short: bool = True
+    ) -> Iterator[Value]:
+        """Do what is written inside for start, start + step, … below stop; a short loop is not worth unrolling."""
         builder = self.builder
         first, last, by = self.integer(start), self.integer(stop), self.integer(step)
         before = builder.block
@@ -349,7 +351,7 @@ class Code:
         builder.position_at_end(body)
         yield Value(self, index)
         index.add_incoming((Value(self, index) + by).ir, builder.block)
-        builder.branch(head)
+        builder.branch(head).set_metadata("llvm.loop", _as_written(builder.module, short))
         builder.position_at_end(after)
 
     @contextmanager
@@ -362,7 +364,7 @@ class Code:
         builder.cbranch(condition().ir, body, after)
         builder.position_at_end(body)
         yield
-        builder.branch(head)
+        builder.branch(head).set_metadata("llvm.loop", _as_written(builder.module, short=True))
         builder.position_at_end(after)
 
     @contextmanager
@@ -382,7 +384,7 @@ class Code:
         whole = n & -lanes
         with self.loop(0, whole, lanes) as i:
             body(i, lanes)
-        with self.loop(whole, n) as i:
+        with self.loop(whole, n, short=True) as i:
             body(i, 1)
 
 
@@ -462,6 +464,16 @@ def function(body: Callable[..., None]) -> Callable[..., Any]:
 
     call.__name__, call.__doc__ = body.__name__, body.__doc__
     return call
+
+
+def _as_written(module: Any, short: bool) -> Any:
+    """Return what keeps LLVM from looking for vectors in a loop, or from unrolling it, too: that takes it long."""
+    wishes = [[ir.MetaDataString(module, "llvm.loop.vectorize.enable"), ir.Constant(BOOL, 0)]]
+    wishes += [[ir.MetaDataString(module, "llvm.loop.unroll.disable")]] * short
+    parts = [module.add_metadata(wish) for wish in wishes]
+    loop = ir.MDValue(module, [], name=str(len(module.metadata)))
+    loop.operands = (loop, *parts)  # LLVM tells loops apart by what names itself
+    return loop
 
 
 def _size(element: Any) -> int:
