@@ -1,33 +1,38 @@
 """The losses: names, formulas and which task each serves.
 
 Scale and sign conventions are scikit-learn's: p is the prediction (decision value), y the target, s = ±1 the class.
-The compiled code is `streamgd.learn.kernels.elementwise_loss` and its softmax twin; the codes here select the branch.
+The compiled code is `streamgd.learn.kernels.losses`; the codes and shapes here say which branch it takes, and how.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamgd.errors import OptionError
-from streamgd.learn.kernels import (
-    EPSILON_INSENSITIVE,
-    HINGE,
-    HUBER,
-    LOG_LOSS,
-    MODIFIED_HUBER,
-    PERCEPTRON,
-    QUANTILE,
-    SQUARED_EPSILON_INSENSITIVE,
-    SQUARED_ERROR,
-    SQUARED_HINGE,
-)
+from streamgd.learn import codes as c
 from streamgd.learn.options import require
 
 Task = Literal["regression", "classification"]
+
+
+class Shape(NamedTuple):
+    """What sets a loss apart from its like: a function of the excess o of a residual or a margin.
+
+    bend · (o²/2 up to the knee, straight on from there) + steep · o. For a residual r = p − y the excess is
+    max(0, |r| − width), and all is times over or under by the sign of r; for a margin z = s p it is max(0, width − z).
+    """
+
+    width: float = 0.0
+    knee: float = np.inf
+    bend: float = 1.0
+    steep: float = 0.0
+    over: float = 1.0
+    under: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Loss:
         What it can be used for.
     formula : str
         Value for one row.
+    shape : callable
+        Its `Shape`, given its parameter; log_loss has none of its own.
     parameter : str or None
         Name of the one number that shapes it (``"epsilon"`` or ``"quantile"``).
     """
@@ -52,34 +59,81 @@ class Loss:
     code: int
     task: Task
     formula: str
+    shape: Callable[[float], Shape]
     parameter: str | None = None
 
 
 LOSSES: dict[str, Loss] = {
     loss.name: loss
     for loss in (
-        Loss("squared_error", SQUARED_ERROR, "regression", "(p - y)**2 / 2"),
+        Loss("squared_error", c.SQUARED_ERROR, "regression", "(p - y)**2 / 2", lambda _: Shape()),
         Loss(
             "huber",
-            HUBER,
+            c.HUBER,
             "regression",
             "(p - y)**2 / 2 if |p - y| <= epsilon else epsilon |p - y| - epsilon**2 / 2",
+            lambda epsilon: Shape(knee=epsilon),
             "epsilon",
         ),
-        Loss("epsilon_insensitive", EPSILON_INSENSITIVE, "regression", "max(0, |p - y| - epsilon)", "epsilon"),
+        Loss(
+            "epsilon_insensitive",
+            c.EPSILON_INSENSITIVE,
+            "regression",
+            "max(0, |p - y| - epsilon)",
+            lambda epsilon: Shape(width=epsilon, knee=0.0, bend=0.0, steep=1.0),
+            "epsilon",
+        ),
         Loss(
             "squared_epsilon_insensitive",
-            SQUARED_EPSILON_INSENSITIVE,
+            c.SQUARED_EPSILON_INSENSITIVE,
             "regression",
             "max(0, |p - y| - epsilon)**2",
+            lambda epsilon: Shape(width=epsilon, bend=2.0),
             "epsilon",
         ),
-        Loss("quantile", QUANTILE, "regression", "max(quantile (y - p), (quantile - 1) (y - p))", "quantile"),
-        Loss("log_loss", LOG_LOSS, "classification", "log(1 + exp(-s p)); softmax cross-entropy for 3 or more classes"),
-        Loss("hinge", HINGE, "classification", "max(0, 1 - s p)"),
-        Loss("squared_hinge", SQUARED_HINGE, "classification", "max(0, 1 - s p)**2"),
-        Loss("modified_huber", MODIFIED_HUBER, "classification", "max(0, 1 - s p)**2 if s p >= -1 else -4 s p"),
-        Loss("perceptron", PERCEPTRON, "classification", "max(0, -s p)"),
+        Loss(
+            "quantile",
+            c.QUANTILE,
+            "regression",
+            "max(quantile (y - p), (quantile - 1) (y - p))",
+            lambda quantile: Shape(knee=0.0, bend=0.0, steep=1.0, over=1.0 - quantile, under=quantile),
+            "quantile",
+        ),
+        Loss(
+            "log_loss",
+            c.LOG_LOSS,
+            "classification",
+            "log(1 + exp(-s p)); softmax cross-entropy for 3 or more classes",
+            lambda _: Shape(),
+        ),
+        Loss(
+            "hinge",
+            c.HINGE,
+            "classification",
+            "max(0, 1 - s p)",
+            lambda _: Shape(width=1.0, knee=0.0, bend=0.0, steep=1.0),
+        ),
+        Loss(
+            "squared_hinge",
+            c.SQUARED_HINGE,
+            "classification",
+            "max(0, 1 - s p)**2",
+            lambda _: Shape(width=1.0, bend=2.0),
+        ),
+        Loss(
+            "modified_huber",
+            c.MODIFIED_HUBER,
+            "classification",
+            "max(0, 1 - s p)**2 if s p >= -1 else -4 s p",
+            lambda _: Shape(width=1.0, knee=2.0, bend=2.0),
+        ),
+        Loss(
+            "perceptron",
+            c.PERCEPTRON,
+            "classification",
+            "max(0, -s p)",
+            lambda _: Shape(knee=0.0, bend=0.0, steep=1.0),
+        ),
     )
 }
 
@@ -132,9 +186,9 @@ def start_intercept(
     share = np.clip(class_weights / total if total > 0 else np.ones_like(class_weights), 0.0, 1.0)
     floor = 0.5 / max(total, 1.0)
     share = np.clip(share, floor, 1.0)
-    if loss.code == PERCEPTRON:
+    if loss.code == c.PERCEPTRON:
         return np.zeros(1 if len(share) <= 2 else len(share))
-    if loss.code == LOG_LOSS:
+    if loss.code == c.LOG_LOSS:
         if len(share) > 2:
             logits = np.log(share / share.sum())
             return np.asarray(logits - logits.mean())

@@ -40,7 +40,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streamgd.errors import OptionError
-from streamgd.learn.kernels import ADAGRAD, ADAM, AUTO, DOWG, SGD
+from streamgd.learn.codes import ADAGRAD, ADAM, AUTO, DOWG, SGD
 from streamgd.learn.losses import Task
 from streamgd.learn.options import require
 

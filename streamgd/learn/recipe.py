@@ -9,42 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamgd.errors import OptionError
+from streamgd.learn import codes as c
 from streamgd.learn import penalties
-from streamgd.learn.kernels import (
-    AUTO,
-    AVERAGE_NONE,
-    AVERAGE_POLYNOMIAL,
-    AVERAGE_UNIFORM,
-    CODE_AVERAGE,
-    CODE_CLASSES,
-    CODE_INTERCEPT,
-    CODE_LOSS,
-    CODE_MOMENTS,
-    CODE_NESTEROV,
-    CODE_OPTIMIZER,
-    CODE_SCHEDULE,
-    CODE_SOFTMAX,
-    HUBER,
-    LOG_LOSS,
-    N_CODES,
-    N_PARAMS,
-    OPTIMAL,
-    PARAM_ALPHA,
-    PARAM_AVERAGE_FROM,
-    PARAM_BETA_1,
-    PARAM_BETA_2,
-    PARAM_EPSILON,
-    PARAM_ETA0,
-    PARAM_L1,
-    PARAM_L2,
-    PARAM_LOSS,
-    PARAM_MEAN_WEIGHT,
-    PARAM_MOMENTUM,
-    PARAM_N_UPDATES,
-    PARAM_OPTIMAL_START,
-    PARAM_POWER_T,
-    SGD,
-)
 from streamgd.learn.losses import Loss, Task, get_loss, outputs_of
 from streamgd.learn.optimizers import Optimizer, resolve
 from streamgd.learn.options import is_flag, is_number, is_whole, require
@@ -111,7 +77,7 @@ class Recipe:
         penalties.strengths(self.penalty, self.alpha, self.l1_ratio)
         epsilon, quantile, momentum, eta0 = self.epsilon, self.quantile, self.momentum, self.eta0
         require(is_number(epsilon) and epsilon >= 0, "epsilon", epsilon, "a number of at least 0")
-        require(loss.code != HUBER or epsilon > 0, "epsilon", epsilon, "a number above 0 for loss='huber'")
+        require(loss.code != c.HUBER or epsilon > 0, "epsilon", epsilon, "a number above 0 for loss='huber'")
         require(is_number(quantile) and 0 < quantile < 1, "quantile", quantile, "a number between 0 and 1")
         require(is_number(self.power_t), "power_t", self.power_t, "a number")
         require(is_number(momentum) and 0 <= momentum < 1, "momentum", momentum, "a number from 0 to below 1")
@@ -133,9 +99,9 @@ class Recipe:
 
     def _require_fitting(self, optimizer: Optimizer, schedule: str) -> None:
         """Refuse options that are fine by themselves but not together."""
-        if self.eta0 != "auto" and not optimizer.learning_rates and optimizer.code != AUTO:
+        if self.eta0 != "auto" and not optimizer.learning_rates and optimizer.code != c.AUTO:
             raise OptionError(f"eta0={self.eta0!r}: optimizer={optimizer.name!r} has no learning rate to set")
-        if optimizer.code != SGD and (self.momentum or self.nesterov):
+        if optimizer.code != c.SGD and (self.momentum or self.nesterov):
             raise OptionError(
                 f"momentum and nesterov belong to optimizer='sgd'; found optimizer={optimizer.name!r}. "
                 "Set optimizer='sgd' or leave them out"
@@ -167,11 +133,11 @@ class Recipe:
 
     @property
     def average_kind(self) -> int:
-        """One of `AVERAGE_NONE`, `AVERAGE_UNIFORM`, `AVERAGE_POLYNOMIAL`."""
+        """One of `c.AVERAGE_NONE`, `c.AVERAGE_UNIFORM`, `c.AVERAGE_POLYNOMIAL`."""
         wanted = self.the_optimizer.averages if self.average == "auto" else bool(self.average)
         if not wanted:
-            return AVERAGE_NONE
-        return AVERAGE_UNIFORM if self.the_optimizer.code == SGD else AVERAGE_POLYNOMIAL
+            return c.AVERAGE_NONE
+        return c.AVERAGE_UNIFORM if self.the_optimizer.code == c.SGD else c.AVERAGE_POLYNOMIAL
 
     def n_outputs(self, n_targets: int, n_classes: int) -> int:
         """Rows of the coefficient matrix."""
@@ -193,28 +159,28 @@ class Recipe:
         """
         loss, optimizer = self.the_loss, self.the_optimizer
         l1, l2 = penalties.strengths(self.penalty, self.alpha, self.l1_ratio)
-        codes = np.zeros(N_CODES, np.int64)
-        codes[CODE_LOSS] = loss.code
-        codes[CODE_OPTIMIZER] = optimizer.code
-        codes[CODE_SCHEDULE] = SCHEDULES[self.schedule]
-        codes[CODE_SOFTMAX] = loss.code == LOG_LOSS and n_classes > 2
-        codes[CODE_CLASSES] = n_classes
-        codes[CODE_INTERCEPT] = self.fit_intercept
-        codes[CODE_AVERAGE] = self.average_kind
-        codes[CODE_NESTEROV] = self.nesterov
-        codes[CODE_MOMENTS] = moments
-        params = np.zeros(N_PARAMS, np.float64)
-        params[PARAM_LOSS] = self.quantile if loss.parameter == "quantile" else self.epsilon
-        params[PARAM_L1], params[PARAM_L2] = l1, l2
-        params[PARAM_ETA0] = self.first_eta
-        params[PARAM_POWER_T] = self.power_t
-        params[PARAM_MOMENTUM] = self.momentum
-        params[PARAM_BETA_1], params[PARAM_BETA_2], params[PARAM_EPSILON] = 0.9, 0.999, 1e-8
-        params[PARAM_OPTIMAL_START] = optimal_start(self.alpha) if SCHEDULES[self.schedule] == OPTIMAL else 0.0
-        params[PARAM_ALPHA] = self.alpha
-        params[PARAM_N_UPDATES] = max(1.0, n_updates)
-        params[PARAM_AVERAGE_FROM] = 1 if is_flag(self.average) or self.average == "auto" else max(1, int(self.average))
-        params[PARAM_MEAN_WEIGHT] = mean_weight
+        codes = np.zeros(c.N_CODES, np.int64)
+        codes[c.CODE_LOSS] = loss.code
+        codes[c.CODE_OPTIMIZER] = optimizer.code
+        codes[c.CODE_SCHEDULE] = SCHEDULES[self.schedule]
+        codes[c.CODE_SOFTMAX] = loss.code == c.LOG_LOSS and n_classes > 2
+        codes[c.CODE_CLASSES] = n_classes
+        codes[c.CODE_INTERCEPT] = self.fit_intercept
+        codes[c.CODE_AVERAGE] = self.average_kind
+        codes[c.CODE_NESTEROV] = self.nesterov
+        codes[c.CODE_MOMENTS] = moments
+        params = np.zeros(c.N_PARAMS, np.float64)
+        params[c.PARAM_WIDTH : c.PARAM_UNDER + 1] = loss.shape(self.quantile if loss.parameter == "quantile" else self.epsilon)
+        params[c.PARAM_L1], params[c.PARAM_L2] = l1, l2
+        params[c.PARAM_ETA0] = self.first_eta
+        params[c.PARAM_POWER_T] = self.power_t
+        params[c.PARAM_MOMENTUM] = self.momentum
+        params[c.PARAM_BETA_1], params[c.PARAM_BETA_2], params[c.PARAM_EPSILON] = 0.9, 0.999, 1e-8
+        params[c.PARAM_OPTIMAL_START] = optimal_start(self.alpha) if SCHEDULES[self.schedule] == c.OPTIMAL else 0.0
+        params[c.PARAM_ALPHA] = self.alpha
+        params[c.PARAM_N_UPDATES] = max(1.0, n_updates)
+        params[c.PARAM_AVERAGE_FROM] = 1 if is_flag(self.average) or self.average == "auto" else max(1, int(self.average))
+        params[c.PARAM_MEAN_WEIGHT] = mean_weight
         return Packed(codes, params)
 
     def to_json(self) -> dict[str, Any]:

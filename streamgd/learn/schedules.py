@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 
-from streamgd.learn.kernels import ADAPTIVE, CONSTANT, COSINE, INVSCALING, OPTIMAL
+from streamgd.learn.codes import ADAPTIVE, CONSTANT, COSINE, INVSCALING, OPTIMAL
 
 SCHEDULES = {
     "constant": CONSTANT,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamgd.learn.kernels import (
+from streamgd.learn.codes import (
     BEST_OBJECTIVE,
     BETA_1_POWER,
     BETA_2_POWER,
@@ -44,7 +44,7 @@ class State:
     slots : ndarray of shape (n_slots, n_outputs, n_features + 1), float64
         What the optimizer keeps: AdaGrad's sums, Adam's moments, sgd's velocity, DoWG's start.
     scalars : ndarray of float64
-        Sums and numbers, at the places named in `streamgd.learn.kernels`.
+        Sums and numbers, at the places named in `streamgd.learn.codes`.
     counters : ndarray of int64
         The cursor (``EPOCH``, ``WINDOW``, ``ROW``) and the other whole numbers.
     checksum : ndarray of shape (1,), uint64

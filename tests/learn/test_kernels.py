@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import mpmath
 import numba as nb
@@ -12,32 +13,36 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from streamgd.learn import kernels
+from streamgd.learn.kernels import arithmetic, rows
 from streamgd.learn.losses import LOSSES
 from streamgd.learn.recipe import Recipe
-from tests.learn.training import EMPTY, Rows, begin, bits_of, feed, make_rows, pack, train, train_in_pieces
-
-EXP, LOG, LOG1P, COS_PI = 0, 1, 2, 3
+from tests.learn.training import EMPTY, Rows, begin, bits_of, compiled, feed, make_rows, pack, train, train_in_pieces
 
 
-@nb.njit(error_model="numpy")
-def _mapped(function, x):
-    out = np.empty_like(x)
-    for i in range(len(x)):
-        if function == EXP:
-            out[i] = kernels.exp(x[i])
-        elif function == LOG:
-            out[i] = kernels.log(x[i])
-        elif function == LOG1P:
-            out[i] = kernels.log1p(x[i])
-        else:
-            out[i] = kernels._cos_pi(x[i])
-    return out
+def mapped(function: Callable) -> Callable[[np.ndarray], np.ndarray]:
+    """Compile a function of numbers for arrays: vectors of eight, and then what is left over."""
+
+    def write(code, arrays, shapes):
+        code.each(
+            shapes["x"][0], lambda i, lanes: arrays["out"].store(i, function(arrays["x"].load(i, lanes)))
+        )
+
+    call = compiled("x out", write)
+
+    def on_array(x: np.ndarray) -> np.ndarray:
+        wide, narrow = np.empty_like(x), np.empty_like(x)
+        call(x, wide)
+        for i in range(0, len(x), 7):
+            call(x[i : i + 7], narrow[i : i + 7])
+        np.testing.assert_array_equal(wide, narrow)  # a number gets what a vector's lane gets
+        return wide
+
+    return on_array
 
 
-@nb.njit(error_model="numpy")
-def _dots(A, B, lengths, out):
-    for i in range(len(lengths)):
-        out[i] = kernels.dot(kernels.address(A, 1), kernels.address(B, 2), lengths[i])
+exp, log, log1p, cos_pi = (
+    mapped(function) for function in (arithmetic.exp, arithmetic.log, arithmetic.log1p, arithmetic.cos_pi)
+)
 
 
 def units_off(found: np.ndarray, exact: list[mpmath.mpf]) -> float:
@@ -67,13 +72,13 @@ class TestArithmetic:
                 [0.0, -0.0, -708.0, 709.0, 1.0, -1.0, 5e-324, -5e-324],
             ]
         )
-        assert units_off(_mapped(EXP, x), [mpmath.exp(mpmath.mpf(float(v))) for v in x]) < 1.5
-        assert _mapped(EXP, np.array([0.0, -0.0])).tolist() == [1.0, 1.0]
+        assert units_off(exp(x), [mpmath.exp(mpmath.mpf(float(v))) for v in x]) < 1.5
+        assert exp(np.array([0.0, -0.0])).tolist() == [1.0, 1.0]
 
     def test_exp_beyond_its_range_is_clamped(self):
         x = np.array([-np.inf, -1e300, -709.0, 709.5, 1e300, np.inf])
-        low, high = _mapped(EXP, np.array([-708.0, 709.0]))
-        assert _mapped(EXP, x).tolist() == [low, low, low, high, high, high]
+        low, high = exp(np.array([-708.0, 709.0]))
+        assert exp(x).tolist() == [low, low, low, high, high, high]
         assert 0 < low < high < np.inf
 
     def test_log(self):
@@ -91,8 +96,8 @@ class TestArithmetic:
             ]
         )
         x = x[x != 1]
-        assert units_off(_mapped(LOG, x), [mpmath.log(mpmath.mpf(float(v))) for v in x]) < 2
-        assert _mapped(LOG, np.ones(1))[0] == 0
+        assert units_off(log(x), [mpmath.log(mpmath.mpf(float(v))) for v in x]) < 2
+        assert log(np.ones(1))[0] == 0
 
     def test_log1p(self):
         rng = np.random.default_rng(2)
@@ -103,86 +108,145 @@ class TestArithmetic:
                 [1.0, np.nextafter(1, 0), 2.0**-52, 2.0**-53, np.finfo(float).tiny],
             ]
         )
-        assert units_off(_mapped(LOG1P, u), [mpmath.log1p(mpmath.mpf(float(v))) for v in u]) < 2
-        assert _mapped(LOG1P, np.zeros(1))[0] == 0
+        assert units_off(log1p(u), [mpmath.log1p(mpmath.mpf(float(v))) for v in u]) < 2
+        assert log1p(np.zeros(1))[0] == 0
 
     def test_cos_pi(self):
         x = np.concatenate([np.random.default_rng(3).uniform(0, 1, 3000), [0.0, 0.25, 0.5, 0.75, 1.0]])
         exact = np.array([float(mpmath.cospi(mpmath.mpf(float(v)))) for v in x])
-        np.testing.assert_allclose(_mapped(COS_PI, x), exact, rtol=0, atol=1e-15)
-        assert _mapped(COS_PI, np.array([0.0, 1.0])).tolist() == [1.0, -1.0]
+        np.testing.assert_allclose(cos_pi(x), exact, rtol=0, atol=1e-15)
+        assert cos_pi(np.array([0.0, 1.0])).tolist() == [1.0, -1.0]
 
 
-def dot_in_order(a: np.ndarray, b: np.ndarray):
-    """`dot`'s sum in its order: sixteen accumulators, folded in halves that pick up 8, 4, 2 and 1 elements."""
-    n = len(a)
-    whole = n - n % 16
-    total = np.zeros(16, a.dtype)
-    for j in range(0, whole, 16):
-        total = total + a[j : j + 16] * b[j : j + 16]
-    j = whole
-    for lanes in (8, 4, 2, 1):
-        total = total[:lanes] + total[lanes:]
-        if n & lanes:
-            total = total + a[j : j + lanes] * b[j : j + lanes]
-            j += lanes
+# --- the order of sums -----------------------------------------------------------------------------------------------
+WIDTHS = [1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 20, 28, 31, 32, 33, 64, 100, 129, 300]
+
+
+def lanes_of(d: int, dtype: np.dtype) -> int:
+    return next(lanes for lanes in (64 // np.dtype(dtype).itemsize, 4, 1) if d >= lanes)
+
+
+def folded(total: np.ndarray):
+    """Halves are added until one number is left."""
+    while len(total) > 1:
+        total = total[: len(total) // 2] + total[len(total) // 2 :]
     return total[0]
 
 
+def dot_in_order(x: np.ndarray, w: np.ndarray):
+    """Blocks of the widest that fits, the last one at the row's end without what it repeats."""
+    d, lanes = len(x), lanes_of(len(x), x.dtype)
+    products = x * w
+    total = products[:lanes]
+    for j in range(lanes, d, lanes):
+        block = products[j : j + lanes]
+        total = total + np.concatenate([np.zeros(lanes - len(block), x.dtype), block])
+    return folded(total)
+
+
+def sum_in_order(values: np.ndarray) -> float:
+    """Eight sums by the number of the row, folded."""
+    values = np.append(values, np.zeros(-len(values) % 8))
+    total = np.zeros(8)
+    for i in range(0, len(values), 8):
+        total = total + values[i : i + 8]
+    return folded(total)
+
+
+def write_predict(code, arrays, shapes):
+    n, d = shapes["x"]
+    rows.spread(code, arrays["w"], d, arrays["blocks"])
+    share = code.integer(1)
+    rows.predict(code, arrays["x"], n, d, arrays["blocks"], code.number(0.5), arrays["out"], arrays["x"], share)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_dot_sums_in_its_documented_order(dtype):
+def test_predictions_sum_in_their_documented_order(dtype):
+    predict = compiled("x w blocks out", write_predict)
     rng = np.random.default_rng(0)
-    A, B = rng.standard_normal((3, 200)).astype(dtype), rng.standard_normal((4, 200)).astype(dtype)
-    lengths = np.arange(201)
-    out = np.empty(201, dtype)
-    _dots(A, B, lengths, out)
-    expected = np.array([dot_in_order(A[1, :n], B[2, :n]) for n in lengths], dtype)
-    np.testing.assert_array_equal(out, expected)
-    assert out[0] == 0
-    np.testing.assert_allclose(out[200], A[1] @ B[2], rtol=1e-5)
+    for d in WIDTHS:
+        for n in range(1, 10):
+            x, w, out = rng.standard_normal((n, d)).astype(dtype), rng.standard_normal(d), np.empty(n + 3)
+            predict(x, w, np.full(d + 16, np.nan, dtype), out)
+            expected = [np.float64(dot_in_order(row, w.astype(dtype))) + 0.5 for row in x]
+            np.testing.assert_array_equal(out[:n], expected)
+            np.testing.assert_allclose(out[:n], x @ w + 0.5, rtol=0, atol=1e-5 if dtype == np.float32 else 1e-12)
 
 
-@nb.njit
-def _first_of_row(A):
-    return kernels.address(A, 1)[0]
+def write_predict_outputs(code, arrays, shapes):
+    (n, d), (n_outputs, stride) = shapes["x"], shapes["out"]
+    rows.turn(code, arrays["x"], n, d, arrays["turned"])
+    plus, step = arrays["plus"], code.integer(1)
+    rows.predict_outputs(code, arrays["turned"], d, arrays["w"], plus, step, n_outputs, arrays["out"], stride)
 
 
-def test_rows_that_are_not_contiguous_have_no_address():
-    """It would be wrong, and nothing else would notice."""
-    assert _first_of_row(np.arange(6.0).reshape(2, 3)) == 3
-    with pytest.raises(nb.core.errors.TypingError):
-        _first_of_row(np.asfortranarray(np.ones((2, 3))))
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_predictions_of_several_outputs_sum_in_their_documented_order(dtype):
+    predict = compiled("x w plus turned out", write_predict_outputs)
+    rng = np.random.default_rng(0)
+    lanes = 64 // np.dtype(dtype).itemsize
+    for d, n_outputs in zip(WIDTHS, [3, 4, 5, 6, 7, 8, 9] * 3, strict=True):
+        for n in (1, lanes - 1, lanes):
+            x, w = rng.standard_normal((n, d)).astype(dtype), rng.standard_normal((n_outputs, d)).astype(dtype)
+            plus, out = rng.standard_normal(n_outputs), np.empty((n_outputs, lanes))
+            predict(x, w, plus, np.full(d * lanes, np.nan, dtype), out)
+            expected = np.repeat(plus[:, None], lanes, axis=1)
+            for first in range(0, d, 128):
+                part = np.zeros((n_outputs, n), dtype)
+                for j in range(first, min(d, first + 128)):
+                    part = part + w[:, j, None] * x[:, j]
+                expected[:, :n] += part
+            np.testing.assert_array_equal(out, expected)
 
 
 def gradient_in_order(X: np.ndarray, slopes: np.ndarray) -> np.ndarray:
-    """Four rows at a time, counted from the batch's start."""
-    slopes = slopes.astype(X.dtype)
-    products = slopes[:, None] * X
+    """Four rows at a time, counted from the batch's start; rows that are not there add zeros."""
+    missing = -len(X) % 4
+    X, slopes = np.vstack([X, np.zeros((missing, X.shape[1]), X.dtype)]), np.append(slopes, np.zeros(missing))
+    products = slopes.astype(X.dtype)[:, None] * X
     total = np.zeros(X.shape[1], X.dtype)
-    whole = len(X) - len(X) % 4
-    for i in range(0, whole, 4):
+    for i in range(0, len(X), 4):
         total = total + ((products[i] + products[i + 1]) + (products[i + 2] + products[i + 3]))
-    for i in range(whole, len(X)):
-        total = total + products[i]
     return total
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 33])
-def test_one_batch_of_squared_error_has_the_documented_bits(n):
+@pytest.mark.parametrize("d", WIDTHS)
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 33, 150])
+def test_one_batch_of_squared_error_has_the_documented_bits(n, d):
     """Prediction, gradient and step of plain SGD, bit for bit, from the order of the sums in the docstrings."""
-    rows = make_rows(n, 37, dtype=np.float32, seed=n)
+    given = make_rows(n, d, dtype=np.float32, seed=n)
     recipe = Recipe(optimizer="sgd", learning_rate="constant", eta0=0.25, batch_size=n)
-    state = begin(recipe, rows)
-    first = np.random.default_rng(n).standard_normal(38)
+    state = begin(recipe, given)
+    first = np.random.default_rng(n).standard_normal(d + 1)
     state.theta[0] = first
-    feed(state, rows, pack(recipe, rows))
+    feed(state, given, pack(recipe, given))
     coef = first[:-1].astype(np.float32)
-    p = np.array([dot_in_order(x, coef) for x in rows.X], np.float64) + first[-1]
-    slopes = p - rows.y[:, 0]
-    g = gradient_in_order(rows.X, slopes).astype(np.float64) / n
-    intercept = dot_in_order(np.ones(n), slopes) / n
+    p = np.array([dot_in_order(x, coef) for x in given.X], np.float64) + first[-1]
+    slopes = p - given.y[:, 0]
+    g = gradient_in_order(given.X, slopes).astype(np.float64) / n
+    intercept = sum_in_order(slopes) / n
     np.testing.assert_array_equal(state.theta[0], first - 0.25 * np.append(g, intercept))
-    assert state.scalars[kernels.LOSS_SUM] == dot_in_order(np.ones(n), 0.5 * slopes * slopes)
+    assert state.scalars[kernels.LOSS_SUM] == sum_in_order(0.5 * slopes * slopes)
+
+
+@pytest.mark.parametrize("n_outputs", [2, 3, 5, 8])
+@pytest.mark.parametrize("d", WIDTHS)
+def test_gradients_of_several_outputs_have_the_documented_bits(d, n_outputs):
+    given = make_rows(45, d, dtype=np.float32, seed=d, n_targets=n_outputs)
+    recipe = Recipe(optimizer="sgd", learning_rate="constant", eta0=0.25, batch_size=45)
+    state = begin(recipe, given)
+    feed(state, given, pack(recipe, given))
+    expected = [gradient_in_order(given.X, -y).astype(np.float64) / 45 for y in given.y.T]
+    np.testing.assert_array_equal(state.theta[:, :-1], 0.0 - 0.25 * np.array(expected))
+
+
+def test_arrays_that_are_not_contiguous_are_refused():
+    """Their addresses would be wrong, and nothing else would notice."""
+    given = make_rows(8, 3)
+    recipe = Recipe()
+    state = begin(recipe, given)
+    with pytest.raises(nb.core.errors.TypingError):
+        feed(state, Rows(np.asfortranarray(given.X), given.y), pack(recipe, given))
 
 
 # --- what a call leaves behind ---------------------------------------------------------------------------------------
@@ -198,12 +262,12 @@ def test_counters_checksum_and_moments():
     np.testing.assert_array_equal(state.carry_y[:5], rows.y[53:58])
     assert state.checksum[0] == sum(range(3, 58))
     expected = np.zeros((2, 4))
-    for first in range(3, 53, 10):  # of whole batches, four rows at a time
-        for rows_of, X in enumerate((rows.X, rows.X**2)):
-            for i in range(first, first + 8, 4):
-                expected[rows_of] += (X[i] + X[i + 1]) + (X[i + 2] + X[i + 3])
-            expected[rows_of] += X[first + 8]
-            expected[rows_of] += X[first + 9]
+    for first in range(3, 53, 10):  # of whole batches, four rows at a time, in the rows' type
+        for place, X in enumerate((rows.X[first : first + 10], rows.X[first : first + 10] ** 2)):
+            part = np.zeros(4, np.float32)
+            for i in range(0, 8, 4):
+                part = part + ((X[i] + X[i + 1]) + (X[i + 2] + X[i + 3]))
+            expected[place] += (part + X[8]) + X[9]
     np.testing.assert_array_equal(state.moments, expected)
     feed(state, rows, pack(recipe, rows, moments=True), start=58)
     np.testing.assert_allclose(state.moments[1], (rows.X[3:].astype(float) ** 2).sum(axis=0), rtol=1e-6)

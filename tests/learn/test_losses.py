@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 
-import numba as nb
 import numpy as np
 import pytest
 from sklearn._loss import HuberLoss, PinballLoss
@@ -13,45 +12,65 @@ from sklearn.metrics import log_loss
 
 from streamgd.errors import OptionError
 from streamgd.learn import kernels
+from streamgd.learn.kernels import losses
+from streamgd.learn.kernels.batch import fill
+from streamgd.learn.kernels.losses import LANES
 from streamgd.learn.losses import LOSSES, get_loss, outputs_of, start_intercept
 from streamgd.learn.recipe import Recipe
 from tests.learn.reference import loss_terms, softmax_terms
-from tests.learn.training import EMPTY
+from tests.learn.training import EMPTY, compiled
 
 NAMES = sorted(LOSSES)
 EPSILON, QUANTILE = 0.3, 0.7
 
 
-@nb.njit(error_model="numpy")
-def _elementwise(loss, param, p, y, out):
-    at = kernels.address
-    kernels.elementwise_loss(loss, param, at(p, 0), at(y, 0), at(out, 0), at(out, 1), at(out, 2), len(p))
-    return out[0], out[1], out[2]
+def write_elementwise(code, arrays, shapes):
+    loss, sums = arrays["loss"][0], arrays["sums"]
+    with code.loop(0, shapes["p"][0], LANES) as i:
+        fill(code, sums, shapes["sums"][0], code.number(0.0))
+        p, y, slope, curve = (arrays[name] + i for name in ("p", "y", "slope", "curve"))
+        n = code.integer(LANES)
+        losses.elementwise_loss(code, loss, p, y, arrays["ones"], n, arrays["params"], slope, curve, sums)
+        arrays["value"].store(i, sums.load(losses.SUM_LOSS, LANES))  # one row each
 
 
-@nb.njit(error_model="numpy")
-def _softmax(P, classes, value, slope, share, spare):
-    at, (n_outputs, n) = kernels.address, P.shape
-    kernels.softmax_loss(
-        at(P, 0), at(classes, 0), at(value, 0), at(slope, 0), at(share, 0), at(spare, 0), at(spare, 1), n_outputs, n
-    )
-    return value, slope, share, spare, P, classes
+def write_softmax(code, arrays, shapes):
+    n_outputs, n = shapes["P"]
+    sums = arrays["sums"]
+    with code.loop(0, n, LANES) as i:
+        fill(code, sums, shapes["sums"][0], code.number(0.0))
+        P, classes, slope, share = (arrays[name] + i for name in ("P", "classes", "slope", "share"))
+        losses.softmax_loss(code, P, n, classes, arrays["ones"], code.integer(LANES), n_outputs, slope, share, sums)
+        arrays["value"].store(i, sums.load(losses.SUM_LOSS, LANES))
+
+
+_elementwise = compiled("loss params p y ones value slope curve sums", write_elementwise)
+_softmax = compiled("P classes ones value slope share sums", write_softmax)
+
+
+def padded(values: np.ndarray) -> np.ndarray:
+    """Return an array whose last axis is a multiple of LANES; what is added repeats the last values."""
+    n = values.shape[-1]
+    return np.ascontiguousarray(values[..., np.minimum(np.arange(-(-n // LANES) * LANES), n - 1)], np.float64)
 
 
 def terms(name: str, p: np.ndarray, y: np.ndarray):
     """Value, slope and curvature by the compiled code."""
-    loss = LOSSES[name]
-    param = QUANTILE if loss.parameter == "quantile" else EPSILON
-    return _elementwise(loss.code, param, p, y, np.empty((3, len(p))))
+    recipe = Recipe(task=LOSSES[name].task, loss=name, epsilon=EPSILON, quantile=QUANTILE)
+    params = recipe.pack(n_classes=0, n_updates=1, mean_weight=1, moments=False).params
+    value, slope, curve = np.empty((3, len(padded(p))))
+    sums = np.empty(losses.N_SUMS * LANES)
+    _elementwise(np.array([LOSSES[name].code]), params, padded(p), padded(y), np.ones(LANES), value, slope, curve, sums)
+    return value[: len(p)], slope[: len(p)], curve[: len(p)]
 
 
 def softmax(P: np.ndarray, classes: np.ndarray):
     """Loss, derivatives and probabilities by the compiled code; P has shape (n, K)."""
-    n = len(P)
-    by_output, spare = np.ascontiguousarray(P.T), np.empty((2, n))
-    value, slope, share = np.empty(n), np.empty_like(by_output), np.empty_like(by_output)
-    _softmax(by_output, classes.astype(np.float64), value, slope, share, spare)
-    return value, slope.T, share.T
+    n, by_output = len(P), padded(P.T)
+    value, slope, share = np.empty(by_output.shape[1]), np.empty_like(by_output), np.empty_like(by_output)
+    sums = np.empty(len(by_output) * losses.N_SUMS * LANES)
+    _softmax(by_output, padded(classes), np.ones(LANES), value, slope, share, sums)
+    return value[:n], slope.T[:n], share.T[:n]
 
 
 def decisions(name: str, n: int = 2000) -> tuple[np.ndarray, np.ndarray]:

@@ -225,7 +225,8 @@ def test_packing():
     places = [kernels.CODE_SOFTMAX, kernels.CODE_CLASSES, kernels.CODE_INTERCEPT]
     assert codes[[*places, kernels.CODE_NESTEROV, kernels.CODE_MOMENTS]].tolist() == [0, 0, 0, 1, 1]
     expected = {
-        kernels.PARAM_LOSS: 0.9,
+        kernels.PARAM_OVER: 0.1,
+        kernels.PARAM_UNDER: 0.9,
         kernels.PARAM_L1: 0.125,
         kernels.PARAM_L2: 0.375,
         kernels.PARAM_ETA0: 0.3,

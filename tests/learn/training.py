@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import numba as nb
 import numpy as np
 
 from streamgd.learn import kernels
+from streamgd.learn.kernels.entries import instruction
 from streamgd.learn.recipe import Packed, Recipe
 from streamgd.learn.state import State
 
@@ -149,3 +151,14 @@ def bits_of(state: State) -> dict[str, bytes]:
     tensors = {name: np.array(tensor) for name, tensor in state.to_tensors().items()}
     tensors["counters"][[kernels.WINDOW, kernels.ROW]] = 0
     return {name: tensor.tobytes() for name, tensor in tensors.items()}
+
+
+def compiled(names: str, write: Callable) -> Callable:
+    """Compile something that writes code, as a function of arrays."""
+    written = instruction(tuple(names.split()), write)
+
+    @nb.njit
+    def call(arrays):
+        written(arrays)
+
+    return lambda *arrays: call(arrays)
