@@ -170,7 +170,9 @@ class Recipe:
         codes[c.CODE_NESTEROV] = self.nesterov
         codes[c.CODE_MOMENTS] = moments
         params = np.zeros(c.N_PARAMS, np.float64)
-        params[c.PARAM_WIDTH : c.PARAM_UNDER + 1] = loss.shape(self.quantile if loss.parameter == "quantile" else self.epsilon)
+        params[c.PARAM_WIDTH : c.PARAM_UNDER + 1] = loss.shape(
+            self.quantile if loss.parameter == "quantile" else self.epsilon
+        )
         params[c.PARAM_L1], params[c.PARAM_L2] = l1, l2
         params[c.PARAM_ETA0] = self.first_eta
         params[c.PARAM_POWER_T] = self.power_t
@@ -179,7 +181,9 @@ class Recipe:
         params[c.PARAM_OPTIMAL_START] = optimal_start(self.alpha) if SCHEDULES[self.schedule] == c.OPTIMAL else 0.0
         params[c.PARAM_ALPHA] = self.alpha
         params[c.PARAM_N_UPDATES] = max(1.0, n_updates)
-        params[c.PARAM_AVERAGE_FROM] = 1 if is_flag(self.average) or self.average == "auto" else max(1, int(self.average))
+        params[c.PARAM_AVERAGE_FROM] = (
+            1 if is_flag(self.average) or self.average == "auto" else max(1, int(self.average))
+        )
         params[c.PARAM_MEAN_WEIGHT] = mean_weight
         return Packed(codes, params)
 

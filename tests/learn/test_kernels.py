@@ -23,9 +23,7 @@ def mapped(function: Callable) -> Callable[[np.ndarray], np.ndarray]:
     """Compile a function of numbers for arrays: vectors of eight, and then what is left over."""
 
     def write(code, arrays, shapes):
-        code.each(
-            shapes["x"][0], lambda i, lanes: arrays["out"].store(i, function(arrays["x"].load(i, lanes)))
-        )
+        code.each(shapes["x"][0], lambda i, lanes: arrays["out"].store(i, function(arrays["x"].load(i, lanes))))
 
     call = compiled("x out", write)
 

@@ -12,12 +12,23 @@ from streamgd.learn.model import LinearModel
 X = np.random.default_rng(0).standard_normal((20, 3))
 
 
+class OverRows:
+    """A model that decides the rows it is given first, as whoever reads them does."""
+
+    def __init__(self, *parts):
+        self._model = LinearModel(*parts)
+
+    def __getattr__(self, method):
+        def of_rows(X):
+            return getattr(self._model, method)(X.astype(np.float64) @ self._model.coef.T + self._model.intercept)
+
+        return of_rows
+
+
 def model(n_outputs: int, *, loss: str = "squared_error", classes=None, is_vector: bool = True, scale: float = 1.0):
     rng = np.random.default_rng(n_outputs)
     coef, intercept = rng.standard_normal((n_outputs, 3)) * scale, rng.standard_normal(n_outputs)
-    return LinearModel(
-        LOSSES[loss].task, loss, coef, intercept, None if classes is None else np.array(classes), is_vector
-    )
+    return OverRows(LOSSES[loss].task, loss, coef, intercept, None if classes is None else np.array(classes), is_vector)
 
 
 def softmax(values: np.ndarray) -> np.ndarray:
@@ -47,7 +58,7 @@ class TestRegression:
 
 class TestTwoClasses:
     def test_the_sign_decides_and_zero_is_the_first(self):
-        fitted = LinearModel("classification", "hinge", np.array([[1.0]]), np.zeros(1), np.array(["no", "yes"]))
+        fitted = OverRows("classification", "hinge", np.array([[1.0]]), np.zeros(1), np.array(["no", "yes"]))
         assert fitted.predict(np.array([[-2.0], [0.0], [3.0]])).tolist() == ["no", "no", "yes"]
         assert fitted.decision_function(np.array([[-2.0], [3.0]])).tolist() == [-2, 3]
 
@@ -57,18 +68,18 @@ class TestTwoClasses:
         np.testing.assert_allclose(fitted.predict_proba(X), np.column_stack([1 - positive, positive]), rtol=1e-12)
 
     def test_log_probabilities_stay_finite_far_out(self):
-        fitted = LinearModel("classification", "log_loss", np.array([[1.0]]), np.zeros(1), np.array([0, 1]))
+        fitted = OverRows("classification", "log_loss", np.array([[1.0]]), np.zeros(1), np.array([0, 1]))
         found = fitted.predict_log_proba(np.array([[-1e4], [0.3], [1e4]]))
         np.testing.assert_allclose(found[[0, 2]], [[0, -1e4], [-1e4, 0]], atol=1e-300)
         np.testing.assert_allclose(found[1], np.log(fitted.predict_proba(np.array([[0.3]]))[0]), rtol=1e-13)
 
     def test_extreme_values_give_no_warning_and_whole_probabilities(self):
-        fitted = LinearModel("classification", "log_loss", np.array([[1.0]]), np.zeros(1), np.array([0, 1]))
+        fitted = OverRows("classification", "log_loss", np.array([[1.0]]), np.zeros(1), np.array([0, 1]))
         found = fitted.predict_proba(np.array([[-1e4], [1e4], [0.0]]))
         np.testing.assert_allclose(found, [[1, 0], [0, 1], [0.5, 0.5]], atol=1e-300)
 
     def test_modified_huber_clips(self):
-        fitted = LinearModel("classification", "modified_huber", np.array([[1.0]]), np.zeros(1), np.array([0, 1]))
+        fitted = OverRows("classification", "modified_huber", np.array([[1.0]]), np.zeros(1), np.array([0, 1]))
         found = fitted.predict_proba(np.array([[-3.0], [-0.5], [0.0], [3.0]]))
         np.testing.assert_allclose(found[:, 1], [0, 0.25, 0.5, 1])
         np.testing.assert_allclose(found.sum(axis=1), 1)
@@ -105,10 +116,10 @@ class TestManyClasses:
 
     def test_modified_huber_normalises_and_shares_where_no_class_is_likely(self):
         coef = np.array([[1.0], [0.5], [-0.2]])
-        fitted = LinearModel("classification", "modified_huber", coef, np.array([0.0, 0, 0]), np.array([0, 1, 2]))
+        fitted = OverRows("classification", "modified_huber", coef, np.array([0.0, 0, 0]), np.array([0, 1, 2]))
         found = fitted.predict_proba(np.array([[1.0]]))
         np.testing.assert_allclose(found, np.array([[1.0, 0.75, 0.4]]) / 2.15)
-        hopeless = LinearModel("classification", "modified_huber", coef * 0, np.array([-2.0] * 3), np.array([0, 1, 2]))
+        hopeless = OverRows("classification", "modified_huber", coef * 0, np.array([-2.0] * 3), np.array([0, 1, 2]))
         np.testing.assert_allclose(hopeless.predict_proba(np.array([[1.0]])), [[1 / 3] * 3])
 
     @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4, 1e200])

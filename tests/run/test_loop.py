@@ -809,4 +809,6 @@ def test_a_run_starts_where_the_survey_says() -> None:
     np.testing.assert_array_equal(run.state.theta[:, -1], run.survey.target_mean)
     assert not run.state.theta[:, :-1].any()
     model = run.model()
-    np.testing.assert_allclose(model.decision_function(data()[0]), run.survey.target_mean[0], rtol=1e-12)
+    np.testing.assert_allclose(
+        model.decision_function(data()[0] @ model.coef.T + model.intercept), run.survey.target_mean[0], rtol=1e-12
+    )

@@ -76,9 +76,7 @@ def consume(
     doubles, narrow = np.empty(scratch.n_doubles), np.empty(scratch.n_narrow, X.dtype)
     rows = (X, y, weight, ids, cursor)
     recipe = (codes, params, class_weight, target_scale)
-    entries.consume(X.dtype)(
-        (*rows, *state, *carry, checksum, moments, *recipe, scratch.places, doubles, narrow)
-    )
+    entries.consume(X.dtype)((*rows, *state, *carry, checksum, moments, *recipe, scratch.places, doubles, narrow))
 
 
 def mean_loss(
@@ -105,7 +103,9 @@ def mean_loss(
     from streamgd.learn.kernels import entries, losses, measures
 
     n_outputs = decisions.shape[1]
-    work = np.empty((4 * measures.MEAN_LOSS_ROWS + losses.N_SUMS * losses.LANES) * n_outputs + measures.MEAN_LOSS_ROWS + 8)
+    work = np.empty(
+        (4 * measures.MEAN_LOSS_ROWS + losses.N_SUMS * losses.LANES) * n_outputs + measures.MEAN_LOSS_ROWS + 8
+    )
     result = np.zeros(2)
     entries.mean_loss()((y, weight, np.ascontiguousarray(decisions), codes, params, class_weight, work, result))
     return float(result[0] / result[1]) if result[1] > 0 else 0.0

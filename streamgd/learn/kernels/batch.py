@@ -276,8 +276,16 @@ def through_tile(code: Code, a: Call, batch: Batch, first: Value) -> None:
                 with code.loop(n, n_padded) as i:
                     P[i] = 0.0
                 losses.elementwise_loss(
-                    code, a.codes[c.CODE_LOSS], P, w["T"] + k * a.tile, C, n_padded, a.params, w["slopes"],
-                    H + k * a.tile, w["sums"] + k * (losses.N_SUMS * losses.LANES),
+                    code,
+                    a.codes[c.CODE_LOSS],
+                    P,
+                    w["T"] + k * a.tile,
+                    C,
+                    n_padded,
+                    a.params,
+                    w["slopes"],
+                    H + k * a.tile,
+                    w["sums"] + k * (losses.N_SUMS * losses.LANES),
                 )
                 rows.add_gradient(code, x, n, a.d, w["slopes"], w["g"] + k * a.row, base + half, share)
         with otherwise:
@@ -289,8 +297,16 @@ def through_tile(code: Code, a: Call, batch: Batch, first: Value) -> None:
                     )
                 with otherwise, code.loop(0, a.n_outputs) as k:
                     losses.elementwise_loss(
-                        code, a.codes[c.CODE_LOSS], w["P"] + k * a.tile, w["T"] + k * a.tile, C, n_padded, a.params,
-                        w["slopes"] + k * a.tile, H + k * a.tile, w["sums"] + k * (losses.N_SUMS * losses.LANES),
+                        code,
+                        a.codes[c.CODE_LOSS],
+                        w["P"] + k * a.tile,
+                        w["T"] + k * a.tile,
+                        C,
+                        n_padded,
+                        a.params,
+                        w["slopes"] + k * a.tile,
+                        H + k * a.tile,
+                        w["sums"] + k * (losses.N_SUMS * losses.LANES),
                     )
             rows.add_gradients(code, x, n, a.d, w["slopes"], a.tile, a.n_outputs, w["g"], a.row)
     with code.when(a.codes[c.CODE_MOMENTS] != 0):
@@ -419,9 +435,21 @@ def apply(code: Code, a: Call, batch: Batch, loss: Value) -> None:
         code.each(a.d * 2, add)
     fill(code, w["factors"], a.n_outputs, code.number(1.0))
     step = Step(
-        a.theta, a.average, a.slots, w["grad"], w["step"], w["rate"],
+        a.theta,
+        a.average,
+        a.slots,
+        w["grad"],
+        w["step"],
+        w["rate"],
         a.target_scale.select(a.guarded, w["factors"]),
-        a.n_outputs, a.width, a.size, scalars, a.params, a.codes, a.l2, (counters[c.N_UPDATES] + 1).to(F64),
+        a.n_outputs,
+        a.width,
+        a.size,
+        scalars,
+        a.params,
+        a.codes,
+        a.l2,
+        (counters[c.N_UPDATES] + 1).to(F64),
     )
     take_step(code, step)
     with code.when(a.guarded):
@@ -451,9 +479,7 @@ def guard(code: Code, a: Call, batch: Batch) -> None:
                 base, share = other.select(cached, own), where(cached, 2, 4)
                 with code.loop(0, a.n_outputs) as k:
                     plus, total = w["step"][k * a.width + a.d], w["totals"] + k * lanes
-                    rows.bend_along(
-                        code, x, n, a.d, w["w"] + k * a.row, plus, H + k * a.tile, total, base, share
-                    )
+                    rows.bend_along(code, x, n, a.d, w["w"] + k * a.row, plus, H + k * a.tile, total, base, share)
             with otherwise:
                 predict_all(code, a, x, n, w["step"])
                 with code.either(a.softmax) as (then, otherwise):

@@ -186,7 +186,16 @@ def softmax_loss(
 
 
 @function
-def add_drift(code: Code, changes: Pointer, shares: Pointer, stride: Value, weights: Pointer, n: Value, n_outputs: Value, total: Pointer) -> None:
+def add_drift(
+    code: Code,
+    changes: Pointer,
+    shares: Pointer,
+    stride: Value,
+    weights: Pointer,
+    n: Value,
+    n_outputs: Value,
+    total: Pointer,
+) -> None:
     """Add the weighted variance of each row's changes under its probabilities to eight sums by the number of the row.
 
     Changes and shares hold stride numbers for each output in turn.

@@ -33,7 +33,16 @@ def mean_loss(code: Code, arrays: dict[str, Pointer], shapes: dict[str, list[Val
         of_rows, factors = y + first * n_targets, arrays["class_weight"]
         yes = n_rows == n_rows
         row_weights(
-            code, arrays["weight"] + first, yes, factors, shapes["class_weight"][0] > 0, of_rows, n_targets, C, n, n_padded
+            code,
+            arrays["weight"] + first,
+            yes,
+            factors,
+            shapes["class_weight"][0] > 0,
+            of_rows,
+            n_targets,
+            C,
+            n,
+            n_padded,
         )
         stride = code.integer(MEAN_LOSS_ROWS)
         targets(code, of_rows, n_targets, T, stride, n_outputs, n, n_padded, classify, softmax)
@@ -45,7 +54,15 @@ def mean_loss(code: Code, arrays: dict[str, Pointer], shapes: dict[str, list[Val
             with otherwise, code.loop(0, n_outputs) as k:
                 at = k * MEAN_LOSS_ROWS
                 losses.elementwise_loss(
-                    code, codes[c.CODE_LOSS], P + at, T + at, C, n_padded, params, D, H,
+                    code,
+                    codes[c.CODE_LOSS],
+                    P + at,
+                    T + at,
+                    C,
+                    n_padded,
+                    params,
+                    D,
+                    H,
                     sums + k * (losses.N_SUMS * losses.LANES),
                 )
     total = code.variable(code.number(0.0))

@@ -280,7 +280,15 @@ def _columns(rows: list[Value]) -> list[Value]:
 
 @function
 def predict_outputs(
-    code: Code, turned: Pointer, d: Value, w: Pointer, plus: Pointer, step: Value, n_outputs: Value, out: Pointer, stride: Value
+    code: Code,
+    turned: Pointer,
+    d: Value,
+    w: Pointer,
+    plus: Pointer,
+    step: Value,
+    n_outputs: Value,
+    out: Pointer,
+    stride: Value,
 ) -> None:
     """Write plus[k * step] + the dot product with w[k] of each turned row to out[k * stride + row].
 
@@ -305,7 +313,15 @@ def predict_outputs(
 
 @function
 def add_gradients(
-    code: Code, x: Pointer, n: Value, d: Value, slopes: Pointer, stride: Value, n_outputs: Value, g: Pointer, width: Value
+    code: Code,
+    x: Pointer,
+    n: Value,
+    d: Value,
+    slopes: Pointer,
+    stride: Value,
+    n_outputs: Value,
+    g: Pointer,
+    width: Value,
 ) -> None:
     """Do what `add_gradient` does for several outputs: slopes[k * stride + i], g[k * width + j]."""
 
