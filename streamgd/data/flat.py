@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamgd.data import placing
-from streamgd.data.plan import MAX_READERS, Layout, WindowPlan
+from streamgd.data.ahead import Range, ReadAhead
+from streamgd.data.plan import MAX_READERS, EpochPlan, Layout, WindowPlan
 from streamgd.data.rows import RowPlacer, Window
 from streamgd.data.sources.base import Source
 from streamgd.data.sources.flat import FlatRows, Strip
@@ -91,14 +92,21 @@ class FlatFiller:
         self._n_parts = n_threads if shared else 1
         self._pool: ThreadPoolExecutor | None = None
         self._files = _Files(rows)
+        self._ahead = ReadAhead(self._ranges_of, layout.n_open, source.stored_bytes)
         self._local = threading.local()
         self._stopped = False
         self.read_rows = 0
+
+    def expect(self, plan: EpochPlan) -> None:
+        """Hear of the blocks of an epoch, before its first window is asked for."""
+        if self._files.on_disk:
+            self._ahead.expect(iter(plan.blocks.tolist()))
 
     def fill(self, window: Window, plan: WindowPlan, upcoming: WindowPlan | None = None) -> None:
         """Fill a window, see `streamgd.data.window.WindowFiller.fill`."""
         if plan.n_rows > len(window.ids):
             raise OptionError(f"a plan of {plan.n_rows:,} rows for a window of {len(window.ids):,}: layouts differ")
+        self._ahead.opened(int(np.count_nonzero(plan.table[:, 1] == 0)))
         places = plan.places(self._memory("places", len(window.ids), np.int32))
         blocks = plan.table[:, 0]
         files = self._rows.block_file[blocks]
@@ -178,6 +186,16 @@ class FlatFiller:
             "moment later: the data changes while it is read. Train on data that nobody writes to"
         )
 
+    def _ranges_of(self, block: int) -> list[Range]:
+        """Say which bytes of which open files a block takes."""
+        table, _ = self._files.open(int(self._rows.block_file[block]))
+        start, n_rows = int(self._rows.block_start[block]), int(self._source.block_rows[block])
+        return [
+            (fd, offset + start * row_bytes, n_rows * row_bytes)
+            for fd, offset, row_bytes in table[:, [placing.FD, placing.OFFSET, placing.ROW_BYTES]].tolist()
+            if fd >= 0
+        ]
+
     def _memory(self, name: str, size: int, dtype: type) -> Any:
         """Return memory that this thread keeps for the purpose."""
         found: NDArray[Any] | None = getattr(self._local, name, None)
@@ -196,6 +214,7 @@ class FlatFiller:
         if self._pool is not None:
             self._pool.shutdown(wait=True)
             self._pool = None
+        self._ahead.close()
         self._files.close()
 
     def __enter__(self) -> FlatFiller:
@@ -224,6 +243,11 @@ class _Files:
         self._rows = rows
         self._lock = threading.Lock()
         self._known: OrderedDict[int, tuple[NDArray[np.int64], list[OpenFile]]] = OrderedDict()
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the rows lie in files."""
+        return any(strip.path is not None for strip in self._rows.strips(0))
 
     def open(self, file: int) -> tuple[NDArray[np.int64], list[OpenFile]]:
         """Return the strips of a file; its descriptors stay open as long as the caller holds what is returned."""

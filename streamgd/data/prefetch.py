@@ -119,9 +119,12 @@ class WindowStream:
         filler = ResidentFiller(reader, Window(layout, source)) if keep else reader
 
         def plan_epoch(epoch: int) -> EpochPlan:
-            return EpochPlan(
+            plan = EpochPlan(
                 source.block_rows, layout, seed=seed, epoch=epoch, shuffle=shuffle, lane=lane, n_lanes=n_lanes
             )
+            if isinstance(filler, FlatFiller) and not (epoch == first[0] and first[1]):
+                filler.expect(plan)
+            return plan
 
         plans = _windows_of(plan_epoch, first, n_epochs)
         depth = layout.n_windows - layout.resident if depth is None else depth

@@ -1,0 +1,151 @@
+"""Ask the operating system for what will be read soon, and let it forget what has been read.
+
+Blocks are read in random order, which a system's own read-ahead cannot foresee: a disk would wait between any two of
+them. Only advice: nothing that is read depends on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+#: Bytes asked for ahead of what is being read: enough for some tenths of a second of a fast disk.
+_AHEAD_BYTES = 128 << 20
+#: Systems read no more than their own read-ahead for one request.
+_REQUEST_BYTES = 128 << 10
+#: Data bigger than this share of the memory does not stay in the page cache, where it would push out all else.
+_KEPT_SHARE = 0.5
+
+Range = tuple[int, int, int]  # descriptor, first byte, bytes
+
+
+class ReadAhead:
+    """Advises on the blocks of an epoch after another, in a thread of its own.
+
+    Parameters
+    ----------
+    ranges_of : callable
+        Given a block, returns what it takes in files; called in the thread.
+    n_open : int
+        Blocks that are open at once: those so far back are done with.
+    total_bytes : int
+        What one epoch reads.
+    """
+
+    def __init__(self, ranges_of: Callable[[int], Sequence[Range]], n_open: int, total_bytes: int) -> None:
+        self._ranges_of = ranges_of
+        self._n_open = n_open
+        self._forgets = total_bytes > _KEPT_SHARE * memory_bytes()
+        self._epochs: deque[Iterator[int]] = deque()
+        self._asked: deque[tuple[int, int]] = deque()  # blocks not yet opened, and their bytes
+        self._opened: deque[int] = deque()
+        self._n_opened = self._ahead = 0
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def expect(self, blocks: Iterator[int]) -> None:
+        """Add the blocks of an epoch, in the order in which they will be opened."""
+        with self._changed:
+            self._epochs.append(blocks)
+            if self._thread is None and not self._closed and hasattr(os, "posix_fadvise"):
+                self._thread = threading.Thread(target=self._run, name="streamgd-ahead", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+
+    def opened(self, n_blocks: int) -> None:
+        """Note that so many blocks more have been opened."""
+        if n_blocks:
+            with self._changed:
+                self._n_opened += n_blocks
+                self._changed.notify()
+
+    def close(self) -> None:
+        """Stop the thread. Idempotent."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(self._has_work)
+                if self._closed:
+                    return
+                n_opened, self._n_opened = self._n_opened, 0
+            try:
+                self._pass_over(n_opened)
+                self._forget()
+                while self._ahead < _AHEAD_BYTES and not self._n_opened and not self._closed:
+                    block = self._next()
+                    if block is None:
+                        break
+                    n_bytes = ask_for(self._ranges_of(block))
+                    self._ahead += n_bytes
+                    self._asked.append((block, n_bytes))
+            except Exception:  # what is wrong with a file, whoever reads it says
+                return
+
+    def _has_work(self) -> bool:
+        return bool(self._closed or self._n_opened or (self._epochs and self._ahead < _AHEAD_BYTES))
+
+    def _pass_over(self, n_opened: int) -> None:
+        """Note blocks as opened; those that were too late to be asked for are left out."""
+        for _ in range(n_opened):
+            if self._asked:
+                block, n_bytes = self._asked.popleft()
+                self._ahead -= n_bytes
+            else:
+                late = self._next()
+                if late is None:
+                    return
+                block = late
+            self._opened.append(block)
+
+    def _next(self) -> int | None:
+        while self._epochs:
+            block = next(self._epochs[0], None)
+            if block is not None:
+                return block
+            with self._changed:
+                self._epochs.popleft()
+        return None
+
+    def _forget(self) -> None:
+        """Let go of blocks that must have been read by now; too early would only mean to read them again."""
+        while len(self._opened) > 2 * self._n_open:
+            block = self._opened.popleft()
+            if self._forgets:
+                for descriptor, first, n_bytes in self._ranges_of(block):
+                    os.posix_fadvise(descriptor, first, n_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def ask_for(ranges: Sequence[Range]) -> int:
+    """Ask for ranges of files that are not in memory yet; return the bytes of all."""
+    for descriptor, first, n_bytes in ranges:
+        if not _is_there(descriptor, first):
+            for at in range(first, first + n_bytes, _REQUEST_BYTES):
+                os.posix_fadvise(descriptor, at, min(_REQUEST_BYTES, first + n_bytes - at), os.POSIX_FADV_WILLNEED)
+    return sum(n_bytes for _, _, n_bytes in ranges)
+
+
+def _is_there(descriptor: int, at: int) -> bool:
+    """Tell whether the first byte of a range can be read without waiting; so will be the rest."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
+    with contextlib.suppress(OSError):  # it would have to wait, or the file system cannot tell
+        return os.preadv(descriptor, [bytearray(1)], at, os.RWF_NOWAIT) == 1
+    return False
+
+
+def memory_bytes() -> int:
+    """Return the machine's memory."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 1 << 62

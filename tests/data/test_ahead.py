@@ -1,0 +1,104 @@
+"""What the operating system is asked for before it is read, and told to forget afterwards."""
+
+import os
+import time
+
+import h5py
+import numpy as np
+import pytest
+
+import streamgd.data.ahead as module
+from streamgd.data.ahead import ReadAhead
+from streamgd.data.plan import EpochPlan, plan_layout
+from streamgd.data.prefetch import WindowStream
+from streamgd.data.sources.hdf5 import Hdf5Source
+from streamgd.data.targets import TargetCodec
+from tests.data.fake import expect_no_threads
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no advice")
+
+
+@pytest.fixture
+def advice(monkeypatch):
+    """Record advice as (what, first byte); nothing is in memory."""
+    given = []
+
+    def record(descriptor, at, n_bytes, kind):
+        given.append((kind, at))
+
+    monkeypatch.setattr(module.os, "posix_fadvise", record)
+    monkeypatch.setattr(module, "_is_there", lambda descriptor, at: False)
+    monkeypatch.setattr(module, "_AHEAD_BYTES", 300)
+    return given
+
+
+def wait_for(condition):
+    for _ in range(2000):
+        if condition():
+            return
+        time.sleep(0.001)
+    raise AssertionError("nothing happened")
+
+
+def asked(advice):
+    return [at for kind, at in advice if kind == os.POSIX_FADV_WILLNEED]
+
+
+def test_asks_for_blocks_in_order_and_no_further_than_it_should(advice):
+    ahead = ReadAhead(lambda block: [(0, 100 * block, 100)], n_open=2, total_bytes=1000)
+    ahead.expect(iter([3, 1, 4, 0, 5]))
+    wait_for(lambda: len(asked(advice)) == 3)
+    time.sleep(0.01)
+    assert asked(advice) == [300, 100, 400]
+    ahead.opened(2)
+    wait_for(lambda: len(asked(advice)) == 5)
+    ahead.expect(iter([7]))
+    ahead.opened(3)
+    wait_for(lambda: asked(advice) == [300, 100, 400, 0, 500, 700])
+    assert len(advice) == 6  # small data stays in memory
+    ahead.close()
+    expect_no_threads()
+
+
+def test_lets_big_data_go_once_it_is_read(advice, monkeypatch):
+    monkeypatch.setattr(module, "memory_bytes", lambda: 1000)
+    ahead = ReadAhead(lambda block: [(0, 100 * block, 100)], n_open=1, total_bytes=501)
+    ahead.expect(iter(range(9)))
+    ahead.opened(5)  # the first ones are too late to be asked for
+    wait_for(lambda: (os.POSIX_FADV_DONTNEED, 200) in advice)
+    assert [at for kind, at in advice if kind == os.POSIX_FADV_DONTNEED] == [0, 100, 200]
+    ahead.close()
+
+
+def test_what_is_there_is_not_asked_for(advice, monkeypatch):
+    monkeypatch.setattr(module, "_is_there", lambda descriptor, at: at < 200)
+    assert module.ask_for([(0, 100, 50), (0, 300, 50)]) == 100
+    assert asked(advice) == [300]
+
+
+def test_a_run_asks_for_blocks_in_the_order_of_its_plan(tmp_path, advice):
+    X = np.arange(40_000, dtype=np.float32).reshape(10_000, 4)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["X"], file["y"] = X, X[:, 0]
+        first = file["X"].id.get_offset()
+    source = Hdf5Source(tmp_path / "a.h5", block_bytes=2000)
+    layout = plan_layout(source, 40_000)
+    assert layout.window_rows < source.n_rows
+    with WindowStream(source, layout, TargetCodec(None), seed=0, n_epochs=2) as stream:
+        assert sum(window.n_rows for window in stream) == 20_000
+    blocks = EpochPlan(source.block_rows, layout, seed=0, epoch=0).blocks
+    of_features = [at for at in asked(advice) if at < first + X.nbytes]
+    assert of_features[0] == first + 1600 * blocks[0]
+    assert len(set(of_features)) > 1
+    expect_no_threads()
+
+
+def test_an_error_in_looking_up_a_block_is_left_to_whoever_reads():
+    def gone(block):
+        raise OSError("gone")
+
+    ahead = ReadAhead(gone, n_open=1, total_bytes=10)
+    ahead.expect(iter([0, 1]))
+    ahead.opened(1)
+    ahead.close()
+    expect_no_threads()
