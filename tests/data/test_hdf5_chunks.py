@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from streamgd.data.sources import hdf5_places, hdf5_rows
+from streamgd.data.sources.buffers import Buffers
 from streamgd.data.sources.hdf5 import Hdf5Source
 from streamgd.errors import CorruptDataError, SchemaError
 from tests.data.contract import make_rows, make_target, open_files_in
@@ -159,6 +160,32 @@ def test_text_of_fixed_width(tmp_path: Path, read_by_h5py: list[str], filters: s
     path = write(tmp_path / "a.h5", smooth(120, 4, "f4"), y, (40, 2), **FILTERS[filters])
     assert_as_h5py(Hdf5Source(path), path)
     assert read_by_h5py == []
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+def test_big_chunks(tmp_path: Path, read_by_h5py: list[str], filters: str) -> None:
+    """Which are decompressed piece by piece."""
+    X = smooth(30_000, 8, "f4")
+    X[10_000:20_000] = 5  # a piece that becomes many
+    path = write(tmp_path / "a.h5", X, None, (30_000, 8), **FILTERS[filters])
+    assert_as_h5py(Hdf5Source(path), path)
+    assert read_by_h5py == []
+
+
+@pytest.mark.parametrize("change", ["flip", "end_early", "blot", "longer", "shorter"])
+def test_damaged_big_chunks(tmp_path: Path, change: str) -> None:
+    X = smooth(30_000, 8, "f4")
+    path = write(tmp_path / "a.h5", X, None, (30_000, 8), **GZIP)
+    if change in ("longer", "shorter"):
+        n = 40_000 if change == "longer" else 20_000
+        with h5py.File(path, "r+") as file:
+            file["X"].id.write_direct_chunk((0, 0), zlib.compress(np.ones((n, 8), np.float32).tobytes()))
+    else:
+        damage(path, 0, {"flip": flip, "end_early": end_early, "blot": blot}[change])
+    with h5py.File(path) as file:
+        reader = hdf5_places.ChunkTables().open(0, [file["X"]])[0]
+    assert reader is not None
+    assert reader.read(0, 30_000, np.empty(reader.n_bytes(30_000), np.uint8), Buffers()) is None
 
 
 def test_text_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
