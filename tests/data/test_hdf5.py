@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 import pytest
 
-from streamgd.data.sources import hdf5, hdf5_blocks, hdf5_files
+from streamgd.data.sources import hdf5, hdf5_blocks, hdf5_files, hdf5_rows
 from streamgd.data.sources.hdf5 import Hdf5Source
 from streamgd.data.sources.hdf5_chunks import ChunkReader
 from streamgd.data.sources.hdf5_files import has_dataset
@@ -267,7 +267,7 @@ def test_rows_in_many_pieces_are_read_a_block_at_a_time(tmp_path: Path, monkeypa
         calls.append(dataset.name)
         return dataset[first:stop]
 
-    monkeypatch.setattr(hdf5, "_read_rows", counted)
+    monkeypatch.setattr(hdf5_rows, "_read_rows", counted)
     assert_same_bits(read_block(source, 0, 0, (100,))[0], X)
     assert calls.count("/x3") == 1
 
@@ -289,7 +289,7 @@ def test_target_chunks_are_decoded_once_in_a_pass_over_the_target(
 
     monkeypatch.setattr(ChunkReader, "read", counted)
     assert_same_bits(np.concatenate([plain(y) for _, _, y, _ in source.iter_targets()]), make_target(10_000))
-    assert calls == [0, 3_000, 6_000, 9_000]
+    assert sorted(calls) == [0, 3_000, 6_000, 9_000]
 
 
 # Types
@@ -427,7 +427,7 @@ def test_files_that_disagree_are_named(tmp_path: Path, other: dict[str, Any], ma
 
 
 def test_few_of_many_files_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hdf5, "_OPEN_FILES", 3)
+    monkeypatch.setattr(hdf5_rows, "_OPEN_FILES", 3)
     X = make_rows(100, 2)
     for i in range(10):
         write(tmp_path / f"{i}.h5", X=X[10 * i : 10 * i + 10], y=make_target(10))

@@ -17,7 +17,8 @@ import h5py
 import numpy as np
 import pytest
 
-from streamgd.data.sources import hdf5, hdf5_chunks
+from streamgd.data.sources import hdf5_places, hdf5_rows
+from streamgd.data.sources.buffers import Buffers
 from streamgd.data.sources.hdf5 import Hdf5Source
 from streamgd.errors import CorruptDataError, SchemaError
 from tests.data.contract import make_rows, make_target, open_files_in
@@ -40,13 +41,13 @@ FILTERS: dict[str, dict[str, Any]] = {
 def read_by_h5py(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """List the datasets that h5py reads rows of."""
     names: list[str] = []
-    read = hdf5._read_rows
+    read = hdf5_rows._read_rows
 
     def noted(dataset: h5py.Dataset, *args: Any) -> Any:
         names.append(dataset.name)
         return read(dataset, *args)
 
-    monkeypatch.setattr(hdf5, "_read_rows", noted)
+    monkeypatch.setattr(hdf5_rows, "_read_rows", noted)
     return names
 
 
@@ -159,6 +160,32 @@ def test_text_of_fixed_width(tmp_path: Path, read_by_h5py: list[str], filters: s
     path = write(tmp_path / "a.h5", smooth(120, 4, "f4"), y, (40, 2), **FILTERS[filters])
     assert_as_h5py(Hdf5Source(path), path)
     assert read_by_h5py == []
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+def test_big_chunks(tmp_path: Path, read_by_h5py: list[str], filters: str) -> None:
+    """Which are decompressed piece by piece."""
+    X = smooth(30_000, 8, "f4")
+    X[10_000:20_000] = 5  # a piece that becomes many
+    path = write(tmp_path / "a.h5", X, None, (30_000, 8), **FILTERS[filters])
+    assert_as_h5py(Hdf5Source(path), path)
+    assert read_by_h5py == []
+
+
+@pytest.mark.parametrize("change", ["flip", "end_early", "blot", "longer", "shorter"])
+def test_damaged_big_chunks(tmp_path: Path, change: str) -> None:
+    X = smooth(30_000, 8, "f4")
+    path = write(tmp_path / "a.h5", X, None, (30_000, 8), **GZIP)
+    if change in ("longer", "shorter"):
+        n = 40_000 if change == "longer" else 20_000
+        with h5py.File(path, "r+") as file:
+            file["X"].id.write_direct_chunk((0, 0), zlib.compress(np.ones((n, 8), np.float32).tobytes()))
+    else:
+        damage(path, 0, {"flip": flip, "end_early": end_early, "blot": blot}[change])
+    with h5py.File(path) as file:
+        reader = hdf5_places.ChunkTables().open(0, [file["X"]])[0]
+    assert reader is not None
+    assert reader.read(0, 30_000, np.empty(reader.n_bytes(30_000), np.uint8), Buffers()) is None
 
 
 def test_text_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
@@ -320,26 +347,26 @@ def test_bytes_of_the_users_own_come_first(
 def test_hdf5_that_does_not_count_the_users_bytes(tmp_path: Path, read_by_h5py: list[str], monkeypatch: Any) -> None:
     """As versions of HDF5 before 1.14.4 do."""
     path = write(tmp_path / "a.h5", smooth(333, 7, "f4"), None, (40, 3), {"userblock_size": 1024}, **GZIP)
-    look_up = hdf5_chunks._find_base
+    look_up = hdf5_places._find_base
 
     def shifted(dataset: Any, descriptor: Any, offsets: np.ndarray, sizes: np.ndarray) -> int | None:
         offsets -= 1024
         return look_up(dataset, descriptor, offsets, sizes)
 
-    monkeypatch.setattr(hdf5_chunks, "_find_base", shifted)
+    monkeypatch.setattr(hdf5_places, "_find_base", shifted)
     assert_as_h5py(Hdf5Source(path), path)
     assert read_by_h5py == []
 
 
 def test_places_that_are_not_true_are_not_used(tmp_path: Path, read_by_h5py: list[str], monkeypatch: Any) -> None:
     path = write(tmp_path / "a.h5", smooth(333, 7, "f4"), None, (40, 3), **GZIP)
-    look_up = hdf5_chunks._find_base
+    look_up = hdf5_places._find_base
 
     def shifted(dataset: Any, descriptor: Any, offsets: np.ndarray, sizes: np.ndarray) -> int | None:
         offsets += 1
         return look_up(dataset, descriptor, offsets, sizes)
 
-    monkeypatch.setattr(hdf5_chunks, "_find_base", shifted)
+    monkeypatch.setattr(hdf5_places, "_find_base", shifted)
     assert_as_h5py(Hdf5Source(path), path)
     assert "/X" in read_by_h5py
 
@@ -357,10 +384,10 @@ def test_several_files_stored_in_different_ways(tmp_path: Path, read_by_h5py: li
 def test_files_opened_again_and_again_are_asked_for_their_chunks_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hdf5, "_OPEN_FILES", 2)
+    monkeypatch.setattr(hdf5_rows, "_OPEN_FILES", 2)
     looked_up = []
-    look_up = hdf5_chunks._look_up
-    monkeypatch.setattr(hdf5_chunks, "_look_up", lambda *args: looked_up.append(1) or look_up(*args))
+    look_up = hdf5_places._look_up
+    monkeypatch.setattr(hdf5_places, "_look_up", lambda *args: looked_up.append(1) or look_up(*args))
     paths = [write(tmp_path / f"{i}.h5", smooth(90, 3, "f4", i), None, (20, 2), **GZIP) for i in range(5)]
     source = Hdf5Source(paths)
     assert_as_h5py(source, *paths)
@@ -448,7 +475,7 @@ def test_rows_of_chunks_that_are_not_kept_use_the_same_memory(tmp_path: Path) ->
 def test_open_blocks_are_charged_for_decoding_and_for_the_places_of_chunks(tmp_path: Path) -> None:
     path = write(tmp_path / "a.h5", smooth(20_000, 6, "f4"), None, (1_000, 6), **GZIP)
     source = Hdf5Source(path)
-    assert source.open_block_bytes >= 1_000 * 6 * 4 + 2 * 1_000 * 6 * 4 + 40 * 12 // 8
+    assert source.open_block_bytes >= 1_000 * 6 * 4 + 2 * 1_000 * 6 * 4 + 40 * 16 // 8
     assert source.slice_cost_rows == 1_000
 
 
@@ -457,13 +484,13 @@ def test_open_blocks_are_charged_for_decoding_and_for_the_places_of_chunks(tmp_p
 
 def test_more_chunks_than_are_kept_in_memory(tmp_path: Path, read_by_h5py: list[str], monkeypatch: Any) -> None:
     path = write(tmp_path / "a.h5", smooth(100, 4, "f4"), None, (10, 1), **GZIP)
-    monkeypatch.setattr(hdf5_chunks, "MOST_CHUNKS", 45)
+    monkeypatch.setattr(hdf5_places, "MOST_CHUNKS", 45)
     assert_as_h5py(Hdf5Source(path), path)
     assert set(read_by_h5py) == {"/y"}
 
 
 def test_chunks_listed_in_several_batches(tmp_path: Path, read_by_h5py: list[str], monkeypatch: Any) -> None:
-    monkeypatch.setattr(hdf5_chunks, "_NOTED", 7)
+    monkeypatch.setattr(hdf5_places, "_NOTED", 7)
     path = write(tmp_path / "a.h5", smooth(100, 4, "f4"), None, (10, 1), **GZIP)
     assert_as_h5py(Hdf5Source(path), path)
     assert read_by_h5py == []

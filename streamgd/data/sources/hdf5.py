@@ -1,19 +1,17 @@
 """HDF5 files as a source.
 
-`hdf5_layout` describes the files and `hdf5_blocks` cuts them into blocks; here rows are read, chunks with the help of
-`hdf5_chunks`. Files are opened by the process that reads, a bounded number at a time, and never travel with a pickle or
-a fork.
+`hdf5_layout` describes the files, `hdf5_blocks` cuts them into blocks, and `hdf5_rows` reads rows of them. Files are
+opened by the process that reads, a bounded number at a time, and never travel with a pickle or a fork.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import threading
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h5py
 import numpy as np
@@ -27,28 +25,22 @@ from streamgd.data.sources.base import (
     TargetInfo,
     choose_row_dtype,
 )
-from streamgd.data.sources.buffers import Buffers, Bytes
+from streamgd.data.sources.buffers import Bytes
 from streamgd.data.sources.flat import FlatRows, Part, Strip
 from streamgd.data.sources.hdf5_blocks import Cut, advise, cut_into_blocks, place_bytes, rows_at_least
-from streamgd.data.sources.hdf5_files import open_file
 from streamgd.data.sources.hdf5_layout import (
     DatasetInfo,
     FileInfo,
     check_agreement,
     describe_file,
-    find_datasets,
     flat_offset,
     widest_dtype,
 )
-from streamgd.errors import CorruptDataError, DataError, EmptySourceError, OptionError, SchemaError
+from streamgd.data.sources.hdf5_rows import OpenFiles
+from streamgd.errors import CorruptDataError, EmptySourceError, OptionError, SchemaError
 
-if TYPE_CHECKING:
-    from streamgd.data.sources.hdf5_chunks import ChunkReader, ChunkTables
-
-#: Files kept open at once; most systems allow a process 1,024.
-_OPEN_FILES = 64
-#: Rows of target and weights read at once.
-_TARGET_ROWS = 65536
+#: Rows of target and weights read at once, and how many times as many are decoded ahead of whoever consumes them.
+_TARGET_ROWS, _TARGETS_AHEAD = 65536, 2
 
 
 class Hdf5Source(Source):
@@ -146,7 +138,7 @@ class Hdf5Source(Source):
             "weight": weight,
             "modified": [Path(path).stat().st_mtime for path in located],
         }
-        self._opened: dict[int, _OpenFiles] = {}
+        self._opened: dict[int, OpenFiles] = {}
 
     def _set_blocks(self, cuts: Sequence[Cut], block_bytes: int) -> None:
         ends = [np.append(cut.starts[1:], info.n_rows) for cut, info in zip(cuts, self._files, strict=True)]
@@ -166,78 +158,21 @@ class Hdf5Source(Source):
     def read_rows(
         self, file: int, datasets: Sequence[int], first: int, stop: int, lent: list[Bytes] | None = None
     ) -> list[Array]:
-        """Read rows of some datasets of one file.
+        """Read rows of some datasets of one file, features, target and weight being numbered in this order.
 
-        Parameters
-        ----------
-        file : int
-            Which file.
-        datasets : sequence of int
-            Which datasets: features, then target, then weight.
-        first, stop : int
-            Rows within the file.
-        lent : list of ndarray, optional
-            If given, takes up memory that the arrays lie in, for `give_back` once nobody reads them any more.
-
-        Raises
-        ------
-        SourceNotFoundError, CorruptDataError
-            If the file is gone, has changed, or cannot be read.
+        See `streamgd.data.sources.hdf5_rows.OpenFiles.read`.
         """
-        opened = self._open_files()
-        readers = opened.readers(file, self._files[file])
-        found: dict[int, Array] = {}
-        for i in datasets:
-            reader = readers[i]
-            if reader is not None:
-                memory = opened.take(reader.n_bytes(stop - first), lent)
-                try:
-                    rows = reader.read(first, stop, memory, opened.scratch)
-                except OSError as err:
-                    raise self._unreadable(file, [i], first, stop, err) from err
-                # What cannot be decoded is left to h5py, which can after all, or says what is wrong; so is text.
-                with contextlib.suppress(UnicodeDecodeError):
-                    found.update({} if rows is None else {i: _native(rows)})
-        left = [i for i in datasets if i not in found]
-        if left:
-            found.update(zip(left, self._read_by_h5py(opened, file, left, first, stop), strict=True))
-        return [found[i] for i in datasets]
+        return self._open_files().read(file, datasets, first, stop, lent)
 
     def give_back(self, lent: list[Bytes]) -> None:
         """Take back memory that `read_rows` lent, and empty the list."""
-        while lent:
-            self._open_files().rows.give(lent.pop())
+        self._open_files().give_back(lent)
 
-    def _open_files(self) -> _OpenFiles:
+    def _open_files(self) -> OpenFiles:
         # Keyed by process: a forked child must neither use its parent's files nor wait for a lock whose holder was
         # not forked. `setdefault` is atomic.
         number = os.getpid()
-        return self._opened.get(number) or self._opened.setdefault(number, _OpenFiles())
-
-    def _read_by_h5py(
-        self, opened: _OpenFiles, file: int, datasets: Sequence[int], first: int, stop: int
-    ) -> list[Array]:
-        info = self._files[file]
-        with opened.lock:
-            handles = opened.get(file, info)
-            try:
-                return [_native(_read_rows(handles[i], first, stop, info.datasets[i].panel)) for i in datasets]
-            except UnicodeDecodeError as err:
-                raise SchemaError(
-                    f"{info.path}: text in rows {first:,} to {stop - 1:,} is not UTF-8: {err}. Store it as UTF-8"
-                ) from err
-            except (OSError, RuntimeError, ValueError, KeyError) as err:
-                raise self._unreadable(file, datasets, first, stop, err) from err
-
-    def _unreadable(
-        self, file: int, datasets: Sequence[int], first: int, stop: int, err: Exception
-    ) -> CorruptDataError:
-        info = self._files[file]
-        return CorruptDataError(
-            f"{info.path}: rows {first:,} to {stop - 1:,} (block {self._block_at(file, first)}) cannot be read "
-            f"from {', '.join(repr(info.datasets[i].name) for i in datasets)}: {err}. The file is damaged; "
-            "copy it again, or leave it out"
-        )
+        return self._opened.get(number) or self._opened.setdefault(number, OpenFiles(self._files, self._block_at))
 
     def flat_rows(self) -> FlatRows | None:
         """Say where the rows lie if no dataset is chunked; see `Source.flat_rows`."""
@@ -247,7 +182,7 @@ class Hdf5Source(Source):
         """Look up where the rows of a file's datasets lie, and make sure that they still do."""
         opened, info = self._open_files(), self._files[file]
         with opened.lock:
-            handles = opened.get(file, info)
+            handles = opened.get(file)
             offsets = [flat_offset(handle) for handle in handles]
             h5py.h5f.flush(handles[0].file.id)  # what this process wrote through another handle
         n_features, found, column = len(info.features), [], 0
@@ -292,33 +227,43 @@ class Hdf5Source(Source):
         """Read target and weights, many blocks at a time, and hand them out by block."""
         if self.target is None and not self.has_weight:
             return
-        n_features = len(self._files[0].features)
         block = 0
+        for first, arrays in self._read_targets():
+            y = arrays[0] if self.target is not None else None
+            weight = arrays[-1] if self.has_weight else None
+            at, stop = first, first + len(arrays[0])
+            while at < stop:
+                _, block_first, block_stop = self.place(block)
+                end = min(stop, block_stop)
+                part = slice(at - first, end - first)
+                yield block, at - block_first, None if y is None else y[part], None if weight is None else weight[part]
+                block += end == block_stop
+                at = end
+
+    def _read_targets(self) -> Iterator[tuple[int, list[Array]]]:
+        """Read target and weights in file order; where they must be decoded, the next ones meanwhile."""
+        n_features = len(self._files[0].features)
+        pieces: list[tuple[int, range, int, int]] = []
+        decoded = False
         for file, info in enumerate(self._files):
-            wanted = range(n_features, len(info.datasets))
-            # Whole chunks, so that each is decoded once.
-            tallest = max(
-                (each.chunks[0] for each in info.datasets[n_features:] if each.chunks and each.in_wholes), default=1
-            )
+            wholes = [each.chunks[0] for each in info.datasets[n_features:] if each.chunks and each.in_wholes]
+            decoded |= bool(wholes)
+            tallest = max(wholes, default=1)  # whole chunks, so that each is decoded once
             step = tallest * max(1, _TARGET_ROWS // tallest)
-            for first in range(0, info.n_rows, step):
-                stop = min(first + step, info.n_rows)
-                arrays = self.read_rows(file, wanted, first, stop)
-                y = arrays[0] if self.target is not None else None
-                weight = arrays[-1] if self.has_weight else None
-                at = first
-                while at < stop:
-                    _, block_first, block_stop = self.place(block)
-                    end = min(stop, block_stop)
-                    part = slice(at - first, end - first)
-                    yield (
-                        block,
-                        at - block_first,
-                        None if y is None else y[part],
-                        None if weight is None else weight[part],
-                    )
-                    block += end == block_stop
-                    at = end
+            wanted = range(n_features, len(info.datasets))
+            pieces += [(file, wanted, at, min(at + step, info.n_rows)) for at in range(0, info.n_rows, step)]
+        if not decoded or len(pieces) == 1:
+            yield from ((piece[2], self.read_rows(*piece)) for piece in pieces)
+            return
+        pool = ThreadPoolExecutor(_TARGETS_AHEAD, "streamgd-targets")
+        try:
+            ahead: deque[Future[list[Array]]] = deque()
+            for number, piece in enumerate(pieces):
+                while len(ahead) <= _TARGETS_AHEAD and number + len(ahead) < len(pieces):
+                    ahead.append(pool.submit(self.read_rows, *pieces[number + len(ahead)]))
+                yield piece[2], ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def locate(self, block: int, row: int) -> str:
         """Name the file and the row in it."""
@@ -395,107 +340,6 @@ class _Reader(BlockReader):
         self._decoded = {}
         self._source.give_back(self._lent_to_block)
         self._source.give_back(self._lent_to_slice)
-
-
-class _OpenFiles:
-    """The files one process has open, the least recently used closed first, and memory to read into.
-
-    h5py runs one call at a time in a process anyway, so that one lock costs no speed, and a file is never closed under
-    a read. Chunk readers need neither.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.rows, self.scratch = Buffers(), Buffers()
-        self._files: OrderedDict[int, tuple[h5py.File, tuple[h5py.Dataset, ...]]] = OrderedDict()
-        self._readers: dict[int, tuple[ChunkReader | None, ...]] = {}
-        self._tables: ChunkTables | None = None
-
-    def readers(self, file: int, info: FileInfo) -> tuple[ChunkReader | None, ...]:
-        """Return for each dataset of a file what reads its chunks beside h5py, or None where only h5py can read it."""
-        with self.lock:
-            handles = self.get(file, info)
-            found = self._readers.get(file)
-            if found is None:
-                found = (None,) * len(handles)
-                if any(each.chunks is not None for each in info.datasets):
-                    found = self._chunk_tables().open(file, handles)
-                self._readers[file] = found
-        return found
-
-    def _chunk_tables(self) -> ChunkTables:
-        if self._tables is None:
-            from streamgd.data.sources.hdf5_chunks import ChunkTables  # imports Numba
-
-            self._tables = ChunkTables()
-        return self._tables
-
-    def take(self, n_bytes: int, lent: list[Bytes] | None) -> Bytes:
-        """Return memory for rows; noted in `lent` if it will come back, else fresh."""
-        if lent is None:
-            return np.empty(n_bytes, np.uint8)
-        lent.append(self.rows.take(n_bytes))
-        return lent[-1]
-
-    def get(self, file: int, info: FileInfo) -> tuple[h5py.Dataset, ...]:
-        """Return the datasets of a file, opening it if need be. The caller holds the lock."""
-        if file in self._files:
-            self._files.move_to_end(file)
-            return self._files[file][1]
-        while len(self._files) >= _OPEN_FILES:
-            self._close_oldest()
-        handle = open_file(info.path)
-        try:
-            now = find_datasets(handle, info)
-        except DataError:
-            handle.close()
-            raise
-        except (OSError, RuntimeError, KeyError, TypeError) as err:
-            handle.close()
-            raise CorruptDataError(f"{info.path}: its datasets can no longer be read: {err}") from err
-        self._files[file] = handle, now
-        return now
-
-    def close(self) -> None:
-        """Close every file."""
-        with self.lock:
-            while self._files:
-                self._close_oldest()
-            self.rows.clear()
-            self.scratch.clear()
-
-    def _close_oldest(self) -> None:
-        file, (handle, _) = self._files.popitem(last=False)
-        self._readers.pop(file, None)
-        handle.close()
-
-
-def _read_rows(dataset: h5py.Dataset, first: int, stop: int, panel: int) -> Array:
-    """Read rows as they are stored: the one place where they leave a file.
-
-    Where rows lie in several chunks without compression, chunks are read panel by panel: asked for whole rows, HDF5
-    reads such chunks a value at a time (measured: 40 s instead of 0.3 s for 220 MB in chunks one column wide).
-    """
-    found: Array
-    if not panel:
-        found = dataset[first:stop]
-        return found
-    shape = (stop - first, dataset.shape[1])
-    found = np.empty(shape, dataset.dtype, order="F" if panel == 1 else "C")
-    for column in range(0, shape[1], panel):
-        found[:, column : column + panel] = dataset[first:stop, column : column + panel]
-    return found
-
-
-def _native(array: Array) -> Array:
-    """Convert to what slices may hold: native numbers of at most 64 bits, and text."""
-    if array.dtype.kind == "S":
-        return np.strings.decode(array, "utf-8")
-    if array.dtype.kind == "O":
-        return np.array([value.decode("utf-8") for value in array.ravel().tolist()]).reshape(array.shape)
-    if array.dtype.itemsize > 8:
-        return array.astype(np.float64)
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def _check_use(paths: Sequence[Any], features: Sequence[str], target: str | None, weight: str | None) -> None:

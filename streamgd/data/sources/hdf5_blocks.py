@@ -20,8 +20,8 @@ _LEAST_ROWS = 32
 _MANY_BLOCKS = 2048
 #: Blocks grow until they decode at most so many times their own bytes, and as long as they are small, few more at all.
 _DECODED_TIMES, _DECODED_TIMES_SMALL = 4, 1.1
-#: The places of so many chunks of a source are kept in memory, in twelve bytes each; h5py reads datasets with more.
-MOST_CHUNKS, _PLACE_BYTES = 1 << 20, 12
+#: The places of so many chunks of a source are kept in memory, in sixteen bytes each; h5py reads datasets with more.
+MOST_CHUNKS, _PLACE_BYTES = 1 << 20, 16
 #: They are there once, and every open block is charged with such a part of them.
 _SHARES = 8
 #: A row that lies in more pieces than this is read a block at a time: the cost is per piece, not per byte.

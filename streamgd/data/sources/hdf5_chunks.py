@@ -11,24 +11,24 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import h5py
 import numpy as np
-from isal import isal_zlib
+from isal import igzip_lib, isal_zlib
 from numpy.typing import NDArray
 
 from streamgd.data.sources.base import Array
 from streamgd.data.sources.buffers import Buffers, Bytes
-from streamgd.data.sources.hdf5_blocks import MOST_CHUNKS
 from streamgd.data.sources.hdf5_codecs import expand_lzf, fletcher32, put_rows
 
 #: Numbers by which HDF5 knows filters.
-_DEFLATE, _SHUFFLE, _FLETCHER32, _LZF = 1, 2, 3, 32000
-#: Chunks that HDF5 lists are noted so many at a time: fast, and without ever holding a list of them all.
-_NOTED = 4096
+DEFLATE, SHUFFLE, FLETCHER32, LZF = 1, 2, 3, 32000
 #: Room beyond what a chunk should decompress to: isal doubles its memory when that is filled to the last byte.
 _SLACK = 64
+#: Bigger chunks are decompressed in pieces, from and to so many bytes: of what isal allocates in one piece, the system
+#: keeps as much again for every thread that ever did.
+_WHOLE_BYTES, _PIECE_BYTES, _PIECE_ROOM = 1 << 19, 1 << 16, 1 << 18
 _CHECKSUM_BYTES = 4
 _INFLATE_ERROR = cast("type[Exception]", isal_zlib.error)
 
@@ -108,12 +108,19 @@ class ChunkReader:
         HDF5's numbers of the filters that chunks went through.
     table : ChunkTable
         Where its chunks lie.
+    fill : ndarray of shape (1, 1), or None
+        What chunks hold that were never written; None if there are none.
     descriptor : Descriptor
         The file.
     """
 
     def __init__(
-        self, dataset: h5py.Dataset, filters: Sequence[int], table: ChunkTable, descriptor: Descriptor
+        self,
+        dataset: h5py.Dataset,
+        filters: Sequence[int],
+        table: ChunkTable,
+        fill: Array | None,
+        descriptor: Descriptor,
     ) -> None:
         self._table = table
         self._descriptor = descriptor
@@ -126,20 +133,20 @@ class ChunkReader:
         self._chunk_bytes = self._height * self._width * self._dtype.itemsize
         # What undoes the filters, the last one first, each with its bit. A shuffle is the first one and stays: it is
         # undone as rows are put together. HDF5 leaves single bytes where they are.
-        self._undo = [(1 << i, code) for i, code in enumerate(filters) if code != _SHUFFLE][::-1]
-        self._shuffled = _SHUFFLE in filters and self._dtype.itemsize > 1
-        self._fill = _fill_value(dataset, table)
+        self._undo = [(1 << i, code) for i, code in enumerate(filters) if code != SHUFFLE][::-1]
+        self._shuffled = SHUFFLE in filters and self._dtype.itemsize > 1
+        self._fill = fill
         # Columns that are stored one by one stay so: rows are put together when they go to their places.
         self._by_column = self._width == 1 and self._columns > 1
         self._most_stored = int(table.sizes.max(initial=0))
         filtered = bool(self._undo) or self._shuffled
         # HDF5 can leave chunks that stick out beyond the last row or column unfiltered, and does not say so. With these
         # filters a chunk says it itself.
-        self._doubtful = filtered and not {_DEFLATE, _FLETCHER32}.intersection(filters)
+        self._doubtful = filtered and not {DEFLATE, FLETCHER32}.intersection(filters)
         self._n_rows = int(dataset.shape[0])
         if filtered:
-            expanded = self._chunk_bytes + _SLACK if _LZF in filters else 0
-            self._work_bytes = self._most_stored + expanded
+            in_work = LZF in filters or (DEFLATE in filters and self._chunk_bytes > _WHOLE_BYTES)
+            self._work_bytes = self._most_stored + (self._chunk_bytes + _SLACK if in_work else 0)
         else:
             self._work_bytes = 0 if self._by_column or self._width == self._columns else self._chunk_bytes
 
@@ -238,16 +245,15 @@ class ChunkReader:
         data = work[:size]
         self._descriptor.fill(data.data, offset)
         for code in undo:
-            if code == _FLETCHER32:
+            if code == FLETCHER32:
                 data = _checked(data)
-            elif code == _DEFLATE:
-                data = _inflated(data, self._chunk_bytes + _SLACK)
-            else:
+            elif code == LZF:
                 room = work[self._most_stored :]
-                n = expand_lzf(data, room)
-                if n < 0:
-                    raise UndecodableError("a chunk is not LZF")
-                data = room[:n]
+                data = room[: expand_lzf(data, room)]  # all but the last byte if it cannot be expanded
+            elif self._chunk_bytes > _WHOLE_BYTES:
+                data = _inflated_by_piece(data, work[self._most_stored :])
+            else:
+                data = _inflated(data, self._chunk_bytes + _SLACK)
         if len(data) != self._chunk_bytes:
             raise UndecodableError(f"a chunk of {self._chunk_bytes:,} bytes decompresses to {len(data):,}")
         return data, shuffled, 0
@@ -272,152 +278,22 @@ def _inflated(data: Bytes, room: int) -> Bytes:
         raise UndecodableError(f"a chunk cannot be decompressed: {err}") from err
 
 
-class ChunkTables:
-    """Makes the chunk readers of a source, and keeps what HDF5 said of its files. Not for several threads at once.
-
-    A file that was closed to make room for others is not asked again, unless it has changed.
-    """
-
-    def __init__(self) -> None:
-        self._tables: dict[tuple[int, int], ChunkTable] = {}
-
-    def open(self, file: int, datasets: Sequence[h5py.Dataset]) -> tuple[ChunkReader | None, ...]:
-        """Make a reader of each of a file's datasets, None for those that only h5py can read.
-
-        Parameters
-        ----------
-        file : int
-            The number of the file in the source.
-        datasets : sequence of h5py.Dataset
-            Always the same ones. Needed only while this function runs.
-        """
-        descriptors: dict[int, Descriptor] = {}
-        return tuple(self._open((file, number), dataset, descriptors) for number, dataset in enumerate(datasets))
-
-    def _open(
-        self, key: tuple[int, int], dataset: h5py.Dataset, descriptors: dict[int, Descriptor]
-    ) -> ChunkReader | None:
-        try:
-            filters = _known_filters(dataset) if _stores_values_as_they_are(dataset) else None
-            if filters is None:
-                return None
-            handle = dataset.file.id.get_vfd_handle()  # datasets that are linked to may lie in other files
-            descriptor = descriptors.setdefault(handle, Descriptor(handle))
-            table = self._table(key, dataset, descriptor)
-            return None if table is None else ChunkReader(dataset, filters, table, descriptor)
-        except (OSError, RuntimeError, ValueError, KeyError):
-            return None  # damaged: h5py says so as rows are read
-
-    def _table(self, key: tuple[int, int], dataset: h5py.Dataset, descriptor: Descriptor) -> ChunkTable | None:
-        known = self._tables.pop(key, None)
-        n_chunks = sum(len(each.offsets) for each in self._tables.values()) + math.prod(_grid(dataset))
-        if known is None or known.identity != descriptor.identity:
-            known = _look_up(dataset, descriptor) if n_chunks <= MOST_CHUNKS else None
-        if known is not None:
-            self._tables[key] = known
-        return known
-
-
-def _grid(dataset: h5py.Dataset) -> tuple[int, ...]:
-    """Count the chunks along each dimension."""
-    return tuple(-(-n // step) for n, step in zip(dataset.shape, dataset.chunks, strict=True))
-
-
-def _corner(dataset: h5py.Dataset, number: int) -> tuple[int, ...]:
-    """Return the first element of a chunk."""
-    at = np.unravel_index(number, _grid(dataset))
-    return tuple(int(i) * step for i, step in zip(at, dataset.chunks, strict=True))
-
-
-def _stores_values_as_they_are(dataset: h5py.Dataset) -> bool:
-    """Tell whether values lie in chunks of a plain file, and are there what they are in memory."""
-    file = dataset.file
-    return (
-        hasattr(os, "preadv")
-        and hasattr(dataset.id, "chunk_iter")
-        and dataset.ndim in (1, 2)
-        and dataset.id.get_create_plist().get_layout() == h5py.h5d.CHUNKED
-        and file.driver == "sec2"
-        # What somebody in this process writes to the file may not have reached it.
-        and file.id.get_intent() == h5py.h5f.ACC_RDONLY
-        and dataset.dtype.kind in "fiubS"
-        and dataset.id.get_type().equal(h5py.h5t.py_create(dataset.dtype, logical=True))
-    )
-
-
-def _known_filters(dataset: h5py.Dataset) -> list[int] | None:
-    """List the filters that chunks went through; None if one of them, or their order, is not known here."""
-    creation = dataset.id.get_create_plist()
-    found = [creation.get_filter(i) for i in range(creation.get_nfilters())]
-    codes = [code for code, *_ in found]
-    known = {_DEFLATE, _SHUFFLE, _FLETCHER32, _LZF}.issuperset(codes) and not {_DEFLATE, _LZF}.issubset(codes)
-    if not known or len(set(codes)) < len(codes):
-        return None
-    if _SHUFFLE in codes and (codes[0] != _SHUFFLE or found[0][2][:1] != (dataset.dtype.itemsize,)):
-        return None
-    return codes
-
-
-def _look_up(dataset: h5py.Dataset, descriptor: Descriptor) -> ChunkTable | None:
-    """Ask HDF5 for the place of every chunk; None if what it says cannot be made use of."""
-    chunks, grid = np.array(dataset.chunks), np.array(_grid(dataset))
-    offsets = np.full(grid.prod(), -1, np.int64)
-    sizes, masks = np.zeros(len(offsets), np.uint32), np.zeros(len(offsets), np.uint32)
-    noted: list[Any] = []
-    n_noted, usable = 0, True
-
-    def note(chunk: Any) -> None:
-        noted.append(chunk)
-        if len(noted) == _NOTED:
-            enter()
-
-    def enter() -> None:
-        nonlocal n_noted, usable
-        if noted:
-            at, odd = np.divmod(np.array([chunk.chunk_offset for chunk in noted]), chunks)
-            bytes_of = np.array([chunk.size for chunk in noted])
-            # Some versions of HDF5 list chunks by their number; chunks of 4 GiB and more do not fit the table.
-            usable &= not odd.any() and bool((at < grid).all()) and int(bytes_of.max()) < 1 << 32
-            if usable:
-                number = at @ np.append(np.cumprod(grid[:0:-1])[::-1], 1)
-                offsets[number] = [chunk.byte_offset for chunk in noted]
-                sizes[number], masks[number] = bytes_of, [chunk.filter_mask for chunk in noted]
-            n_noted += len(noted)
-            noted.clear()
-
-    dataset.id.chunk_iter(note)
-    enter()
-    if not usable or np.count_nonzero(offsets >= 0) != n_noted:
-        return None
-    base = _find_base(dataset, descriptor, offsets, sizes)
-    if base is None:
-        return None
-    offsets[offsets >= 0] += base
-    return ChunkTable(offsets, sizes, masks if masks.any() else None, descriptor.identity)
-
-
-def _find_base(
-    dataset: h5py.Dataset, descriptor: Descriptor, offsets: NDArray[np.int64], sizes: NDArray[np.uint32]
-) -> int | None:
-    """Return from where in the file HDF5 counts, which its versions do differently where a user's own bytes come first.
-
-    Two chunks are read both ways to find out, and to be sure of everything else: None if they differ.
-    """
-    there = np.flatnonzero(offsets >= 0)
-    if len(there) == 0:
-        return 0
-    bases = {0, dataset.file.userblock_size}
-    for number in {int(there[np.argmin(sizes[there])]), int(there[np.argmax(offsets[there])])}:
-        _, expected = dataset.id.read_direct_chunk(_corner(dataset, number))
-        at, size = int(offsets[number]), int(sizes[number])
-        bases = {base for base in bases if descriptor.read(size, at + base) == expected}
-    return min(bases, default=None)
-
-
-def _fill_value(dataset: h5py.Dataset, table: ChunkTable) -> Array | None:
-    """Let h5py read one value of a chunk that was never written; None if there is none."""
-    missing = np.flatnonzero(table.offsets < 0)
-    if len(missing) == 0:
-        return None
-    found: Array = dataset[tuple(slice(at, at + 1) for at in _corner(dataset, int(missing[0])))]
-    return found.reshape(1, 1)
+def _inflated_by_piece(data: Bytes, room: Bytes) -> Bytes:
+    """Decompress to memory that is there already; costs a tenth more time."""
+    inflating = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_ZLIB)
+    done, target = 0, room.data
+    try:
+        for at in range(0, len(data), _PIECE_BYTES):
+            piece: Bytes | bytes = data[at : at + _PIECE_BYTES]
+            while not inflating.eof and (len(piece) or not inflating.needs_input):
+                found = inflating.decompress(piece, _PIECE_ROOM)
+                if done + len(found) > len(target):
+                    raise UndecodableError("a chunk decompresses to more than it should")
+                target[done : done + len(found)] = found
+                done += len(found)
+                piece = b""
+    except _INFLATE_ERROR as err:
+        raise UndecodableError(f"a chunk cannot be decompressed: {err}") from err
+    if not inflating.eof:
+        raise UndecodableError("a chunk's compressed bytes end early")
+    return room[:done]
