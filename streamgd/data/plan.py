@@ -232,6 +232,39 @@ class EpochPlan:
             )
             window += 1
 
+    def window_at(self, row: int) -> tuple[int, int]:
+        """Find the window of a row of the lane's epoch.
+
+        Parameters
+        ----------
+        row : int
+            Counted through the lane's windows; those from `n_rows` on are in no window, and the number of windows is
+            given.
+
+        Returns
+        -------
+        window, before : int
+            Its index, and the rows of all windows before it.
+        """
+        window = before = 0
+        while (more := (row - before) // self.layout.window_rows) > 0 and before < self.n_rows:
+            window += more  # no window has more rows than that, many have fewer
+            before = self._rows_before(window)
+        for plan in self.windows(window):
+            if row < before + plan.n_rows:
+                return window, before
+            window, before = window + 1, before + plan.n_rows
+        return self.n_windows, self.n_rows
+
+    def _rows_before(self, window: int) -> int:
+        from streamgd.data.placing import N_LIVE, NEXT_BLOCK
+
+        slots, walk = self._start()
+        self._skip(slots, walk, window)
+        live = slots[: walk[N_LIVE]]
+        left = int((self.block_rows[live[:, 0]] - live[:, 1]).sum())
+        return int(self.block_rows[self.blocks[: walk[NEXT_BLOCK]]].sum()) - left
+
     def _start(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Put the first blocks in the slots: (block, next row) of each, and the walk's state."""
         n_slots = min(self.layout.n_open if self.shuffle else 1, len(self.blocks))

@@ -44,8 +44,8 @@ class SGDEstimator(BaseEstimator):  # type: ignore[misc]
     """
 
     _task: ClassVar[Task]
-    # `resume` says how to fit: it is no data that meta-estimators could route.
-    __metadata_request__fit: ClassVar[dict[str, str]] = {"resume": UNUSED}
+    # These say how to fit: they are no data that meta-estimators could route.
+    __metadata_request__fit: ClassVar[dict[str, str]] = {"resume": UNUSED, "client": UNUSED}
 
     checkpoint_dir: str | os.PathLike[str] | None
     checkpoint_every_s: float
@@ -74,7 +74,7 @@ class SGDEstimator(BaseEstimator):  # type: ignore[misc]
     def _source(self, X: Any, y: Any, sample_weight: Any, *, reset: bool) -> Source:
         return training_source(self, X, y, sample_weight, reset=reset, labels=self._task == "classification")
 
-    def _fit(self, X: Any, y: Any, sample_weight: Any, *, resume: bool) -> Self:
+    def _fit(self, X: Any, y: Any, sample_weight: Any, *, resume: bool, client: Any) -> Self:
         config, options = self._config(_seed_of(self.random_state)), self._options()
         if resume:
             self._require_findable()
@@ -86,12 +86,12 @@ class SGDEstimator(BaseEstimator):  # type: ignore[misc]
         watcher = _Announcer(self.verbose)
         if self.checkpoint_dir is None:
             run = start or prepare(source, config)
-            train(run, options=options, watcher=watcher)
+            train(run, options=options, watcher=watcher, client=client)
             self.run_dir_ = None
         else:
             with RunFolder(folder_of(self.checkpoint_dir, config, source, start)) as folder:
                 run = open_run(folder, source, config, start, resume=resume)
-                train(run, options=options, folder=folder, watcher=watcher)
+                train(run, options=options, folder=folder, watcher=watcher, client=client)
             self.run_dir_ = folder.path
         self._adopt(Trained.of(run))
         if run.finished == "max_iter" and isinstance(config.tol, (int, float)) and config.tol > -np.inf:

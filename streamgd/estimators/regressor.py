@@ -89,6 +89,10 @@ class SGDRegressor(RegressorMixin, SGDEstimator):  # type: ignore[misc]
         Seconds between checkpoints; there is one at the end of each epoch, too.
     n_threads : int or None, default=None
         Threads that read ahead; None is one for each processor. The result does not depend on it.
+    n_lanes : int, default=1
+        Parts of the data that are trained side by side and merged after each round, on a cluster (see `fit`) or in
+        threads. The result depends on it, as on the seed, but not on where the lanes run. They share `buffer` and each
+        batch (as far as 32 rows are left for each).
 
     Attributes
     ----------
@@ -195,6 +199,7 @@ class SGDRegressor(RegressorMixin, SGDEstimator):  # type: ignore[misc]
         checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_every_s: float = 60.0,
         n_threads: int | None = None,
+        n_lanes: int = 1,
     ) -> None:
         self.loss = loss
         self.penalty = penalty
@@ -223,8 +228,9 @@ class SGDRegressor(RegressorMixin, SGDEstimator):  # type: ignore[misc]
         self.checkpoint_dir = checkpoint_dir
         self.checkpoint_every_s = checkpoint_every_s
         self.n_threads = n_threads
+        self.n_lanes = n_lanes
 
-    def fit(self, X: Any, y: Any = None, sample_weight: Any = None, *, resume: bool = False) -> Self:
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None, *, resume: bool = False, client: Any = None) -> Self:
         """Fit the model.
 
         Parameters
@@ -239,6 +245,10 @@ class SGDRegressor(RegressorMixin, SGDEstimator):  # type: ignore[misc]
             Whether to go on with the newest checkpoint of the same fit in `checkpoint_dir`, where there is one: same
             data, same parameters, at most `max_iter` epochs done. A finished fit is left as it is; a larger `max_iter`
             goes on with it. False starts afresh.
+        client : distributed.Client or None, default=None
+            A Dask cluster to train the lanes on; None trains here. The coefficients are the same, to the bit, for any
+            number of workers, lost ones included. Workers open files themselves, under the same paths; the blocks of
+            Dask collections go from worker to worker.
 
         Returns
         -------
@@ -253,6 +263,8 @@ class SGDRegressor(RegressorMixin, SGDEstimator):  # type: ignore[misc]
             If the coefficients leave the finite numbers: a learning rate that is too large.
         RunLockedError
             If another process is at the same fit, in the same `checkpoint_dir`.
+        ClusterError
+            If the cluster cannot do it: other versions, files that a worker cannot read, too little memory, no workers.
 
         Notes
         -----
@@ -261,7 +273,7 @@ class SGDRegressor(RegressorMixin, SGDEstimator):  # type: ignore[misc]
         did since the last one. A resumed fit equals an uninterrupted one bit for bit. `streamgd.load` makes an
         estimator of a run folder.
         """
-        return self._fit(X, y, sample_weight, resume=resume)
+        return self._fit(X, y, sample_weight, resume=resume, client=client)
 
     def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
         """Train for one epoch on some rows: further rows of a stream, or the same once more.

@@ -18,6 +18,10 @@ from streamgd.learn.recipe import Recipe
 AUTO_UPDATES, AUTO_MAX_EPOCHS = 10_000, 1_000
 #: What ``tol="auto"`` is, as a share of the loss of the constant prediction.
 AUTO_TOL = 1e-5
+#: A lane's batches have this many rows at least, if the batch size does: fewer cost more in calls than they bring.
+LEAST_LANE_BATCH = 32
+#: The most lanes: they are merged in one place.
+MOST_LANES = 1024
 #: Differences between two runs that a message lists.
 _MOST_DIFFERENCES = 10
 
@@ -48,6 +52,8 @@ class Config:
         Scale features by a sample's moments, by exact ones, or not.
     class_weight : dict, "balanced" or None
         Factor of each class, by label.
+    n_lanes : int
+        Parts that are trained side by side and merged after each round.
     """
 
     recipe: Recipe = field(default_factory=Recipe)
@@ -59,6 +65,7 @@ class Config:
     buffer_bytes: int = 256_000_000
     standardize: bool | str = True
     class_weight: dict[Any, float] | str | None = None
+    n_lanes: int = 1
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
@@ -80,6 +87,8 @@ class Config:
         weights = self.class_weight
         if not (weights is None or _is(weights, "balanced") or isinstance(weights, dict)):
             raise OptionError(f"class_weight={weights!r}: expected None, 'balanced' or a dict of label to factor")
+        if not (_is_whole(self.n_lanes) and 1 <= self.n_lanes <= MOST_LANES):
+            raise OptionError(f"n_lanes={self.n_lanes!r}: expected a whole number from 1 to {MOST_LANES}")
         if weights is not None and self.recipe.task != "classification":
             raise OptionError("class_weight needs a classification")
 
@@ -88,12 +97,24 @@ class Config:
         """Whether the intercept starts at 0: plain SGD on unscaled rows is posed exactly as in scikit-learn."""
         return self.recipe.the_optimizer.name == "sgd" and self.standardize is False
 
+    def batch_rows(self, n_rows: int) -> int:
+        """Rows behind one update of a lane: the lanes share a batch, as far as each has `LEAST_LANE_BATCH` rows of it.
+
+        With whole batches each, eight lanes missed three times as much of what there is to learn as with an eighth each.
+        """
+        size = int(self.recipe.batch_size)
+        return min(max(-(-size // self.n_lanes), min(size, LEAST_LANE_BATCH)), n_rows)
+
+    def n_updates(self, n_rows: int) -> int:
+        """Updates of an epoch over `n_rows` rows, about, if there are several lanes."""
+        size = int(self.recipe.batch_size)
+        return math.ceil(n_rows / (size if self.n_lanes == 1 else max(size, self.n_lanes * self.batch_rows(n_rows))))
+
     def n_epochs(self, n_rows: int) -> int:
         """Epochs at most, over `n_rows` rows."""
         if self.max_iter != "auto":
             return int(self.max_iter)
-        updates = math.ceil(n_rows / self.recipe.batch_size)
-        return min(AUTO_MAX_EPOCHS, max(1, math.ceil(AUTO_UPDATES / updates)))
+        return min(AUTO_MAX_EPOCHS, max(1, math.ceil(AUTO_UPDATES / self.n_updates(n_rows))))
 
     def absolute_tol(self, null_loss: float) -> float | None:
         """Return `tol` in units of the loss; None to never stop early."""
@@ -118,6 +139,7 @@ class Config:
             "class_weight": [[_plain(k), float(v)] for k, v in weights.items()]
             if isinstance(weights, dict)
             else weights,
+            "n_lanes": int(self.n_lanes),
         }
 
     @classmethod
@@ -126,6 +148,7 @@ class Config:
         values = dict(values)
         own = ("max_iter", "tol", "n_iter_no_change", "shuffle", "seed", "buffer_bytes", "standardize", "class_weight")
         mine = {name: values.pop(name) for name in own}
+        mine["n_lanes"] = values.pop("n_lanes", 1)  # runs from before there were lanes do not say
         if isinstance(mine["class_weight"], list):
             mine["class_weight"] = dict(mine["class_weight"])
         return cls(recipe=Recipe.from_json(values), **mine)

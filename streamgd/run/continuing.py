@@ -78,7 +78,7 @@ class Trained:
         self._require_compatible(source, config)
         state = self._between_epochs()
         config = replace(config, max_iter=state.epoch + 1, tol=None)
-        state = _with_carry(state, min(config.recipe.batch_size, source.n_rows), source)
+        state = _with_carry(state, config.batch_rows(source.n_rows), source)
         return Run(source, config, self.survey, plan_for(source, config), state)
 
     def warm_start(self, source: Source, config: Config, coef: Floats, intercept: Floats) -> Run:

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from streamgd.data.prefetch import WindowStream
 from streamgd.learn import kernels
-from streamgd.run.loop import Watcher
+from streamgd.run.epochs import Reading, Watcher
 from streamgd.run.runs import Run
 
 if TYPE_CHECKING:
@@ -126,7 +125,7 @@ class Pace:
         self._span_s = span_s
         self._seen: deque[tuple[float, int, float, int]] = deque()  # time, rows, seconds waited, bytes read
 
-    def observe(self, run: Run, stream: WindowStream) -> None:
+    def observe(self, run: Run, stream: Reading) -> None:
         """Note where the run stands. Cheap: called after every kernel call."""
         now = self._clock()
         seen = self._seen
@@ -235,7 +234,7 @@ class PlainView(View):
         """Begin to count the seconds."""
         self._last_line = self._clock()
 
-    def advanced(self, run: Run, stream: WindowStream) -> None:
+    def advanced(self, run: Run, stream: Reading) -> None:
         """Write a line if the last one is old."""
         self._pace.observe(run, stream)
         if self._clock() - self._last_line >= LINE_EVERY_S:
@@ -286,7 +285,7 @@ class BarView(View):
             self._live.start(refresh=True)
         self._last_line = self._clock()
 
-    def advanced(self, run: Run, stream: WindowStream) -> None:
+    def advanced(self, run: Run, stream: Reading) -> None:
         """Draw anew, a few times a second."""
         self._pace.observe(run, stream)
         now = self._clock()

@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 import streamgd
-from streamgd.data.plan import Layout, plan_layout
+from streamgd.data.plan import Layout, format_bytes, plan_layout
 from streamgd.data.sources.base import Source
-from streamgd.errors import ResumeError
+from streamgd.errors import BufferTooSmallError, ResumeError
 from streamgd.learn import kernels
 from streamgd.learn.model import LinearModel
+from streamgd.learn.recipe import Packed
 from streamgd.learn.state import State
 from streamgd.run.checkpoint import Checkpoint
 from streamgd.run.config import Config, differences
@@ -58,6 +59,26 @@ class Run:
     def n_epochs(self) -> int:
         """Epochs at most."""
         return self.config.n_epochs(self.source.n_rows)
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows behind one update of a lane."""
+        return self.config.batch_rows(self.source.n_rows)
+
+    def packed(self, *, moments: bool) -> Packed:
+        """Write what is to be learnt as kernels take it.
+
+        Parameters
+        ----------
+        moments : bool
+            Whether to keep the features' moments while consuming rows.
+        """
+        return self.config.recipe.pack(
+            n_classes=self.survey.n_classes,
+            n_updates=self.n_epochs * self.config.n_updates(self.source.n_rows),
+            mean_weight=self.survey.mean_weight,
+            moments=moments,
+        )
 
     def reason_to_end(self) -> str | None:
         """Say why the run ends with the epoch that was closed last; None if it goes on."""
@@ -153,14 +174,47 @@ def prepare(
 
 
 def plan_for(source: Source, config: Config) -> Layout:
-    """Plan the memory of a run; see `streamgd.data.plan.plan_layout`."""
+    """Plan the memory of a run, or of each of its lanes; see `streamgd.data.plan.plan_layout`.
+
+    The buffer is for all lanes together, wherever they run: which part of it a lane has must not depend on that.
+
+    Raises
+    ------
+    BufferTooSmallError
+        If it does not fit; `needed_bytes` is for all lanes.
+    """
     n_outputs = 1 if source.target is None or config.recipe.task == "classification" else source.target.n_outputs
-    return plan_layout(
-        source,
-        config.buffer_bytes,
-        n_outputs=n_outputs,
-        carry_rows=min(config.recipe.batch_size, source.n_rows),
-        shuffle=config.shuffle,
+    n_lanes = config.n_lanes
+    try:
+        layout = plan_layout(
+            source,
+            config.buffer_bytes // n_lanes,
+            n_outputs=n_outputs,
+            carry_rows=config.batch_rows(source.n_rows),
+            shuffle=config.shuffle,
+        )
+    except BufferTooSmallError as err:
+        if n_lanes == 1:
+            raise
+        raise BufferTooSmallError(
+            f"the buffer of {format_bytes(config.buffer_bytes)} is shared by {n_lanes} lanes, which need "
+            f"{n_lanes * err.needed_bytes:,} bytes together. Of each: {err}",
+            n_lanes * err.needed_bytes,
+        ) from err
+    return layout if n_lanes == 1 else _of_lane(layout, source, n_lanes)
+
+
+def _of_lane(layout: Layout, source: Source, n_lanes: int) -> Layout:
+    """Cut windows that would hold more rows than any lane has."""
+    most = -(-source.n_rows // n_lanes) + int(source.block_rows.max())
+    if layout.window_rows <= most:
+        return replace(layout, resident=False)
+    return replace(
+        layout,
+        window_rows=most,
+        window_bytes=most * layout.row_bytes,
+        planned_bytes=layout.open_bytes + layout.piece_bytes + layout.carry_bytes + 2 * most * layout.row_bytes,
+        resident=False,
     )
 
 
@@ -172,7 +226,7 @@ def first_state(source: Source, config: Config, survey: Survey) -> State:
         n_features=source.n_features,
         n_targets=survey.codec.n_outputs,
         n_slots=recipe.the_optimizer.n_slots,
-        batch_size=min(recipe.batch_size, source.n_rows),
+        batch_size=config.batch_rows(source.n_rows),
         row_dtype=source.row_dtype,
         has_weight=source.has_weight,
     )
@@ -206,7 +260,7 @@ def restore(source: Source, checkpoint: Checkpoint, config: Config | None = None
     survey = Survey.restore(checkpoint.tensors, meta["survey"])
     state = State.from_tensors(
         checkpoint.tensors,
-        batch_size=min(config.recipe.batch_size, source.n_rows),
+        batch_size=config.batch_rows(source.n_rows),
         has_weight=source.has_weight,
     )
     run = Run(source, config, survey, Layout.from_json(meta["layout"]), state, meta["finished"])

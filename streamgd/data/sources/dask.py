@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -156,6 +157,7 @@ class DaskSource(Source):
         self.open_block_bytes = int(self.block_rows.max()) * row_bytes
         self.origin = {"kind": self.kind, "shape": [self.n_rows, self.n_features]}
         self.compute_here = False
+        self._delivered: Mapping[int, Sequence[Any]] | None = None
         self._start_afresh()
 
     def _start_afresh(self) -> None:
@@ -204,6 +206,43 @@ class DaskSource(Source):
             _, y, weight = self._compute(block, targets_only=True, ahead=ahead)
             yield block, 0, None if y is None else y.read(0, n_rows), None if weight is None else weight.read(0, n_rows)
 
+    # Elsewhere
+
+    def detached(self) -> DaskSource:
+        """Return a source that knows everything but the collections, and opens only what `with_blocks` gives it."""
+        found = copy(self)  # as if it had been sent
+        found._parts = self._parts.elsewhere()
+        found._target_parts = self._target_parts.elsewhere()
+        found._delivered = {}
+        return found
+
+    def with_blocks(self, blocks: Mapping[int, Sequence[Any]]) -> DaskSource:
+        """Return a source that opens these blocks, computed by `submit`, and no others."""
+        found = copy(self)
+        found._delivered = blocks
+        return found
+
+    def submit(self, client: Any, blocks: Sequence[int], workers: Sequence[str] | None = None) -> dict[int, list[Any]]:
+        """Have a cluster compute blocks, and leave them there.
+
+        Parameters
+        ----------
+        client : distributed.Client
+            Of the cluster.
+        blocks : sequence of int
+            Which.
+        workers : sequence of str or None, default=None
+            Where, if possible.
+
+        Returns
+        -------
+        dict of int to list of Future
+            What `with_blocks` takes once they are computed.
+        """
+        numbers = {block: int(self._numbers[block]) for block in blocks}
+        found = self._graph(targets_only=False).submit_all(client, list(numbers.values()), workers)
+        return {block: found[number] for block, number in numbers.items()}
+
     def _graph(self, *, targets_only: bool) -> BlockGraph:
         with self._lock:
             if targets_only not in self._graphs:
@@ -217,6 +256,8 @@ class DaskSource(Source):
         """Compute a block and check that it is what was promised."""
         number = int(self._numbers[block])
         client = None if self.compute_here else active_client()
+        if self._delivered is not None:
+            return self._checked(block, self._delivered[block], targets_only=targets_only)
         try:
             graph = self._graph(targets_only=targets_only)
             if client is None:
@@ -230,6 +271,13 @@ class DaskSource(Source):
                 f"Dask block {number} cannot be computed: {type(err).__name__}: {err}. See the error above; "
                 "computing this block by itself (X.blocks[...] or frame.partitions[...]) shows it too"
             ) from err
+        return self._checked(block, computed, targets_only=targets_only)
+
+    def _checked(
+        self, block: int, computed: Sequence[Any], *, targets_only: bool
+    ) -> tuple[Features | None, Target | None, Column | None]:
+        """Check that a computed block is what was promised."""
+        number = int(self._numbers[block])
         try:
             parts = self._target_parts if targets_only else self._parts
             found = self._typed(parts.split(computed))

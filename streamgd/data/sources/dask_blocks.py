@@ -74,6 +74,23 @@ class BlockGraph:
         futures = dict(zip(wanted, client.get(tasks, wanted, sync=False), strict=True)) if wanted else {}
         return [futures[key] if key in futures else self._persisted[key] for key in keys]
 
+    def submit_all(
+        self, client: Any, blocks: Sequence[int], workers: Sequence[str] | None = None
+    ) -> dict[int, list[Any]]:
+        """Begin computing several blocks, on some workers if that is possible; return the futures of each."""
+        tasks: dict[Any, Any] = {}
+        keys: dict[int, list[Any]] = {}
+        for block in blocks:
+            more, keys[block], _ = self._cut(block)
+            tasks |= more
+        wanted = [key for some in keys.values() for key in some if key in tasks]
+        where: dict[str, Any] = {} if workers is None else {"workers": list(workers), "allow_other_workers": True}
+        futures = dict(zip(wanted, client.get(tasks, wanted, sync=False, **where), strict=True)) if wanted else {}
+        return {
+            block: [futures[key] if key in futures else self._persisted[key] for key in some]
+            for block, some in keys.items()
+        }
+
     @cached_property
     def _persisted(self) -> dict[Any, Any]:
         """What the cluster holds already; optimizing leaves only its keys in the graph."""

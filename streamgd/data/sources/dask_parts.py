@@ -43,6 +43,11 @@ class Parts:
         rows = self.rows[columns] if columns else None
         return Parts(rows, None if self.features is None else [], self.target, self.weight)
 
+    def elsewhere(self) -> Parts:
+        """Put something that can only be recognized in the place of each collection, so that `split` works without."""
+        placeholders = [_Elsewhere() if is_dask_collection(p) else p for p in (self.rows, self.target, self.weight)]
+        return Parts(placeholders[0], self.features, placeholders[1], placeholders[2])
+
     def split(self, computed: Sequence[Any]) -> tuple[Any, Any, Any]:
         """Sort what was computed into features, target and weight."""
         rest = list(computed)
@@ -67,6 +72,13 @@ class Parts:
                 for part in self.collections()
             ]
         )
+
+
+class _Elsewhere:
+    """Stands for a Dask collection that is not in this process."""
+
+    def __dask_graph__(self) -> dict[str, Any]:
+        return {}
 
 
 def array_parts(X: Any, y: Any, weight: Any, target_name: str) -> Parts:

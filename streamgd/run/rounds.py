@@ -1,0 +1,261 @@
+"""Training in rounds: every lane takes its turn from the same state, then the states are merged.
+
+The same loop for lanes that run here, in threads, and for lanes on a cluster: a `Crew` plays the rounds, and what comes
+of one is a pure function of the state before it. Between rounds the client has the whole state, so checkpoints, epochs
+and progress are those of a run without lanes.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+from streamgd.data.prefetch import default_threads
+from streamgd.errors import DataError
+from streamgd.learn import kernels
+from streamgd.learn.merge import merge
+from streamgd.learn.recipe import Packed
+from streamgd.learn.state import State
+from streamgd.run.config import RunOptions
+from streamgd.run.epochs import Training, Watcher
+from streamgd.run.folder import RunFolder
+from streamgd.run.lanes import LaneWork, Turn, take_turn
+from streamgd.run.runs import Run
+from streamgd.run.turns import Turns
+
+#: Round records in ``metrics.jsonl`` per epoch, about; an epoch's end always has one.
+_RECORDS_PER_EPOCH = 200
+#: How long to wait for lanes before looking whether somebody asked to stop.
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Round:
+    """What came of a round.
+
+    Attributes
+    ----------
+    state : State
+        Of all lanes.
+    done : bool
+        Whether the epoch of every lane is over.
+    read_rows : int
+        Rows read by all lanes.
+    wait_s : float
+        Seconds that lanes waited for windows, the mean of all.
+    """
+
+    state: State
+    done: bool
+    read_rows: int
+    wait_s: float
+
+
+def merge_turns(start: State, turns: Sequence[Turn], packed: Packed, end: int) -> Round:
+    """Merge what the lanes' turns gave, in lane order.
+
+    Parameters
+    ----------
+    start : State
+        What all lanes started from.
+    turns : sequence of Turn
+        One for each lane.
+    packed : Packed
+        The recipe.
+    end : int
+        Row of each lane's epoch where the next turn begins.
+    """
+    trained = [turn.state for turn in turns if turn.state is not None]
+    if len(turns) == 1:
+        state = trained[0] if trained else start  # with one lane the cursor is that of a run without lanes
+    else:
+        state = merge(start, trained, packed) if trained else start.copy()
+        state.counters[[kernels.WINDOW, kernels.ROW]] = start.counters[kernels.WINDOW] + 1, end
+    return Round(
+        state,
+        all(turn.done for turn in turns),
+        sum(turn.read_rows for turn in turns),
+        sum(turn.wait_s for turn in turns) / len(turns),
+    )
+
+
+class Crew(abc.ABC):
+    """Whoever takes the turns of all lanes."""
+
+    @abc.abstractmethod
+    def play(self, start: State, packed: Packed, row: int, end: int, stop: threading.Event) -> Round | None:
+        """Play the round over rows `row` to `end` of each lane's epoch.
+
+        Returns
+        -------
+        Round or None
+            None if somebody asked to stop meanwhile; `start` is as it was.
+        """
+
+    @property
+    def workers(self) -> int | None:
+        """How many workers there are; None if there is no cluster."""
+        return None
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Leave nothing behind. Idempotent."""
+
+
+class LocalCrew(Crew):
+    """Takes the turns in threads of this process.
+
+    Parameters
+    ----------
+    run : Run
+        What is trained.
+    n_threads : int or None
+        Threads that train, and as many that read; None for one per core.
+    """
+
+    def __init__(self, run: Run, n_threads: int | None) -> None:
+        n_threads = default_threads() if n_threads is None else n_threads
+        self._n_lanes = run.config.n_lanes
+        self._work = LaneWork(run, run.source, n_threads=n_threads, most_readers=self._n_lanes)
+        self._pool = ThreadPoolExecutor(min(n_threads, self._n_lanes), "streamgd-turns")
+
+    def play(self, start: State, packed: Packed, row: int, end: int, stop: threading.Event) -> Round | None:
+        """Play a round, see `Crew.play`."""
+        futures = [
+            self._pool.submit(take_turn, self._work, start, packed, lane, row, end) for lane in range(self._n_lanes)
+        ]
+        left = set(futures)
+        while left:
+            done, left = wait(left, _POLL_S, FIRST_EXCEPTION)
+            if stop.is_set():
+                return None
+            if any(future.exception() is not None for future in done):
+                break
+        for future in futures:
+            if future.done() and (error := future.exception()) is not None:
+                raise error
+        return merge_turns(start, [future.result() for future in futures], packed, end)
+
+    def close(self) -> None:
+        """Stop all threads."""
+        self._work.readers.stopping = True
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._work.readers.close()
+
+
+class LanesReading:
+    """What is known of the reading of all lanes, see `streamgd.run.epochs.Reading`.
+
+    Attributes
+    ----------
+    wait_s, read_rows, round_s
+        Sums over the rounds so far, and the seconds of the last round.
+    workers : int or None
+        Of the cluster.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.wait_s, self.read_rows, self.round_s = 0.0, 0, 0.0
+        self.workers: int | None = None
+        self._row_bytes = run.source.stored_bytes / run.source.n_rows
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of storage behind the rows read so far."""
+        return round(self.read_rows * self._row_bytes)
+
+
+class RoundTraining(Training):
+    """Trains in rounds.
+
+    Parameters
+    ----------
+    run, options, folder, watcher, stop
+        As in `Training`.
+    client : distributed.Client or None
+        The cluster; None trains here.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        options: RunOptions,
+        folder: RunFolder | None,
+        watcher: Watcher,
+        stop: threading.Event,
+        client: Any,
+    ) -> None:
+        super().__init__(run, options, folder, watcher, stop)
+        self._client = client
+        self._turns = Turns.of(run)
+        self._reading = LanesReading(run)
+        n_rounds = -(-self._turns.lane_rows // self._turns.most_rows)
+        self._record_every = max(1, n_rounds // _RECORDS_PER_EPOCH)
+
+    def go(self) -> bool:
+        """Train; say whether the run is finished, rather than asked to stop."""
+        run = self.run
+        self.watcher.started(run)
+        if run.finished:
+            return True
+        with contextlib.closing(self._crew()) as crew:
+            if self.folder is not None and run.state.counters[kernels.N_ROWS] == 0:
+                self.save()
+            # Saved before the crew is closed, which waits for what is under way.
+            try:
+                done = self._through(crew)
+            except (KeyboardInterrupt, DataError):
+                # The state is that of the last whole round, wherever the interrupt came.
+                if self.folder is not None:
+                    self.save()
+                raise
+            if not done and self.folder is not None:
+                self.save()
+        return done
+
+    def _crew(self) -> Crew:
+        if self._client is None:
+            return LocalCrew(self.run, self.options.n_threads)
+        from streamgd.run.cluster import ClusterCrew
+
+        return ClusterCrew(self.run, self._client, self.options, self.watcher)
+
+    def _through(self, crew: Crew) -> bool:
+        """Play rounds until the run is finished (True) or asked to stop (False)."""
+        run = self.run
+        while not self.stop.is_set():
+            state, began = run.state, time.perf_counter()
+            several = run.config.n_lanes > 1
+            row = int(state.counters[kernels.ROW if several else kernels.EPOCH_ROWS])
+            end = self._turns.end(state.epoch, row)
+            played = crew.play(state, self._packed, row, end, self.stop)
+            if played is None:
+                return False
+            run.state = played.state
+            if run.state.counters[kernels.STATUS] == kernels.DIVERGED:
+                run.state = state
+                raise self._divergence(f"round {int(state.counters[kernels.WINDOW]) + 1}" if several else "a turn")
+            self._reading.wait_s += played.wait_s
+            self._reading.read_rows += played.read_rows
+            self._reading.round_s = time.perf_counter() - began
+            self._reading.workers = crew.workers
+            self.watcher.advanced(run, self._reading)
+            self._record(several)
+            if played.done:
+                if self._end_epoch():
+                    return True
+            else:
+                self._save_if_due()
+        return False
+
+    def _record(self, several: bool) -> None:
+        """Write a metrics record of a round; which rounds have one depends on their number alone."""
+        number = int(self.run.state.counters[kernels.WINDOW]) - 1
+        if several and self.folder is not None and number % self._record_every == 0:
+            self.folder.append_metrics(self._metrics(number, self.run.state.progressive_loss))
