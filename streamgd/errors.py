@@ -18,6 +18,7 @@ Every one says what was found, what was expected and the way out::
     │   ├── CheckpointError                no checkpoint can be read
     │   ├── CheckpointWriteError           a checkpoint cannot be written; the one before is still good
     │   └── ResumeError                    data, configuration or format differ from the run's
+    ├── ClusterError (RuntimeError)        a cluster that cannot train: no workers, unfit ones, a lost scheduler
     ├── DivergenceError (ArithmeticError)  the coefficients left the finite numbers
     └── RowAccountingError (RuntimeError)  an epoch did not see each row exactly once; always a bug or changing data
 
@@ -103,6 +104,10 @@ class CheckpointWriteError(RunError):
 
 class ResumeError(RunError):
     """Data, configuration or format differ from those of the run."""
+
+
+class ClusterError(StreamgdError, RuntimeError):
+    """A cluster cannot train: it has no workers, or they cannot take part, or the scheduler is lost."""
 
 
 class DivergenceError(StreamgdError, ArithmeticError):

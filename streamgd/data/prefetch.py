@@ -44,6 +44,23 @@ def default_threads() -> int:
     return os.cpu_count() or 1
 
 
+def make_filler(
+    source: Source,
+    layout: Layout,
+    codec: TargetCodec | None,
+    *,
+    shift: NDArray[np.float64] | None,
+    factor: NDArray[np.float64] | None,
+    n_threads: int,
+    check: bool = True,
+) -> WindowFiller | FlatFiller:
+    """Return what fills windows from a source the fastest; the parameters are those of `WindowFiller`."""
+    rows = source.flat_rows() if reads_flat(source, codec) else None
+    if rows is None:
+        return WindowFiller(source, layout, codec, shift=shift, factor=factor, n_threads=n_threads, check=check)
+    return FlatFiller(source, rows, layout, codec, shift=shift, factor=factor, n_threads=n_threads, check=check)
+
+
 class WindowStream:
     """The windows of a run, in order, read ahead.
 
@@ -105,14 +122,7 @@ class WindowStream:
         whole = n_lanes == 1 and layout.window_rows >= source.n_rows
         small = whole and source.kind == "memory" and layout.row_bytes * source.n_rows <= _SMALL_BYTES
         n_threads = 1 if small else default_threads() if n_threads is None else n_threads
-        rows = source.flat_rows() if reads_flat(source, codec) else None
-        reader: WindowFiller | FlatFiller
-        if rows is None:
-            reader = WindowFiller(source, layout, codec, shift=shift, factor=factor, n_threads=n_threads, check=check)
-        else:
-            reader = FlatFiller(
-                source, rows, layout, codec, shift=shift, factor=factor, n_threads=n_threads, check=check
-            )
+        reader = make_filler(source, layout, codec, shift=shift, factor=factor, n_threads=n_threads, check=check)
         again = n_epochs is None or n_epochs - first[0] > 1
         # What is in memory anyway is not copied, unless it is so small that calling its reader costs more.
         keep = again and (small or (whole and layout.resident and source.kind != "memory"))

@@ -230,7 +230,9 @@ class SGDRegressor(RegressorMixin, SGDEstimator):  # type: ignore[misc]
         self.n_threads = n_threads
         self.n_lanes = n_lanes
 
-    def fit(self, X: Any, y: Any = None, sample_weight: Any = None, *, resume: bool = False, client: Any = None) -> Self:
+    def fit(
+        self, X: Any, y: Any = None, sample_weight: Any = None, *, resume: bool = False, client: Any = None
+    ) -> Self:
         """Fit the model.
 
         Parameters

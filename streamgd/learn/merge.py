@@ -83,7 +83,9 @@ def merge(start: State, lanes: Sequence[State], packed: Packed) -> State:
     rows = np.array([state.counters[kernels.EPOCH_ROWS] for state in lanes], np.float64)
     shares = rows / rows.sum()
     if packed.codes[kernels.CODE_OPTIMIZER] == kernels.AUTO:
-        merged.theta[:] = _joined(start.theta, [state.theta for state in lanes], bool(packed.codes[kernels.CODE_SOFTMAX]))
+        merged.theta[:] = _joined(
+            start.theta, [state.theta for state in lanes], bool(packed.codes[kernels.CODE_SOFTMAX])
+        )
         for state in lanes:
             merged.slots += state.slots - start.slots
     else:

@@ -98,15 +98,16 @@ class Config:
         return self.recipe.the_optimizer.name == "sgd" and self.standardize is False
 
     def batch_rows(self, n_rows: int) -> int:
-        """Rows behind one update of a lane: the lanes share a batch, as far as each has `LEAST_LANE_BATCH` rows of it.
+        """Count the rows behind one update of a lane.
 
-        With whole batches each, eight lanes missed three times as much of what there is to learn as with an eighth each.
+        Lanes share a batch, as far as each has `LEAST_LANE_BATCH` rows of it: with a whole batch each, eight lanes
+        missed two to three times as much of what there is to learn.
         """
         size = int(self.recipe.batch_size)
         return min(max(-(-size // self.n_lanes), min(size, LEAST_LANE_BATCH)), n_rows)
 
     def n_updates(self, n_rows: int) -> int:
-        """Updates of an epoch over `n_rows` rows, about, if there are several lanes."""
+        """Count the updates of an epoch over `n_rows` rows; about, if there are several lanes."""
         size = int(self.recipe.batch_size)
         return math.ceil(n_rows / (size if self.n_lanes == 1 else max(size, self.n_lanes * self.batch_rows(n_rows))))
 
@@ -164,10 +165,13 @@ class RunOptions:
         Threads that read; None for one per core.
     checkpoint_every_s : float
         Seconds between checkpoints.
+    workers_timeout_s : float
+        Seconds to wait for workers where a cluster has none.
     """
 
     n_threads: int | None = None
     checkpoint_every_s: float = 60.0
+    workers_timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
@@ -175,6 +179,8 @@ class RunOptions:
             raise OptionError(f"n_threads={self.n_threads!r}: expected None or a whole number of at least 1")
         if not (_is_real(self.checkpoint_every_s) and self.checkpoint_every_s >= 0):
             raise OptionError(f"checkpoint_every_s={self.checkpoint_every_s!r}: expected seconds, at least 0")
+        if not (_is_real(self.workers_timeout_s) and self.workers_timeout_s >= 0):
+            raise OptionError(f"workers_timeout_s={self.workers_timeout_s!r}: expected seconds, at least 0")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -19,7 +19,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from streamgd.data.flat import FlatFiller
 from streamgd.data.plan import EpochPlan, Layout, WindowPlan
+from streamgd.data.prefetch import make_filler
 from streamgd.data.sources.base import Source
 from streamgd.data.targets import TargetCodec
 from streamgd.data.window import Stopped, Window, WindowFiller
@@ -202,7 +204,7 @@ class LaneReader:
         self.wait_s, self.read_rows = 0.0, 0
         self._pool = pool
         source, layout = inputs.source, plans.layout
-        self._filler = WindowFiller(source, layout, inputs.codec, shift=inputs.shift, factor=inputs.factor)
+        self._filler = make_filler(source, layout, inputs.codec, shift=inputs.shift, factor=inputs.factor, n_threads=1)
         first = plans.epoch(epoch, lane)
         self.lane_rows = first.n_rows
         index, before = first.window_at(row)
@@ -256,14 +258,12 @@ class LaneReader:
         self._filling = self._pool.submit(_filled, self._filler, window, plan, upcoming)
 
 
-def _filled(filler: WindowFiller, window: Window, plan: WindowPlan, upcoming: WindowPlan | None) -> Window:
+def _filled(filler: WindowFiller | FlatFiller, window: Window, plan: WindowPlan, upcoming: WindowPlan | None) -> Window:
     filler.fill(window, plan, upcoming)
     return window
 
 
-def _windows(
-    plans: LanePlans, first: EpochPlan, index: int, before: int, until: int | None
-) -> Iterator[WindowPlan]:
+def _windows(plans: LanePlans, first: EpochPlan, index: int, before: int, until: int | None) -> Iterator[WindowPlan]:
     for plan in first.windows(index):
         if until is not None and before >= until:
             return

@@ -193,4 +193,3 @@ class _Training(Training):
             every = max(1, -(-self.run.source.n_rows // self.run.layout.window_rows) // _RECORDS_PER_EPOCH)
             if window.index % every == 0:
                 self.folder.append_metrics(self._metrics(window.index, self.run.state.progressive_loss))
-

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamgd.data.prefetch import default_threads
-from streamgd.errors import DataError
+from streamgd.errors import ClusterError, DataError
 from streamgd.learn import kernels
 from streamgd.learn.merge import merge
 from streamgd.learn.recipe import Packed
@@ -210,7 +210,7 @@ class RoundTraining(Training):
             # Saved before the crew is closed, which waits for what is under way.
             try:
                 done = self._through(crew)
-            except (KeyboardInterrupt, DataError):
+            except (KeyboardInterrupt, ClusterError, DataError):
                 # The state is that of the last whole round, wherever the interrupt came.
                 if self.folder is not None:
                     self.save()

@@ -118,7 +118,8 @@ def _block_digest(source: Source) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions and the machine's type, to be stored; they inform and are not compared."""
+    """Return the versions and the machine's type, to be stored; on resume they inform and are not compared."""
+    import llvmlite.binding as llvm
     import numba
 
     return {
@@ -127,6 +128,8 @@ def versions() -> dict[str, str]:
         "numba": numba.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "cpu": llvm.get_host_cpu_name(),
+        "cpu_features": llvm.get_host_cpu_features().flatten(),
     }
 
 
@@ -205,15 +208,15 @@ def plan_for(source: Source, config: Config) -> Layout:
 
 
 def _of_lane(layout: Layout, source: Source, n_lanes: int) -> Layout:
-    """Cut windows that would hold more rows than any lane has."""
+    """Fit a layout to a lane: two windows, and none that would hold more rows than any lane has."""
     most = -(-source.n_rows // n_lanes) + int(source.block_rows.max())
-    if layout.window_rows <= most:
-        return replace(layout, resident=False)
+    window_rows = min(layout.window_rows, most)
     return replace(
         layout,
-        window_rows=most,
-        window_bytes=most * layout.row_bytes,
-        planned_bytes=layout.open_bytes + layout.piece_bytes + layout.carry_bytes + 2 * most * layout.row_bytes,
+        window_rows=window_rows,
+        n_windows=2,
+        window_bytes=window_rows * layout.row_bytes,
+        planned_bytes=layout.open_bytes + layout.piece_bytes + layout.carry_bytes + 2 * window_rows * layout.row_bytes,
         resident=False,
     )
 

@@ -1,0 +1,379 @@
+"""Rounds on a Dask cluster.
+
+A round is a handful of tasks: the state, one turn for each lane, and one that merges them. Each is pure and has a key
+of its own, made of the run, the epoch, the round and the lane, so Dask may run it anywhere, again or late. The client
+keeps the state of the last whole round; whatever is lost with a worker is computed again from there, and a round that
+is lost altogether is played again. Nothing that happens on the cluster can change what comes of it.
+
+Lanes stay with their workers as long as these live, because their readers are there; that is a matter of speed alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from streamgd.data.plan import EpochPlan
+from streamgd.errors import ClusterError, DataError, StreamgdError
+from streamgd.learn.recipe import Packed
+from streamgd.learn.state import State
+from streamgd.run.config import RunOptions
+from streamgd.run.epochs import Watcher
+from streamgd.run.lanes import LanePlans, LaneWork, Turn, take_turn
+from streamgd.run.rounds import Crew, Round, merge_turns
+from streamgd.run.runs import Run, versions
+from streamgd.run.turns import Turns
+from streamgd.run.workers import WorkerReport, assign, costs_of, describe, lanes_kept, same_versions, unfit
+
+#: How often to look whether somebody asked to stop, and whether workers came or went.
+_POLL_S, _LOOK_S = 0.25, 1.0
+#: Times that a round is played again before what keeps it from ending is taken to be for good.
+_MOST_ATTEMPTS = 5
+#: A wait for workers is told after this, and then now and again.
+_SAY_AFTER_S, _SAY_EVERY_S = 2.0, 60.0
+
+
+class ClusterCrew(Crew):
+    """Takes the turns on a cluster's workers.
+
+    Parameters
+    ----------
+    run : Run
+        What is trained.
+    client : distributed.Client
+        Of the cluster.
+    options : RunOptions
+        How long to wait for workers.
+    watcher : Watcher
+        Told of workers that are awaited or cannot take part.
+
+    Raises
+    ------
+    ClusterError
+        If there are no workers, or some cannot take part: before training starts.
+    """
+
+    def __init__(self, run: Run, client: Any, options: RunOptions, watcher: Watcher) -> None:
+        if getattr(client, "asynchronous", False):
+            raise ClusterError("the client is asynchronous: give a distributed.Client that was made without it")
+        self._run, self._client, self._watcher = run, client, watcher
+        self._timeout_s = options.workers_timeout_s
+        self._n_lanes = run.config.n_lanes
+        self._turns = Turns.of(run)
+        self._plans = LanePlans.of(run)
+        self._name = uuid.uuid4().hex[:12]
+        self._reports: dict[str, WorkerReport] = {}
+        self._refused: set[str] = set()
+        self._lanes: dict[int, str] = {}
+        self._looked = float("-inf")
+        self._epoch_plans: dict[tuple[int, int], EpochPlan] = {}
+        self._blocks: dict[int, list[Any]] = {}
+        collection: Any = run.source
+        self._collection = collection if run.source.kind == "dask" else None
+        self._closed = False
+        work = LaneWork(
+            run, run.source if self._collection is None else collection.detached(), n_threads=1, most_readers=1
+        )
+        self._extra = {"versions": versions(), "costs": costs_of(run)}
+        self._look(first=True)
+        with _quiet_about_size():
+            self._work = client.submit(_keep, work, key=f"lane-work-{self._name}")
+
+    @property
+    def workers(self) -> int | None:
+        """How many workers take part."""
+        return len(self._reports)
+
+    def play(self, start: State, packed: Packed, row: int, end: int, stop: threading.Event) -> Round | None:
+        """Play a round, again if need be; see `Crew.play`."""
+        for attempt in range(_MOST_ATTEMPTS):
+            self._look()
+            try:
+                return self._play(start, packed, row, end, stop, attempt)
+            except _Again as again:
+                if attempt + 1 == _MOST_ATTEMPTS:
+                    raise ClusterError(
+                        f"a round was lost {_MOST_ATTEMPTS} times: {again}. If workers die, see their logs; they may "
+                        "have too little memory"
+                    ) from again.__cause__
+                self._blocks.clear()
+                self._looked = float("-inf")
+        raise AssertionError("unreachable")
+
+    def _play(
+        self, start: State, packed: Packed, row: int, end: int, stop: threading.Event, attempt: int
+    ) -> Round | None:
+        merged, others = self._submit(start, packed, row, end, attempt)
+        try:
+            while not self._finished(merged):
+                if stop.is_set():
+                    return None
+                self._look()
+            played: Round = self._result(merged)
+            return played
+        finally:
+            # What nobody holds is released; what still runs, after a stop or an error, is cancelled.
+            unfinished = [future for future in (merged, *others) if future.status == "pending"]
+            if unfinished:
+                with contextlib.suppress(Exception):
+                    self._client.cancel(unfinished, force=True)
+
+    def _submit(self, start: State, packed: Packed, row: int, end: int, attempt: int) -> tuple[Any, list[Any]]:
+        """Hand a round's tasks to the scheduler; return the future of the merge, and the others."""
+        client, epoch = self._client, start.epoch
+        where = f"{self._name}-{attempt}", epoch, row
+        with _quiet_about_size():
+            state = client.submit(_keep, start, key=(f"round-state-{where[0]}", *where[1:]), priority=20)
+            blocks = self._deliver(epoch, row, end)
+            turns = [
+                client.submit(
+                    _turn,
+                    self._work,
+                    state,
+                    packed,
+                    lane,
+                    row,
+                    end,
+                    self._extra,
+                    blocks.get(lane),
+                    key=(f"lane-turn-{where[0]}", *where[1:], lane),
+                    priority=10,
+                    **self._at(lane),
+                )
+                for lane in range(self._n_lanes)
+            ]
+            merged = client.submit(
+                merge_turns,
+                state,
+                turns,
+                packed,
+                end,
+                key=(f"merge-lanes-{where[0]}", *where[1:]),
+                priority=20,
+                **({"workers": sorted(self._reports)} if self._refused else {}),
+            )
+            self._deliver_ahead(epoch, end)
+        return merged, [state, *turns]
+
+    def _at(self, lane: int) -> dict[str, Any]:
+        """Say where a lane is to be trained; elsewhere if its worker is gone or busy, but never where it cannot be."""
+        if self._refused:
+            return {"workers": sorted(self._reports)}
+        return {"workers": [self._lanes[lane]], "allow_other_workers": True}
+
+    # --- what comes back ---
+    def _finished(self, future: Any) -> bool:
+        """Wait a little for a future."""
+        import distributed
+
+        wait: Any = distributed.wait
+        try:
+            wait([future], timeout=_POLL_S)
+        except TimeoutError:
+            return False
+        return True
+
+    def _result(self, merged: Any) -> Any:
+        """Fetch what came of a round, or say what kept it from ending."""
+        from concurrent.futures import CancelledError
+
+        from distributed import KilledWorker
+        from distributed.comm.core import CommClosedError
+
+        try:
+            return self._client.gather(merged)
+        except _Unfit as err:
+            raise _Again(str(err)) from err
+        except StreamgdError:
+            raise
+        except KilledWorker as err:
+            raise _Again(f"workers died over it ({err})") from err
+        except (CancelledError, CommClosedError, TimeoutError) as err:
+            if self._client.status != "running":
+                raise ClusterError(
+                    f"the connection to the scheduler is lost ({type(err).__name__}: {err}): start the cluster again "
+                    "and resume the run"
+                ) from err
+            raise _Again(f"what it needs was lost ({type(err).__name__}: {err})") from err
+        except Exception as err:
+            kind = DataError if self._collection is not None else ClusterError
+            raise kind(
+                f"a task failed on the cluster: {type(err).__name__}: {err}. See the error above; computing the "
+                "collection by itself, or training without the cluster, shows it too"
+            ) from err
+
+    # --- workers ---
+    def _look(self, *, first: bool = False) -> None:
+        """See which workers there are, check new ones, and give each lane its own; wait if there is none."""
+        if time.monotonic() - self._looked < _LOOK_S:
+            return
+        began = said = time.monotonic()
+        while True:
+            threads = self._present()
+            new = [address for address in threads if address not in self._reports and address not in self._refused]
+            if new:
+                self._check(new, first=first)
+            self._reports = {address: report for address, report in self._reports.items() if address in threads}
+            self._refused &= set(threads)
+            self._looked = now = time.monotonic()
+            if self._reports:
+                usable = {address: report.n_threads for address, report in self._reports.items()}
+                self._lanes = assign(self._n_lanes, usable, self._lanes)
+                return
+            waited = now - began
+            if waited > self._timeout_s:
+                raise ClusterError(
+                    f"no worker for {waited:.0f} s: start workers and resume the run, or allow a longer wait "
+                    "(workers_timeout_s, --workers-timeout)"
+                )
+            if waited > _SAY_AFTER_S and (now - said > _SAY_EVERY_S or said == began):
+                self._watcher.message(f"no workers: waiting for some, up to {self._timeout_s:g} s")
+                said = now
+            time.sleep(_POLL_S)
+
+    def _present(self) -> dict[str, int]:
+        """Ask the scheduler for its workers."""
+        try:
+            found: dict[str, int] = dict(self._client.nthreads())
+        except Exception as err:
+            raise ClusterError(
+                f"the scheduler does not answer ({type(err).__name__}: {err}): start the cluster again and resume the "
+                "run"
+            ) from err
+        return found
+
+    def _check(self, addresses: Sequence[str], *, first: bool) -> None:
+        """Let workers in, or refuse them: before training all must be fit, later those that are not are left out."""
+        source = None if self._run.source.kind in ("dask", "memory") else self._run.source
+        reports = self._client.run(describe, source, workers=list(addresses), on_error="return")
+        for address in addresses:
+            report = reports.get(address)
+            if report is None or isinstance(report, OSError):
+                continue  # gone again
+            why = unfit(address, report, self._run)
+            if why is None:
+                assert isinstance(report, WorkerReport)
+                self._reports[address] = report
+            elif first:
+                raise ClusterError(why)
+            else:
+                self._refused.add(address)
+                self._watcher.message(f"{why}. The run goes on without it")
+
+    # --- blocks of Dask collections ---
+    def _deliver(self, epoch: int, row: int, end: int) -> dict[int, dict[int, list[Any]]]:
+        """Have the blocks of a round computed, near the lanes that need them; return the futures of each lane's."""
+        if self._collection is None:
+            return {}
+        wanted = {lane: self._blocks_of(epoch, lane, row, end) for lane in range(self._n_lanes)}
+        kept = {block for blocks in wanted.values() for block in blocks}
+        self._blocks = {block: futures for block, futures in self._blocks.items() if block in kept}
+        return {lane: self._computed(lane, blocks) for lane, blocks in wanted.items()}
+
+    def _deliver_ahead(self, epoch: int, row: int) -> None:
+        """Begin with the blocks of the next round."""
+        if self._collection is None:
+            return
+        for lane in range(self._n_lanes):
+            next_epoch, next_row = epoch, row
+            if row >= self._plan(epoch, lane).n_rows:
+                next_epoch, next_row = epoch + 1, 0
+            if next_epoch < self._run.n_epochs:
+                end = self._turns.end(next_epoch, next_row)
+                self._computed(lane, self._blocks_of(next_epoch, lane, next_row, end))
+
+    def _computed(self, lane: int, blocks: Sequence[int]) -> dict[int, list[Any]]:
+        assert self._collection is not None
+        missing = [block for block in blocks if block not in self._blocks]
+        if missing:
+            workers = sorted(self._reports) if self._refused else [self._lanes[lane]]
+            self._blocks |= self._collection.submit(self._client, missing, workers)
+        return {block: self._blocks[block] for block in blocks}
+
+    def _blocks_of(self, epoch: int, lane: int, row: int, end: int) -> list[int]:
+        """List the blocks behind the windows of a turn."""
+        plan = self._plan(epoch, lane)
+        if row >= plan.n_rows:
+            return []
+        window, before = plan.window_at(row)
+        found: dict[int, None] = {}
+        for each in plan.windows(window):
+            if before >= end:
+                break
+            before += each.n_rows
+            found |= dict.fromkeys(each.table[:, 0].tolist())
+        return list(found)
+
+    def _plan(self, epoch: int, lane: int) -> EpochPlan:
+        if (epoch, lane) not in self._epoch_plans:
+            for old in [key for key in self._epoch_plans if key[0] < epoch - 1]:
+                del self._epoch_plans[old]
+            self._epoch_plans[epoch, lane] = self._plans.epoch(epoch, lane)
+        return self._epoch_plans[epoch, lane]
+
+    def close(self) -> None:
+        """Release what the workers hold, and have them close what they opened. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._blocks.clear()
+        if self._client.status == "running":
+            with contextlib.suppress(Exception):
+                self._client.run(_close, self._work.key, on_error="ignore")
+        del self._work
+
+
+class _Again(Exception):
+    """A round was lost, and is to be played again."""
+
+
+class _Unfit(Exception):
+    """A turn came to a worker that cannot take it."""
+
+
+def _keep(value: Any) -> Any:
+    """Hold a value where tasks can find it; should it be lost, the scheduler has it still."""
+    return value
+
+
+def _turn(
+    work: LaneWork,
+    start: State,
+    packed: Packed,
+    lane: int,
+    row: int,
+    end: int,
+    extra: Mapping[str, Any],
+    blocks: Mapping[int, Any] | None,
+) -> Turn:
+    """Take a turn on a worker, with as many threads and readers as it has room for."""
+    from distributed import get_worker
+
+    wrong = same_versions(extra["versions"])
+    if wrong is not None:
+        raise _Unfit(f"a worker has {wrong}")
+    worker = get_worker()
+    work.n_threads = int(worker.state.nthreads)
+    work.most_readers = lanes_kept(extra["costs"], work.n_threads, int(worker.memory_manager.memory_limit or 0))
+    return take_turn(work, start, packed, lane, row, end, blocks)
+
+
+def _close(key: Any, dask_worker: Any = None) -> None:
+    """Close a run's readers on a worker."""
+    work = dask_worker.data.get(key)
+    if work is not None:
+        threading.Thread(target=work.readers.close, name="streamgd-close", daemon=True).start()
+
+
+@contextlib.contextmanager
+def _quiet_about_size() -> Iterator[None]:
+    """Keep Dask from advising against big arguments: states are sent on purpose."""
+    import dask
+
+    configuration: Any = dask.config
+    with configuration.set({"distributed.admin.large-graph-warning-threshold": "100 GB"}):
+        yield

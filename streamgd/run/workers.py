@@ -1,0 +1,215 @@
+"""What a cluster's workers are and can do, found before they are given work.
+
+`describe` runs on every worker; `unfit` says what is wrong with one, and `memory_needed` what it must have room for.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from streamgd.data.layout import format_bytes
+from streamgd.data.sources.base import Source
+from streamgd.run.runs import Run, versions
+
+#: What must be equal for equal bits: our own code, what compiles it, and what merges states.
+COMPARED = ("streamgd", "numba", "numpy")
+#: Resident memory of a worker process that has imported everything and compiled its kernels.
+PROCESS_BYTES = 300_000_000
+#: Blocks that each worker opens on trial.
+_TRIALS = 8
+
+
+@dataclass(frozen=True)
+class WorkerReport:
+    """What a worker says of itself.
+
+    Attributes
+    ----------
+    versions : dict of str to str
+        As in checkpoints.
+    n_threads : int
+        Tasks at once.
+    memory_limit : int
+        Bytes; 0 for no limit.
+    unreadable : str or None
+        Why it cannot read the data.
+    """
+
+    versions: dict[str, Any]
+    n_threads: int
+    memory_limit: int
+    unreadable: str | None
+
+
+def describe(source: Source | None, dask_worker: Any = None) -> WorkerReport:
+    """Describe the worker that this runs on.
+
+    Parameters
+    ----------
+    source : Source or None
+        Files to open on trial.
+    dask_worker : distributed.Worker
+        Given by Dask.
+    """
+    unreadable = None
+    if source is not None:
+        try:
+            for block in np.unique(np.linspace(0, source.n_blocks - 1, _TRIALS).astype(int)).tolist():
+                with source.open_block(block, piece_rows=1) as reader:
+                    reader.read(1)
+            source.close()
+        except Exception as err:
+            unreadable = f"{type(err).__name__}: {err}"
+    limit = dask_worker.memory_manager.memory_limit
+    return WorkerReport(versions(), int(dask_worker.state.nthreads), int(limit or 0), unreadable)
+
+
+def unfit(address: str, report: WorkerReport | BaseException, run: Run) -> str | None:
+    """Say why a worker cannot take part in a run; None if it can.
+
+    Parameters
+    ----------
+    address : str
+        The worker.
+    report : WorkerReport or exception
+        What `describe` gave there, or raised.
+    run : Run
+        What it would train.
+    """
+    if isinstance(report, BaseException):
+        return (
+            f"worker {address} cannot run streamgd ({type(report).__name__}: {report}): install the same streamgd in "
+            "the environment of the workers"
+        )
+    here = versions()
+    differing = [
+        f"{name} {report.versions.get(name, 'missing')} there, {here[name]} here"
+        for name in COMPARED
+        if report.versions.get(name) != here[name]
+    ]
+    if differing:
+        return (
+            f"worker {address} has other versions, so that results could differ: {'; '.join(differing)}. Install the "
+            "same on all workers and the client"
+        )
+    if report.unreadable is not None:
+        return (
+            f"worker {address} cannot read the data: {report.unreadable}. Workers open files themselves: put them on "
+            "storage that every worker sees under the same path"
+        )
+    needed = memory_needed(run, report.n_threads, report.n_threads)
+    if report.memory_limit and needed > report.memory_limit:
+        return (
+            f"worker {address} has a memory limit of {format_bytes(report.memory_limit)}; with {report.n_threads} "
+            f"thread(s) it would need {format_bytes(needed)}: "
+            f"{about_memory(run, report.n_threads, report.n_threads)}. Give it more memory or fewer threads, or choose a smaller "
+            "buffer"
+        )
+    return None
+
+
+def memory_needed(run: Run, n_threads: int, n_lanes: int) -> int:
+    """Count the bytes that a worker needs for so many lanes that are read, so many of which are trained at once."""
+    return PROCESS_BYTES + _states_bytes(run, n_threads) + n_lanes * lane_bytes(run) + _copied_bytes(run)
+
+
+def lanes_kept(run_bytes: Mapping[str, int], n_threads: int, memory_limit: int) -> int:
+    """Count the lanes whose windows a worker may keep and read ahead, within its limit.
+
+    Parameters
+    ----------
+    run_bytes : mapping
+        As from `costs_of`.
+    n_threads : int
+        Lanes that it trains at once.
+    memory_limit : int
+        Bytes; 0 for no limit.
+    """
+    if not memory_limit:
+        return max(n_threads, run_bytes["n_lanes"])
+    left = memory_limit - run_bytes["fixed"] - n_threads * run_bytes["states"]
+    return max(n_threads, min(run_bytes["n_lanes"], left // run_bytes["lane"]))
+
+
+def costs_of(run: Run) -> dict[str, int]:
+    """Return what a worker's memory goes to, for `lanes_kept`."""
+    return {
+        "fixed": PROCESS_BYTES + _copied_bytes(run),
+        "states": _states_bytes(run, 1),
+        "lane": lane_bytes(run),
+        "n_lanes": run.config.n_lanes,
+    }
+
+
+def about_memory(run: Run, n_threads: int, n_lanes: int) -> str:
+    """Say where a worker's memory goes."""
+    copied = _copied_bytes(run)
+    parts = [
+        f"Python {format_bytes(PROCESS_BYTES)}",
+        f"{n_lanes} lane(s) of {format_bytes(lane_bytes(run))}",
+        f"states {format_bytes(_states_bytes(run, n_threads))}",
+    ]
+    return ", ".join([*parts, f"the data itself {format_bytes(copied)}"] if copied else parts)
+
+
+def lane_bytes(run: Run) -> int:
+    """Count the bytes that reading a lane takes: its plan, and of Dask collections the blocks of this turn and the next."""
+    layout = run.layout
+    return layout.planned_bytes + (2 * layout.open_bytes + layout.buffer_bytes if run.source.holds_block else 0)
+
+
+def _states_bytes(run: Run, n_threads: int) -> int:
+    """Count the states before and after each turn, and all of them where they are merged."""
+    state = sum(array.nbytes for array in run.state.to_tensors().values())
+    return state * (2 * n_threads + run.config.n_lanes + 2)
+
+
+def _copied_bytes(run: Run) -> int:
+    """Rows in the memory of the client go to every worker."""
+    return run.source.stored_bytes if run.source.kind == "memory" else 0
+
+
+def assign(n_lanes: int, threads: Mapping[str, int], before: Mapping[int, str]) -> dict[int, str]:
+    """Give each lane a worker, as evenly as threads go, and leave lanes where they were as far as that allows.
+
+    Parameters
+    ----------
+    n_lanes : int
+        Lanes.
+    threads : mapping of str to int
+        Threads of each worker; not empty.
+    before : mapping of int to str
+        Where lanes were.
+    """
+    total = sum(threads.values())
+    room = {address: math.ceil(n_lanes * n / total) for address, n in sorted(threads.items())}
+    found: dict[int, str] = {}
+    for lane, address in sorted(before.items()):
+        if room.get(address, 0) > 0 and lane < n_lanes:
+            found[lane] = address
+            room[address] -= 1
+    for lane in range(n_lanes):
+        if lane not in found:
+            address = max(room, key=lambda each: room[each] / threads[each])
+            found[lane] = address
+            room[address] -= 1
+    return found
+
+
+_checked = threading.local()
+
+
+def same_versions(expected: Mapping[str, Any]) -> str | None:
+    """Say which versions differ in this process from those expected; None if none does."""
+    if getattr(_checked, "pid", None) != os.getpid():
+        _checked.found, _checked.pid = versions(), os.getpid()
+    differing = [f"{name} {_checked.found[name]} instead of {expected[name]}" for name in COMPARED]
+    wrong = [text for name, text in zip(COMPARED, differing, strict=True) if _checked.found[name] != expected[name]]
+    return "; ".join(wrong) or None
