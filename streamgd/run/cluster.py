@@ -1,9 +1,10 @@
 """Rounds on a Dask cluster.
 
-A round is a handful of tasks: the state, one turn for each lane, and one that merges them. Each is pure and has a key
-of its own, made of the run, the epoch, the round and the lane, so Dask may run it anywhere, again or late. The client
-keeps the state of the last whole round; whatever is lost with a worker is computed again from there, and a round that
-is lost altogether is played again. Nothing that happens on the cluster can change what comes of it.
+A round is a handful of tasks: the lanes' turns, those of a worker's thread together, and one that merges them. Each is
+pure and has a key of its own, made of the run, the epoch, the round and the lanes, so Dask may run it anywhere, again
+or late. The client keeps the state of the last whole round, from which a round that is lost with a worker is played
+again; the next round is handed over while one is under way, so that no worker waits for the client. Nothing that
+happens on the cluster can change what comes of it.
 
 Lanes stay with their workers as long as these live, because their readers are there; that is a matter of speed alone.
 """
@@ -15,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from streamgd.data.plan import EpochPlan
@@ -33,6 +35,10 @@ from streamgd.run.workers import WorkerReport, assign, costs_of, describe, lanes
 _POLL_S, _LOOK_S = 0.25, 1.0
 #: Times that a round is played again before what keeps it from ending is taken to be for good.
 _MOST_ATTEMPTS = 5
+#: Rounds that take longer than this, in seconds, are handed over one at a time; of others so many are chained at most.
+_LONG_S, _MOST_CHAINED = 1.0, 32
+#: States up to this size are sent with each task that needs them, others once.
+_EMBEDDED_BYTES = 100_000
 #: A wait for workers is told after this, and then now and again.
 _SAY_AFTER_S, _SAY_EVERY_S = 2.0, 60.0
 
@@ -75,6 +81,10 @@ class ClusterCrew(Crew):
         collection: Any = run.source
         self._collection = collection if run.source.kind == "dask" else None
         self._closed = False
+        self._stop = threading.Event()
+        self._next: _Flight | None = None
+        self._flown_from: State | None = None
+        self._round_s, self._flights = 0.0, 0
         work = LaneWork(
             run, run.source if self._collection is None else collection.detached(), n_threads=1, most_readers=1
         )
@@ -90,80 +100,106 @@ class ClusterCrew(Crew):
 
     def play(self, start: State, packed: Packed, row: int, end: int, stop: threading.Event) -> Round | None:
         """Play a round, again if need be; see `Crew.play`."""
-        for attempt in range(_MOST_ATTEMPTS):
-            self._look()
+        lost = 0
+        self._stop = stop
+        while not stop.is_set():
+            began = time.monotonic()
+            flight, self._next = self._next, None
+            if flight is None or (flight.epoch, flight.row) != (start.epoch, row) or self._flown_from is not start:
+                self._drop(flight)
+                flight = self._submit(start, packed, start.epoch, row, end, behind=None)
             try:
-                return self._play(start, packed, row, end, stop, attempt)
+                self._look()
+                if self._may_fly_ahead(flight, end):
+                    self._next = self._submit(
+                        flight.merged, packed, start.epoch, end, self._turns.end(start.epoch, end), behind=flight
+                    )
+                else:
+                    self._deliver_ahead(start.epoch, end)
+                while not self._finished(flight.merged):
+                    if stop.is_set():
+                        return None
+                    self._look()
+                played: Round = self._result(flight.merged)
+                self._round_s, self._flown_from = time.monotonic() - began, played.state
+                return played
             except _Again as again:
-                if attempt + 1 == _MOST_ATTEMPTS:
+                lost += again.counts
+                self._drop_next()
+                if lost >= _MOST_ATTEMPTS:
                     raise ClusterError(
-                        f"a round was lost {_MOST_ATTEMPTS} times: {again}. If workers die, see their logs; they may "
-                        "have too little memory"
+                        f"a round was lost {lost} times: {again}. If workers die, see their logs; they may have too "
+                        "little memory"
                     ) from again.__cause__
                 self._blocks.clear()
                 self._looked = float("-inf")
-        raise AssertionError("unreachable")
+            finally:
+                self._drop(flight)
+        return None
 
-    def _play(
-        self, start: State, packed: Packed, row: int, end: int, stop: threading.Event, attempt: int
-    ) -> Round | None:
-        merged, others = self._submit(start, packed, row, end, attempt)
-        try:
-            while not self._finished(merged):
-                if stop.is_set():
-                    return None
-                self._look()
-            played: Round = self._result(merged)
-            return played
-        finally:
-            # What nobody holds is released; what still runs, after a stop or an error, is cancelled.
-            unfinished = [future for future in (merged, *others) if future.status == "pending"]
-            if unfinished:
-                with contextlib.suppress(Exception):
-                    self._client.cancel(unfinished, force=True)
+    def _may_fly_ahead(self, flight: _Flight, end: int) -> bool:
+        """Whether to hand over the next round before this one has ended, so that nothing waits for the client.
 
-    def _submit(self, start: State, packed: Packed, row: int, end: int, attempt: int) -> tuple[Any, list[Any]]:
-        """Hand a round's tasks to the scheduler; return the future of the merge, and the others."""
-        client, epoch = self._client, start.epoch
-        where = f"{self._name}-{attempt}", epoch, row
+        Not when rounds are long, or many have been chained already: what is lost with a worker is computed again from
+        the last state that the client sent. And not beyond an epoch, which the client closes.
+        """
+        return self._round_s < _LONG_S and flight.chained < _MOST_CHAINED and end < self._turns.lane_rows
+
+    def _submit(self, start: Any, packed: Packed, epoch: int, row: int, end: int, *, behind: _Flight | None) -> _Flight:
+        """Hand a round's tasks to the scheduler, to begin from a state or from the merge of the round before."""
+        client = self._client
+        self._flights += 1
+        name, where = f"{self._name}-{self._flights}", (epoch, row)
+        tasks: list[Any] = []
         with _quiet_about_size():
-            state = client.submit(_keep, start, key=(f"round-state-{where[0]}", *where[1:]), priority=20)
+            if behind is None and sum(array.nbytes for array in start.to_tensors().values()) > _EMBEDDED_BYTES:
+                start = client.submit(_keep, start, key=(f"round-state-{name}", *where), priority=20)
+                tasks.append(start)
             blocks = self._deliver(epoch, row, end)
-            turns = [
-                client.submit(
-                    _turn,
-                    self._work,
-                    state,
-                    packed,
-                    lane,
-                    row,
-                    end,
-                    self._extra,
-                    blocks.get(lane),
-                    key=(f"lane-turn-{where[0]}", *where[1:], lane),
-                    priority=10,
-                    **self._at(lane),
-                )
-                for lane in range(self._n_lanes)
-            ]
+            groups = self._groups()
+            for lanes, address in groups:
+                delivered = {lane: blocks[lane] for lane in lanes} if blocks else None
+                key = (f"lane-turns-{name}", *where, " ".join(map(str, lanes)))
+                arguments = self._work, start, packed, lanes, row, end, self._extra, delivered
+                tasks.append(client.submit(_turns, *arguments, key=key, priority=10, **self._at(address)))
             merged = client.submit(
-                merge_turns,
-                state,
-                turns,
+                _merged,
+                start,
+                tasks[-len(groups) :],
+                [lanes for lanes, _ in groups],
                 packed,
                 end,
-                key=(f"merge-lanes-{where[0]}", *where[1:]),
+                key=(f"merge-lanes-{name}", *where),
                 priority=20,
-                **({"workers": sorted(self._reports)} if self._refused else {}),
+                **self._at(self._lanes[0]),
             )
-            self._deliver_ahead(epoch, end)
-        return merged, [state, *turns]
+        return _Flight(epoch, row, merged, tasks, 0 if behind is None else behind.chained + 1)
 
-    def _at(self, lane: int) -> dict[str, Any]:
-        """Say where a lane is to be trained; elsewhere if its worker is gone or busy, but never where it cannot be."""
+    def _groups(self) -> list[tuple[list[int], str]]:
+        """Divide each worker's lanes among its threads: fewer tasks cost less."""
+        groups = []
+        for address in sorted(set(self._lanes.values())):
+            lanes = sorted(lane for lane, where in self._lanes.items() if where == address)
+            n = min(len(lanes), self._reports[address].n_threads)
+            groups += [(lanes[i::n], address) for i in range(n)]
+        return groups
+
+    def _at(self, address: str) -> dict[str, Any]:
+        """Say where a task belongs; elsewhere if its worker is gone or busy, but never where it cannot be."""
         if self._refused:
             return {"workers": sorted(self._reports)}
-        return {"workers": [self._lanes[lane]], "allow_other_workers": True}
+        return {"workers": [address], "allow_other_workers": True}
+
+    def _drop(self, flight: _Flight | None) -> None:
+        """Cancel what still runs of a round; what is done is released as nobody holds it."""
+        if flight is None or flight.merged.status != "pending":
+            return
+        with contextlib.suppress(Exception):
+            self._client.cancel([flight.merged, *flight.tasks], force=True)
+
+    def _drop_next(self) -> None:
+        flight, self._next = self._next, None
+        self._drop(flight)
 
     # --- what comes back ---
     def _finished(self, future: Any) -> bool:
@@ -175,6 +211,8 @@ class ClusterCrew(Crew):
             wait([future], timeout=_POLL_S)
         except TimeoutError:
             return False
+        except Exception:  # cancelled; `_result` says what it means
+            return True
         return True
 
     def _result(self, merged: Any) -> Any:
@@ -212,8 +250,10 @@ class ClusterCrew(Crew):
         if time.monotonic() - self._looked < _LOOK_S:
             return
         began = said = time.monotonic()
-        while True:
+        gone: set[str] = set()
+        while not self._stop.is_set():
             threads = self._present()
+            gone |= self._reports.keys() - threads.keys()
             new = [address for address in threads if address not in self._reports and address not in self._refused]
             if new:
                 self._check(new, first=first)
@@ -221,8 +261,11 @@ class ClusterCrew(Crew):
             self._refused &= set(threads)
             self._looked = now = time.monotonic()
             if self._reports:
+                before = set(self._lanes.values())
                 usable = {address: report.n_threads for address, report in self._reports.items()}
                 self._lanes = assign(self._n_lanes, usable, self._lanes)
+                if gone & before and not first:
+                    raise _Again(f"{', '.join(sorted(gone))} left", counts=False)
                 return
             waited = now - began
             if waited > self._timeout_s:
@@ -320,6 +363,7 @@ class ClusterCrew(Crew):
         if self._closed:
             return
         self._closed = True
+        self._drop_next()
         self._blocks.clear()
         if self._client.status == "running":
             with contextlib.suppress(Exception):
@@ -327,8 +371,23 @@ class ClusterCrew(Crew):
         del self._work
 
 
+@dataclass(frozen=True)
+class _Flight:
+    """A round on its way: the future of its merge, and its other futures."""
+
+    epoch: int
+    row: int
+    merged: Any
+    tasks: list[Any]
+    chained: int
+
+
 class _Again(Exception):
-    """A round was lost, and is to be played again."""
+    """A round was lost, and is to be played again; `counts` unless it was because a worker left."""
+
+    def __init__(self, message: str, *, counts: bool = True) -> None:
+        super().__init__(message)
+        self.counts = counts
 
 
 class _Unfit(Exception):
@@ -340,17 +399,17 @@ def _keep(value: Any) -> Any:
     return value
 
 
-def _turn(
+def _turns(
     work: LaneWork,
-    start: State,
+    start: State | Round,
     packed: Packed,
-    lane: int,
+    lanes: Sequence[int],
     row: int,
     end: int,
     extra: Mapping[str, Any],
-    blocks: Mapping[int, Any] | None,
-) -> Turn:
-    """Take a turn on a worker, with as many threads and readers as it has room for."""
+    blocks: Mapping[int, Mapping[int, Any]] | None,
+) -> list[Turn]:
+    """Take the turns of some lanes on a worker, with as many threads and readers as it has room for."""
     from distributed import get_worker
 
     wrong = same_versions(extra["versions"])
@@ -359,7 +418,19 @@ def _turn(
     worker = get_worker()
     work.n_threads = int(worker.state.nthreads)
     work.most_readers = lanes_kept(extra["costs"], work.n_threads, int(worker.memory_manager.memory_limit or 0))
-    return take_turn(work, start, packed, lane, row, end, blocks)
+    state = start.state if isinstance(start, Round) else start
+    return [take_turn(work, state, packed, lane, row, end, None if blocks is None else blocks[lane]) for lane in lanes]
+
+
+def _merged(
+    start: State | Round, turns: Sequence[Sequence[Turn]], lanes: Sequence[Sequence[int]], packed: Packed, end: int
+) -> Round:
+    """Merge the turns in lane order, however they were grouped."""
+    by_lane = {
+        lane: turn for some, group in zip(lanes, turns, strict=True) for lane, turn in zip(some, group, strict=True)
+    }
+    state = start.state if isinstance(start, Round) else start
+    return merge_turns(state, [by_lane[lane] for lane in sorted(by_lane)], packed, end)
 
 
 def _close(key: Any, dask_worker: Any = None) -> None:

@@ -109,8 +109,8 @@ def unfit(address: str, report: WorkerReport | BaseException, run: Run) -> str |
         return (
             f"worker {address} has a memory limit of {format_bytes(report.memory_limit)}; with {report.n_threads} "
             f"thread(s) it would need {format_bytes(needed)}: "
-            f"{about_memory(run, report.n_threads, report.n_threads)}. Give it more memory or fewer threads, or choose a smaller "
-            "buffer"
+            f"{about_memory(run, report.n_threads, report.n_threads)}. Give it more memory or fewer threads, or "
+            "choose a smaller buffer"
         )
     return None
 
@@ -160,7 +160,7 @@ def about_memory(run: Run, n_threads: int, n_lanes: int) -> str:
 
 
 def lane_bytes(run: Run) -> int:
-    """Count the bytes that reading a lane takes: its plan, and of Dask collections the blocks of this turn and the next."""
+    """Count the bytes that reading a lane takes: its plan, and the blocks of Dask collections for two turns."""
     layout = run.layout
     return layout.planned_bytes + (2 * layout.open_bytes + layout.buffer_bytes if run.source.holds_block else 0)
 
