@@ -33,6 +33,8 @@ from streamgd.run.workers import WorkerReport, assign, costs_of, describe, lanes
 
 #: How often to look whether somebody asked to stop, and whether workers came or went.
 _POLL_S, _LOOK_S = 0.25, 1.0
+#: A merged state should have come to the client after this.
+_FETCH_S = 60.0
 #: Times that a round is played again before what keeps it from ending is taken to be for good.
 _MOST_ATTEMPTS = 5
 #: Rounds that take longer than this, in seconds, are handed over one at a time; of others so many are chained at most.
@@ -223,7 +225,7 @@ class ClusterCrew(Crew):
         from distributed.comm.core import CommClosedError
 
         try:
-            return self._client.gather(merged)
+            return merged.result(timeout=_FETCH_S)  # may have been lost again, with the worker that has it
         except _Unfit as err:
             raise _Again(str(err)) from err
         except StreamgdError:
