@@ -31,19 +31,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--optimizer", nargs="+", default=["auto"])
+    parser.add_argument("--lanes", type=int, nargs="+", default=[1])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with adult and diamonds")
     options = parser.parse_args()
-    columns = [(optimizer, n) for optimizer in options.optimizer for n in options.epochs]
-    print("share of the attainable gain missed, %".ljust(40), *(f"{o}, {n} epochs".rjust(16) for o, n in columns))
-    table: dict[tuple[str, int], list[float]] = {column: [] for column in columns}
+    columns = [(o, n, lanes) for o in options.optimizer for n in options.epochs for lanes in options.lanes]
+    heads = [f"{o}, {n} ep., {lanes} l." for o, n, lanes in columns]
+    print("share of the attainable gain missed, %".ljust(40), *(head.rjust(16) for head in heads))
+    table: dict[tuple[str, int, int], list[float]] = {column: [] for column in columns}
     names = [*sets.GENERATED, *(name for name in sets.REAL if options.data.is_dir())]
     for name in names:
         real = name in sets.REAL
         data = sets.REAL[name](options.data) if real else sets.GENERATED[name](np.random.default_rng(0))
         best = sets.loss(data, *sets.optimum(data))
         for column in columns:
-            shares = [missed(data, best, column[1], seed, optimizer=column[0]) for seed in range(options.seeds)]
+            optimizer, n_epochs, n_lanes = column
+            shares = [
+                missed(data, best, n_epochs, seed, optimizer=optimizer, n_lanes=n_lanes)
+                for seed in range(options.seeds)
+            ]
             table[column].append(statistics.mean(shares))
         print(name.ljust(40), *(f"{table[column][-1]:16.4f}" for column in columns), flush=True)
     print("median".ljust(40), *(f"{statistics.median(table[column]):16.4f}" for column in columns))

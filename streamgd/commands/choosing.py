@@ -71,6 +71,7 @@ def choose(source: Source, given: dict[str, Any]) -> tuple[Config, dict[str, str
         seed=given["seed"],
         buffer_bytes=parse_bytes(given["buffer"]),
         standardize="full" if given["standardize"] == "full" else given["standardize"] == "true",
+        n_lanes=given["lanes"],
         class_weight=_typed_labels(weights, source.target) if isinstance(weights, dict) else weights,
     )
     return config, {"task": reason}

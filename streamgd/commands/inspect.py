@@ -28,13 +28,17 @@ _LISTED = 30
 @kinds.weight_option
 @click.option("--buffer", default=kinds.BUFFER, show_default=True, metavar="BYTES", help="Memory to plan with.")
 @click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True, help="Rows behind one update.")
+@click.option("--lanes", type=click.IntRange(1), default=1, show_default=True, help="Lanes to plan for.")
 @click.option("--dtype", type=click.Choice(kinds.DTYPES), default="auto", show_default=True, help="Of rows in memory.")
 def inspect(data: tuple[str, ...], **given: Any) -> None:
     """Say what DATA is made of, what training on it would take, and how well its rows would be mixed."""
     from streamgd.commands.columns import stored_columns
     from streamgd.commands.reading import open_data
-    from streamgd.data.layout import parse_bytes, plan_layout
-    from streamgd.run.inspection import about_blocks, about_data, about_plan
+    from streamgd.data.layout import parse_bytes
+    from streamgd.learn.recipe import Recipe
+    from streamgd.run.config import Config
+    from streamgd.run.inspection import about_blocks, about_data, about_lanes, about_plan
+    from streamgd.run.runs import plan_for
 
     target = kinds.split_names((given["target"],)) if given["target"] else None
     features, weight = kinds.split_names(given["features"]), given["weight"]
@@ -52,13 +56,11 @@ def inspect(data: tuple[str, ...], **given: Any) -> None:
     if unusable:
         for line in _about_unusable(unusable, features):
             click.echo(line)
-    layout = plan_layout(
-        source,
-        parse_bytes(given["buffer"]),
-        n_outputs=1 if source.target is None else source.target.n_outputs,
-        carry_rows=min(given["batch_size"], source.n_rows),
+    config = Config(
+        recipe=Recipe(batch_size=given["batch_size"]), buffer_bytes=parse_bytes(given["buffer"]), n_lanes=given["lanes"]
     )
-    for line in about_plan(source, layout):
+    layout = plan_for(source, config)
+    for line in (*about_plan(source, layout), *about_lanes(config.n_lanes, config.batch_rows(source.n_rows), layout)):
         click.echo(line)
 
 

@@ -120,6 +120,15 @@ def weight_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def running_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options that change how a run goes, but not what it computes."""
     for option in (
+        click.option(
+            "--workers-timeout",
+            type=click.FloatRange(0),
+            default=300.0,
+            show_default=True,
+            metavar="SECONDS",
+            help="How long to wait for workers where the cluster has none.",
+        ),
+        click.option("--scheduler", metavar="ADDRESS", help="Train on the workers of this Dask scheduler."),
         click.option("--quiet", is_flag=True, help="No progress: only the result, warnings and errors."),
         click.option(
             "--checkpoint-every",

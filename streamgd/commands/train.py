@@ -80,6 +80,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Scale features by a sample's moments, by exact ones (another pass), or not.",
 )
+@click.option(
+    "--lanes",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Parts that are trained side by side and merged in rounds; the result depends on it.",
+)
 @click.option("--no-intercept", is_flag=True, help="Without an intercept.")
 @click.option("--dtype", type=click.Choice(kinds.DTYPES), default="auto", show_default=True, help="Of rows in memory.")
 @kinds.running_options
@@ -115,7 +122,7 @@ def train(stop: StopRequest, /, data: tuple[str, ...], run_path: Path, **given: 
             if folder.holds_run:
                 _say_stopped(stop, run_path, "before the first update")
             raise
-        return _train(run, folder, options, view, stop, reasons)
+        return _train(run, folder, options, view, stop, reasons, given["scheduler"])
 
 
 @click.command(short_help="Go on with a run that was stopped or killed.")
@@ -141,13 +148,20 @@ def resume(stop: StopRequest, /, run_path: Path, epochs: int | None, data: tuple
         except Interrupted:
             _say_stopped(stop, run_path, "where it was before")
             raise
-        return _train(run, folder, options, view, stop, {})
+        return _train(run, folder, options, view, stop, {}, given["scheduler"])
 
 
 def _train(
-    run: Run, folder: RunFolder, options: RunOptions, view: View, stop: StopRequest, reasons: dict[str, str]
+    run: Run,
+    folder: RunFolder,
+    options: RunOptions,
+    view: View,
+    stop: StopRequest,
+    reasons: dict[str, str],
+    scheduler: str | None,
 ) -> int:
     """Train, and say how it ended; return the exit status."""
+    from streamgd.commands.clusters import connected
     from streamgd.run.inspection import decisions, outcome, standing
     from streamgd.run.loop import train as train_run
 
@@ -157,8 +171,8 @@ def _train(
         return 0
     for text in decisions(run, folder.path, options, reasons):
         view.say([text])
-    with view, stop.deferred():
-        finished = train_run(run, options=options, folder=folder, watcher=view, stop=stop.event)
+    with connected(scheduler) as client, view, stop.deferred():
+        finished = train_run(run, options=options, folder=folder, watcher=view, stop=stop.event, client=client)
     if not finished:
         _say_stopped(stop, folder.path, f"{standing(run)}, and saved")
         return stop.status
@@ -176,7 +190,11 @@ def _say_stopped(stop: StopRequest, path: Path, where: str) -> None:
 def _options(given: dict[str, Any]) -> RunOptions:
     from streamgd.run.config import RunOptions
 
-    return RunOptions(n_threads=given["threads"], checkpoint_every_s=given["checkpoint_every"])
+    return RunOptions(
+        n_threads=given["threads"],
+        checkpoint_every_s=given["checkpoint_every"],
+        workers_timeout_s=given["workers_timeout"],
+    )
 
 
 def _view(*, quiet: bool) -> View:

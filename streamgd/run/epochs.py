@@ -9,7 +9,8 @@ from __future__ import annotations
 import abc
 import threading
 import time
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,8 @@ _LOST = 1e6
 _OFF_BY = 10.0
 
 
-class Reading(Protocol):
+@dataclass
+class Reading:
     """What is known of the reading behind a run.
 
     Attributes
@@ -37,15 +39,16 @@ class Reading(Protocol):
         Seconds that training has waited for windows.
     read_bytes : int
         Bytes of storage behind the rows read so far.
+    round_s : float or None
+        Seconds of the last round; None if there are no rounds.
+    workers : int or None
+        Workers of the cluster; None if there is none.
     """
 
-    @property
-    def wait_s(self) -> float:
-        """Seconds that training has waited for windows."""
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes of storage behind the rows read so far."""
+    wait_s: float = 0.0
+    read_bytes: int = 0
+    round_s: float | None = None
+    workers: int | None = None
 
 
 class Watcher:

@@ -14,6 +14,7 @@ from streamgd.learn.recipe import Recipe
 from streamgd.run.config import AUTO_UPDATES, Config, RunOptions
 from streamgd.run.runs import Run
 from streamgd.run.survey import Survey
+from streamgd.run.workers import PROCESS_BYTES
 
 #: Names and classes that are listed; of the rest, the number.
 _LISTED = 8
@@ -43,6 +44,7 @@ def decisions(run: Run, folder: Path, options: RunOptions, reasons: dict[str, st
         *_about_target(run, reasons.get("task", "")),
         *_about_learning(run),
         *about_plan(source, run.layout),
+        *about_lanes(run.config.n_lanes, run.batch_rows, run.layout),
         entry("run", f"{folder}, with a checkpoint every {options.checkpoint_every_s:g} s"),
     ]
 
@@ -152,6 +154,19 @@ def about_plan(source: Source, layout: Layout) -> list[str]:
             advice.insert(0, "if neighbouring rows are alike, as in sorted files, the fit will suffer")
         lines += [entry("", text) for text in advice]
     return lines
+
+
+def about_lanes(n_lanes: int, batch_rows: int, layout: Layout) -> list[str]:
+    """Say what several lanes take, of the whole plan and on a worker."""
+    if n_lanes == 1:
+        return []
+    each, all_lanes = format_bytes(layout.planned_bytes), format_bytes(n_lanes * layout.planned_bytes)
+    return [
+        entry("lanes", f"{n_lanes:,} with batches of {batch_rows:,}; memory, windows and mixing are of each lane"),
+        entry("", f"memory of all lanes together: {all_lanes}"),
+        entry("", f"a worker of a cluster takes {format_bytes(PROCESS_BYTES)}, and {each} for each of its threads"),
+        entry("", f"at least; up to {each} for each of its lanes are used to read ahead, as its limit allows"),
+    ]
 
 
 def standing(run: Run) -> str:

@@ -19,7 +19,7 @@ from streamgd.data.window import Window
 from streamgd.errors import DataError, RowAccountingError
 from streamgd.learn import kernels
 from streamgd.run.config import RunOptions
-from streamgd.run.epochs import Training, Watcher
+from streamgd.run.epochs import Reading, Training, Watcher
 from streamgd.run.folder import RunFolder
 from streamgd.run.runs import Run
 
@@ -180,7 +180,7 @@ class _Training(Training):
                 raise self._divergence(f"window {window.index + 1}")
             if until - row >= self._piece:
                 self._piece = max(1, min(4 * self._piece, int((until - row) * _CALL_S / max(took, 1e-6))))
-            self.watcher.advanced(self.run, stream)
+            self.watcher.advanced(self.run, Reading(stream.wait_s, stream.read_bytes))
             if ends:
                 return True
             if self.stop.is_set():

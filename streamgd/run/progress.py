@@ -50,6 +50,10 @@ class Figures:
         Seconds until the last epoch's end.
     may_end_early : bool
         Whether `tol` may end the run before.
+    round_s : float or None
+        Seconds of the last round, if there are rounds.
+    workers : int or None
+        Workers of the cluster, if there is one.
     """
 
     epoch: int
@@ -63,6 +67,8 @@ class Figures:
     explained: float | None
     left_s: float | None
     may_end_early: bool
+    round_s: float | None = None
+    workers: int | None = None
 
     @property
     def share(self) -> float:
@@ -82,6 +88,13 @@ class Figures:
             return ""
         rows = f"{format_count(self.rows_per_s)} rows/s"
         return rows if self.bytes_per_s is None else f"{rows}, {self.bytes_per_s / 1e6:,.0f} MB/s"
+
+    def rounds(self) -> str:
+        """Say how long rounds take, and on how many workers."""
+        parts = [] if self.round_s is None else [f"{self.round_s:.2g} s a round"]
+        if self.workers is not None:
+            parts.append(f"{self.workers} worker{'' if self.workers == 1 else 's'}")
+        return ", ".join(parts)
 
     def quality(self) -> str:
         """Say the loss, and what it explains."""
@@ -103,6 +116,7 @@ class Figures:
             f"{self.n_rows:,} rows ({100 * self.share:.1f} %)",
             self.speed(),
             self.limit() or "",
+            self.rounds(),
             self.quality(),
             self.left(),
         )
@@ -124,11 +138,14 @@ class Pace:
         self._clock = clock
         self._span_s = span_s
         self._seen: deque[tuple[float, int, float, int]] = deque()  # time, rows, seconds waited, bytes read
+        self._round_s: float | None = None
+        self._workers: int | None = None
 
     def observe(self, run: Run, stream: Reading) -> None:
         """Note where the run stands. Cheap: called after every kernel call."""
         now = self._clock()
         seen = self._seen
+        self._round_s, self._workers = stream.round_s, stream.workers
         # The first second holds compilation and the filling of the first window; a hundred notes in a span are enough.
         if len(seen) >= 2 and now - seen[-2][0] < self._span_s / 100:
             seen.pop()
@@ -164,6 +181,8 @@ class Pace:
             explained=1.0 - loss / null_loss if null_loss > 0 and loss == loss else None,
             left_s=None if rate is None else max(0, total - done) / rate,
             may_end_early=run.config.tol is not None and run.n_epochs > run.config.n_iter_no_change,
+            round_s=self._round_s,
+            workers=self._workers,
         )
 
 
@@ -333,7 +352,8 @@ class BarView(View):
         if figures.rows_per_s is None:
             below = "starting (the first run after an installation compiles for some seconds)"
         else:
-            below = "  ".join(part for part in (figures.speed(), figures.limit(), figures.quality()) if part)
+            told = (figures.speed(), figures.limit(), figures.rounds(), figures.quality())
+            below = "  ".join(part for part in told if part)
         return Group(bar, Text(below, style="dim"))
 
 

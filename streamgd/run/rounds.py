@@ -23,7 +23,7 @@ from streamgd.learn.merge import merge
 from streamgd.learn.recipe import Packed
 from streamgd.learn.state import State
 from streamgd.run.config import RunOptions
-from streamgd.run.epochs import Training, Watcher
+from streamgd.run.epochs import Reading, Training, Watcher
 from streamgd.run.folder import RunFolder
 from streamgd.run.lanes import LaneWork, Turn, take_turn
 from streamgd.run.runs import Run
@@ -149,28 +149,6 @@ class LocalCrew(Crew):
         self._work.readers.close()
 
 
-class LanesReading:
-    """What is known of the reading of all lanes, see `streamgd.run.epochs.Reading`.
-
-    Attributes
-    ----------
-    wait_s, read_rows, round_s
-        Sums over the rounds so far, and the seconds of the last round.
-    workers : int or None
-        Of the cluster.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self.wait_s, self.read_rows, self.round_s = 0.0, 0, 0.0
-        self.workers: int | None = None
-        self._row_bytes = run.source.stored_bytes / run.source.n_rows
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes of storage behind the rows read so far."""
-        return round(self.read_rows * self._row_bytes)
-
-
 class RoundTraining(Training):
     """Trains in rounds.
 
@@ -194,7 +172,8 @@ class RoundTraining(Training):
         super().__init__(run, options, folder, watcher, stop)
         self._client = client
         self._turns = Turns.of(run)
-        self._reading = LanesReading(run)
+        self._reading = Reading()
+        self._read_rows = 0
         n_rounds = -(-self._turns.lane_rows // self._turns.most_rows)
         self._record_every = max(1, n_rounds // _RECORDS_PER_EPOCH)
 
@@ -242,7 +221,8 @@ class RoundTraining(Training):
                 run.state = state
                 raise self._divergence(f"round {int(state.counters[kernels.WINDOW]) + 1}" if several else "a turn")
             self._reading.wait_s += played.wait_s
-            self._reading.read_rows += played.read_rows
+            self._read_rows += played.read_rows
+            self._reading.read_bytes = round(self._read_rows * run.source.stored_bytes / run.source.n_rows)
             self._reading.round_s = time.perf_counter() - began
             self._reading.workers = crew.workers
             self.watcher.advanced(run, self._reading)
