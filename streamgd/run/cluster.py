@@ -19,13 +19,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from streamgd.data.plan import EpochPlan
 from streamgd.errors import ClusterError, DataError, StreamgdError
 from streamgd.learn.recipe import Packed
 from streamgd.learn.state import State
 from streamgd.run.config import RunOptions
+from streamgd.run.delivery import DeliveredBlocks
 from streamgd.run.epochs import Watcher
-from streamgd.run.lanes import LanePlans, LaneWork, Turn, take_turn
+from streamgd.run.lanes import LaneWork, Turn, take_turn
 from streamgd.run.rounds import Crew, Round, merge_turns
 from streamgd.run.runs import Run, versions
 from streamgd.run.turns import Turns
@@ -72,24 +72,22 @@ class ClusterCrew(Crew):
         self._timeout_s = options.workers_timeout_s
         self._n_lanes = run.config.n_lanes
         self._turns = Turns.of(run)
-        self._plans = LanePlans.of(run)
         self._name = uuid.uuid4().hex[:12]
         self._reports: dict[str, WorkerReport] = {}
         self._refused: set[str] = set()
         self._lanes: dict[int, str] = {}
         self._looked = float("-inf")
-        self._epoch_plans: dict[tuple[int, int], EpochPlan] = {}
-        self._blocks: dict[int, list[Any]] = {}
-        collection: Any = run.source
-        self._collection = collection if run.source.kind == "dask" else None
+        source: Any = run.source
+        self._blocks: DeliveredBlocks | None = None
+        if source.kind == "dask":
+            self._blocks = DeliveredBlocks(run, client, self._turns)
+            source = source.detached()
         self._closed = False
         self._stop = threading.Event()
         self._next: _Flight | None = None
         self._flown_from: State | None = None
         self._round_s, self._flights = 0.0, 0
-        work = LaneWork(
-            run, run.source if self._collection is None else collection.detached(), n_threads=1, most_readers=1
-        )
+        work = LaneWork(run, source, n_threads=1, most_readers=1)
         self._extra = {"versions": versions(), "costs": costs_of(run)}
         self._look(first=True)
         with _quiet_about_size():
@@ -116,8 +114,8 @@ class ClusterCrew(Crew):
                     self._next = self._submit(
                         flight.merged, packed, start.epoch, end, self._turns.end(start.epoch, end), behind=flight
                     )
-                else:
-                    self._deliver_ahead(start.epoch, end)
+                elif self._blocks is not None:
+                    self._blocks.deliver_ahead(start.epoch, end, self._lanes, self._fit)
                 while not self._finished(flight.merged):
                     if stop.is_set():
                         return None
@@ -133,7 +131,8 @@ class ClusterCrew(Crew):
                         f"a round was lost {lost} times: {again}. If workers die, see their logs; they may have too "
                         "little memory"
                     ) from again.__cause__
-                self._blocks.clear()
+                if self._blocks is not None:
+                    self._blocks.clear()
                 self._looked = float("-inf")
             finally:
                 self._drop(flight)
@@ -157,7 +156,7 @@ class ClusterCrew(Crew):
             if behind is None and sum(array.nbytes for array in start.to_tensors().values()) > _EMBEDDED_BYTES:
                 start = client.submit(_keep, start, key=(f"round-state-{name}", *where), priority=20)
                 tasks.append(start)
-            blocks = self._deliver(epoch, row, end)
+            blocks = {} if self._blocks is None else self._blocks.deliver(epoch, row, end, self._lanes, self._fit)
             groups = self._groups()
             for lanes, address in groups:
                 delivered = {lane: blocks[lane] for lane in lanes} if blocks else None
@@ -188,9 +187,14 @@ class ClusterCrew(Crew):
 
     def _at(self, address: str) -> dict[str, Any]:
         """Say where a task belongs; elsewhere if its worker is gone or busy, but never where it cannot be."""
-        if self._refused:
-            return {"workers": sorted(self._reports)}
+        if self._fit is not None:
+            return {"workers": self._fit}
         return {"workers": [address], "allow_other_workers": True}
+
+    @property
+    def _fit(self) -> list[str] | None:
+        """The workers that may take part, if not all may."""
+        return sorted(self._reports) if self._refused else None
 
     def _drop(self, flight: _Flight | None) -> None:
         """Cancel what still runs of a round; what is done is released as nobody holds it."""
@@ -240,7 +244,7 @@ class ClusterCrew(Crew):
                 ) from err
             raise _Again(f"what it needs was lost ({type(err).__name__}: {err})") from err
         except Exception as err:
-            kind = DataError if self._collection is not None else ClusterError
+            kind = DataError if self._blocks is not None else ClusterError
             raise kind(
                 f"a task failed on the cluster: {type(err).__name__}: {err}. See the error above; computing the "
                 "collection by itself, or training without the cluster, shows it too"
@@ -309,64 +313,14 @@ class ClusterCrew(Crew):
                 self._refused.add(address)
                 self._watcher.message(f"{why}. The run goes on without it")
 
-    # --- blocks of Dask collections ---
-    def _deliver(self, epoch: int, row: int, end: int) -> dict[int, dict[int, list[Any]]]:
-        """Have the blocks of a round computed, near the lanes that need them; return the futures of each lane's."""
-        if self._collection is None:
-            return {}
-        wanted = {lane: self._blocks_of(epoch, lane, row, end) for lane in range(self._n_lanes)}
-        kept = {block for blocks in wanted.values() for block in blocks}
-        self._blocks = {block: futures for block, futures in self._blocks.items() if block in kept}
-        return {lane: self._computed(lane, blocks) for lane, blocks in wanted.items()}
-
-    def _deliver_ahead(self, epoch: int, row: int) -> None:
-        """Begin with the blocks of the next round."""
-        if self._collection is None:
-            return
-        for lane in range(self._n_lanes):
-            next_epoch, next_row = epoch, row
-            if row >= self._plan(epoch, lane).n_rows:
-                next_epoch, next_row = epoch + 1, 0
-            if next_epoch < self._run.n_epochs:
-                end = self._turns.end(next_epoch, next_row)
-                self._computed(lane, self._blocks_of(next_epoch, lane, next_row, end))
-
-    def _computed(self, lane: int, blocks: Sequence[int]) -> dict[int, list[Any]]:
-        assert self._collection is not None
-        missing = [block for block in blocks if block not in self._blocks]
-        if missing:
-            workers = sorted(self._reports) if self._refused else [self._lanes[lane]]
-            self._blocks |= self._collection.submit(self._client, missing, workers)
-        return {block: self._blocks[block] for block in blocks}
-
-    def _blocks_of(self, epoch: int, lane: int, row: int, end: int) -> list[int]:
-        """List the blocks behind the windows of a turn."""
-        plan = self._plan(epoch, lane)
-        if row >= plan.n_rows:
-            return []
-        window, before = plan.window_at(row)
-        found: dict[int, None] = {}
-        for each in plan.windows(window):
-            if before >= end:
-                break
-            before += each.n_rows
-            found |= dict.fromkeys(each.table[:, 0].tolist())
-        return list(found)
-
-    def _plan(self, epoch: int, lane: int) -> EpochPlan:
-        if (epoch, lane) not in self._epoch_plans:
-            for old in [key for key in self._epoch_plans if key[0] < epoch - 1]:
-                del self._epoch_plans[old]
-            self._epoch_plans[epoch, lane] = self._plans.epoch(epoch, lane)
-        return self._epoch_plans[epoch, lane]
-
     def close(self) -> None:
         """Release what the workers hold, and have them close what they opened. Idempotent."""
         if self._closed:
             return
         self._closed = True
         self._drop_next()
-        self._blocks.clear()
+        if self._blocks is not None:
+            self._blocks.clear()
         if self._client.status == "running":
             with contextlib.suppress(Exception):
                 self._client.run(_close, self._work.key, on_error="ignore")

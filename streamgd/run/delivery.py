@@ -1,0 +1,100 @@
+"""The blocks of a Dask collection on their way to the lanes.
+
+Each round's blocks are computed on workers, near the lanes that need them, and go from worker to worker; the client
+holds their futures, those of this round and the next. So no more of the collection is in memory than two rounds need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from streamgd.data.plan import EpochPlan
+from streamgd.run.lane_rows import LanePlans
+from streamgd.run.runs import Run
+from streamgd.run.turns import Turns
+
+
+class DeliveredBlocks:
+    """Computes blocks where they are needed.
+
+    Parameters
+    ----------
+    run : Run
+        Over a `DaskSource`.
+    client : distributed.Client
+        Of the cluster.
+    turns : Turns
+        Where turns end.
+    """
+
+    def __init__(self, run: Run, client: Any, turns: Turns) -> None:
+        self._collection: Any = run.source
+        self._client, self._turns = client, turns
+        self._plans = LanePlans.of(run)
+        self._epochs: dict[tuple[int, int], EpochPlan] = {}
+        self._futures: dict[int, list[Any]] = {}
+
+    def deliver(
+        self, epoch: int, row: int, end: int, lanes: Mapping[int, str], workers: Sequence[str] | None
+    ) -> dict[int, dict[int, list[Any]]]:
+        """Have the blocks of a round computed.
+
+        Parameters
+        ----------
+        epoch, row, end : int
+            Rows of each lane's epoch.
+        lanes : mapping of int to str
+            The worker of each lane.
+        workers : sequence of str or None
+            The only workers that may take part, if not all may.
+
+        Returns
+        -------
+        dict of int to dict of int to list of Future
+            The blocks of each lane.
+        """
+        wanted = {lane: self._blocks_of(epoch, lane, row, end) for lane in lanes}
+        kept = {block for blocks in wanted.values() for block in blocks}
+        # Rounds that were handed over before hold futures of their own.
+        self._futures = {block: futures for block, futures in self._futures.items() if block in kept}
+        return {lane: self._computed(blocks, workers or [lanes[lane]]) for lane, blocks in wanted.items()}
+
+    def deliver_ahead(self, epoch: int, row: int, lanes: Mapping[int, str], workers: Sequence[str] | None) -> None:
+        """Begin with the blocks of the round that begins at a row, or with the next epoch's if this one is over."""
+        for lane in lanes:
+            next_epoch, next_row = (epoch, row) if row < self._plan(epoch, lane).n_rows else (epoch + 1, 0)
+            if next_epoch < self._plans.n_epochs:
+                end = self._turns.end(next_epoch, next_row)
+                self._computed(self._blocks_of(next_epoch, lane, next_row, end), workers or [lanes[lane]])
+
+    def clear(self) -> None:
+        """Release what was computed."""
+        self._futures.clear()
+
+    def _computed(self, blocks: Sequence[int], workers: Sequence[str]) -> dict[int, list[Any]]:
+        missing = [block for block in blocks if block not in self._futures]
+        if missing:
+            self._futures |= self._collection.submit(self._client, missing, workers)
+        return {block: self._futures[block] for block in blocks}
+
+    def _blocks_of(self, epoch: int, lane: int, row: int, end: int) -> list[int]:
+        """List the blocks behind the windows of a turn."""
+        plan = self._plan(epoch, lane)
+        if row >= plan.n_rows:
+            return []
+        window, before = plan.window_at(row)
+        found: dict[int, None] = {}
+        for each in plan.windows(window):
+            if before >= end:
+                break
+            before += each.n_rows
+            found |= dict.fromkeys(each.table[:, 0].tolist())
+        return list(found)
+
+    def _plan(self, epoch: int, lane: int) -> EpochPlan:
+        if (epoch, lane) not in self._epochs:
+            for old in [key for key in self._epochs if key[0] < epoch - 1]:
+                del self._epochs[old]
+            self._epochs[epoch, lane] = self._plans.epoch(epoch, lane)
+        return self._epochs[epoch, lane]
