@@ -36,7 +36,17 @@ def source_of(block_rows: Sequence[int] = (40,) * 10, **options: Any) -> FakeSou
 
 def config_of(**options: Any) -> Config:
     """Make a configuration of the options of both `Recipe` and `Config`: three epochs of five windows by default."""
-    own = ("max_iter", "tol", "n_iter_no_change", "shuffle", "seed", "standardize", "class_weight", "buffer_bytes")
+    own = (
+        "max_iter",
+        "tol",
+        "n_iter_no_change",
+        "shuffle",
+        "seed",
+        "standardize",
+        "class_weight",
+        "buffer_bytes",
+        "n_lanes",
+    )
     chosen: dict[str, Any] = {"max_iter": 3, "tol": None, "buffer_bytes": BUFFER} | {
         n: options.pop(n) for n in own if n in options
     }

@@ -1,0 +1,128 @@
+"""Runs in lanes, here or on a cluster of real processes, and what they come to, to the bit.
+
+Run as a program, it is a client that can be killed: ``python -m tests.clustering KIND FOLDER SCHEDULER OPTIMIZER``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from streamgd.estimators import SGDRegressor
+
+KINDS = ("hdf5", "parquet", "dask")
+N_LANES, N_EPOCHS, N_FEATURES = 4, 2, 5
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "sgd": {"optimizer": "sgd", "momentum": 0.9, "average": True, "penalty": "l2"},
+    "adagrad": {"optimizer": "adagrad", "penalty": "l1", "alpha": 1e-3},
+    "adam": {"optimizer": "adam", "learning_rate": "cosine", "eta0": 0.01},
+    "dowg": {"optimizer": "dowg"},
+}
+
+
+def make_data(folder: Path, n_rows: int = 6000) -> None:
+    """Write the same rows in every form, in blocks of uneven length."""
+    import h5py
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng = np.random.default_rng(7)
+    X = rng.normal([2.0, -50.0, 0.0, 1.0, 0.0], [1.0, 10.0, 0.01, 1.0, 5.0], size=(n_rows, N_FEATURES))
+    X = X.astype(np.float32)
+    y = X @ np.array([1.0, 0.2, -30.0, 0.0, 0.3]) + rng.normal(size=n_rows)
+    with h5py.File(folder / "rows.h5", "w") as file:
+        file.create_dataset("X", data=X, chunks=(170, N_FEATURES), compression="gzip")
+        file.create_dataset("y", data=y)
+    table = pa.table({f"x{j}": X[:, j] for j in range(N_FEATURES)} | {"y": y})
+    pq.write_table(table, folder / "rows.parquet", row_group_size=450)
+    np.savez(folder / "rows.npz", X=X, y=y)
+
+
+def load(folder: Path, kind: str) -> tuple[Any, Any]:
+    """Return what `fit` takes."""
+    import streamgd
+
+    if kind == "hdf5":
+        return streamgd.open_source(folder / "rows.h5", "y"), None
+    if kind == "parquet":
+        return streamgd.open_source(folder / "rows.parquet", "y"), None
+    import dask.array as da
+
+    with np.load(folder / "rows.npz") as file:
+        X, y = file["X"], file["y"]
+    n = len(X)
+    cuts = (*[n // 23] * 22, n - 22 * (n // 23))
+    return da.from_array(X, chunks=(cuts, -1)), da.from_array(y, chunks=(cuts,))
+
+
+def estimator(optimizer: str = "auto", **options: Any) -> SGDRegressor:
+    """Make an estimator whose lanes have several windows."""
+    given = {"max_iter": N_EPOCHS, "tol": None, "n_lanes": N_LANES, "batch_size": 128, "buffer": "3MB"}
+    return SGDRegressor(**{**given, **OPTIMIZERS[optimizer], **options})
+
+
+def bits(fitted: SGDRegressor) -> dict[str, Any]:
+    """Return all that was learnt, to the bit."""
+    state = fitted._trained.state
+    return {name: (array.dtype.str, array.shape, array.tobytes()) for name, array in state.to_tensors().items()}
+
+
+def fit(folder: Path, kind: str, optimizer: str = "auto", client: Any = None, **options: Any) -> dict[str, Any]:
+    """Fit, and return the bits."""
+    X, y = load(folder, kind)
+    return bits(estimator(optimizer, **options).fit(X, y, client=client, resume="checkpoint_dir" in options))
+
+
+@contextlib.contextmanager
+def cluster(n_workers: int, **options: Any) -> Iterator[tuple[Any, Any]]:
+    """Start worker processes; yield the cluster and a client."""
+    from distributed import Client, LocalCluster
+
+    given = {
+        "threads_per_worker": 1,
+        "dashboard_address": "127.0.0.1:0",
+        "silence_logs": 50,
+        "host": "127.0.0.1",
+    }
+    with (
+        LocalCluster(n_workers=n_workers, **{**given, **options}) as made,
+        Client(made, set_as_default=False) as client,
+    ):
+        yield made, client
+
+
+def kill_worker(client: Any, which: int = 0) -> None:
+    """Kill a worker process as nothing can catch; its nanny starts another."""
+    pids = client.run(os.getpid)
+    os.kill(pids[sorted(pids)[which % len(pids)]], signal.SIGKILL)
+
+
+def await_workers(client: Any, n_workers: int, timeout_s: float = 60.0) -> None:
+    """Wait until there are as many workers again."""
+    until = time.monotonic() + timeout_s
+    while len(client.nthreads()) < n_workers:
+        assert time.monotonic() < until, "the killed worker was not started again"
+        time.sleep(0.05)
+
+
+def main() -> None:
+    from distributed import Client
+
+    kind, folder, scheduler, optimizer = sys.argv[1:]
+    run = Path(folder) / f"run-{kind}-{optimizer}"
+    with Client(scheduler, set_as_default=False) as client:
+        found = fit(Path(folder), kind, optimizer, client, checkpoint_dir=run, checkpoint_every_s=0)
+    Path(folder, "done.txt").write_text(repr(found["theta"][2]))
+
+
+if __name__ == "__main__":
+    main()

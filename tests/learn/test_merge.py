@@ -1,0 +1,146 @@
+"""What merging lanes must keep."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from streamgd.learn import kernels
+from streamgd.learn.merge import begin_turn, merge
+from streamgd.learn.recipe import Recipe
+from streamgd.learn.state import State
+
+
+def state_of(n_outputs: int = 1, n_features: int = 3, seed: int = 0) -> State:
+    rng = np.random.default_rng(seed)
+    state = State.start(
+        intercept=np.ones(n_outputs),
+        n_features=n_features,
+        n_targets=1,
+        n_slots=2,
+        batch_size=4,
+        row_dtype=np.dtype("f4"),
+        has_weight=False,
+    )
+    state.theta[:] = rng.normal(size=state.theta.shape)
+    state.average[:] = rng.normal(size=state.theta.shape)
+    state.slots[:] = rng.uniform(1, 2, state.slots.shape)
+    state.counters[[kernels.N_UPDATES, kernels.N_ROWS, kernels.EPOCH_ROWS]] = 7, 100, 40
+    state.scalars[kernels.LOSS_SUM] = 5.0
+    return state
+
+
+def packed_of(optimizer: str = "auto", **options: object):
+    return Recipe(optimizer=optimizer, **options).pack(n_classes=0, n_updates=10, mean_weight=1.0, moments=False)
+
+
+def lane_of(start: State, change: np.ndarray, rows: int = 10, updates: int = 2) -> State:
+    state = begin_turn(start)
+    state.theta += change
+    state.average += change / 2
+    state.slots += 1.0
+    state.counters[kernels.EPOCH_ROWS] = state.counters[kernels.N_ROWS] = rows
+    state.counters[kernels.N_UPDATES] += updates
+    state.scalars[kernels.LOSS_SUM] = 1.0
+    state.checksum[0] = 2**63 + 1
+    return state
+
+
+def axis(j: int, size: float = 1.0) -> np.ndarray:
+    change = np.zeros((1, 4))
+    change[0, j] = size
+    return change
+
+
+class TestAuto:
+    def test_lanes_that_agree_are_averaged(self):
+        start = state_of()
+        merged = merge(start, [lane_of(start, axis(1, 0.5)) for _ in range(4)], packed_of())
+        np.testing.assert_allclose(merged.theta, start.theta + axis(1, 0.5), rtol=1e-15)
+
+    def test_what_only_one_lane_found_counts_in_full(self):
+        start = state_of()
+        lanes = [lane_of(start, axis(0, 3.0)), lane_of(start, axis(1, -1.0)), lane_of(start, axis(2, 0.0))]
+        merged = merge(start, lanes, packed_of())
+        np.testing.assert_allclose(merged.theta, start.theta + axis(0, 3.0) + axis(1, -1.0), rtol=1e-15)
+
+    def test_lanes_that_contradict_each_other_do_not_blow_the_result_up(self):
+        start = state_of()
+        merged = merge(start, [lane_of(start, axis(0, 1.0)), lane_of(start, axis(0, -1.0 + 1e-9))], packed_of())
+        assert np.abs(merged.theta - start.theta).max() <= 1e-8
+
+    def test_outputs_are_judged_each_by_itself_but_for_softmax(self):
+        start = state_of(n_outputs=2)
+        same, other = np.zeros((2, 4)), np.zeros((2, 4))
+        same[0, 0] = other[0, 0] = 1.0  # the lanes agree on the first output
+        same[1, 0], other[1, 1] = 1.0, 1.0  # and found different things on the second
+        lanes = [lane_of(start, same), lane_of(start, other)]
+        moved = merge(start, lanes, packed_of()).theta - start.theta
+        np.testing.assert_allclose(moved, [[1, 0, 0, 0], [1, 1, 0, 0]], atol=1e-12)
+        softmax = packed_of()
+        softmax.codes[kernels.CODE_SOFTMAX] = 1
+        moved = merge(start, lanes, softmax).theta - start.theta
+        np.testing.assert_allclose(moved, 4 / 6 * np.array([[2, 0, 0, 0], [1, 1, 0, 0]]), atol=1e-12)
+
+    def test_squared_gradients_add_up(self):
+        start = state_of()
+        merged = merge(start, [lane_of(start, axis(0)) for _ in range(3)], packed_of())
+        np.testing.assert_allclose(merged.slots, start.slots + 3.0)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adam", "dowg"])
+def test_other_optimizers_take_the_mean_by_rows(optimizer):
+    start = state_of()
+    lanes = [lane_of(start, axis(0, 1.0), rows=30), lane_of(start, axis(0, 5.0), rows=10)]
+    lanes[1].slots += 4.0
+    lanes[1].scalars[kernels.DOWG_DISTANCE] = 9.0
+    merged = merge(start, lanes, packed_of(optimizer))
+    np.testing.assert_allclose(merged.theta, start.theta + axis(0, 2.0))
+    np.testing.assert_allclose(merged.average, start.average + axis(0, 1.0))
+    np.testing.assert_allclose(merged.slots, start.slots + 2.0)
+    assert merged.scalars[kernels.DOWG_DISTANCE] == 9.0
+
+
+def test_rows_losses_and_identities_add_up_and_steps_are_those_of_a_lane():
+    start = state_of()
+    lanes = [lane_of(start, axis(0), rows=10, updates=2), lane_of(start, axis(1), rows=20, updates=5)]
+    lanes[1].scalars[kernels.BETA_1_POWER] = 0.25
+    merged = merge(start, lanes, packed_of("adam"))
+    assert merged.counters[kernels.N_ROWS] == 130
+    assert merged.counters[kernels.EPOCH_ROWS] == 70
+    assert merged.counters[kernels.N_UPDATES] == 12
+    assert merged.scalars[kernels.LOSS_SUM] == 7.0
+    assert merged.scalars[kernels.BETA_1_POWER] == 0.25
+    assert merged.checksum[0] == 2  # modulo 2**64
+
+
+def test_what_is_zero_in_every_lane_stays_zero_under_l1():
+    start = state_of()
+    lanes = [lane_of(start, np.full((1, 4), 0.1 * (1 + lane))) for lane in range(3)]
+    for lane in lanes:
+        lane.theta[0, 1] = 0.0
+    lanes[0].theta[0, 2] = 0.0
+    merged = merge(start, lanes, packed_of(penalty="l1", alpha=0.1))
+    assert merged.theta[0, 1] == 0.0
+    assert merged.theta[0, 2] != 0.0
+
+
+def test_a_lane_that_diverged_is_seen():
+    start = state_of()
+    lanes = [lane_of(start, axis(0)), lane_of(start, axis(1))]
+    lanes[1].counters[kernels.STATUS] = kernels.DIVERGED
+    lanes[1].scalars[kernels.BAD_VALUE] = np.inf
+    merged = merge(start, lanes, packed_of())
+    assert merged.counters[kernels.STATUS] == kernels.DIVERGED
+    assert merged.scalars[kernels.BAD_VALUE] == np.inf
+
+
+def test_neither_start_nor_lanes_are_changed():
+    start = state_of()
+    before = {name: array.tobytes() for name, array in start.to_tensors().items()}
+    lanes = [lane_of(start, axis(0)), lane_of(start, axis(1))]
+    kept = [lane.theta.copy() for lane in lanes]
+    merge(start, lanes, packed_of())
+    assert before == {name: array.tobytes() for name, array in start.to_tensors().items()}
+    for lane, theta in zip(lanes, kept, strict=True):
+        np.testing.assert_array_equal(lane.theta, theta)

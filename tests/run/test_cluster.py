@@ -1,0 +1,297 @@
+"""The same runs on worker processes, which are killed, join and leave: the same bits as here."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from streamgd.errors import ClusterError, DataError
+from streamgd.run import workers
+from streamgd.run.checkpoint import CheckpointFolder
+from tests.clustering import (
+    KINDS,
+    OPTIMIZERS,
+    await_workers,
+    bits,
+    cluster,
+    estimator,
+    fit,
+    kill_worker,
+    load,
+    make_data,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("rows")
+    make_data(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def here(folder: Path) -> Any:
+    """What runs without a cluster come to."""
+    known: dict[tuple[str, str], Any] = {}
+
+    def of(kind: str, optimizer: str = "auto") -> Any:
+        if (kind, optimizer) not in known:
+            known[kind, optimizer] = fit(folder, kind, optimizer)
+        return known[kind, optimizer]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def two() -> Any:
+    with cluster(2) as made:
+        yield made
+
+
+def task_states(client: Any) -> dict[str, int]:
+    """Count what the scheduler still knows, once it has had time to forget."""
+    for _ in range(50):
+        found = client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks))
+        if not found:
+            break
+        time.sleep(0.05)
+    return found
+
+
+def threads_of_ours() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("streamgd")]
+
+
+def open_data_files() -> int:
+    found = 0
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the one that lists them
+            found += descriptor.readlink().suffix in (".h5", ".parquet")
+    return found
+
+
+class TestBits:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_of_every_source(self, two, folder, here, kind):
+        assert fit(folder, kind, client=two[1]) == here(kind)
+
+    @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "auto"])
+    def test_of_every_optimizer(self, two, folder, here, optimizer):
+        assert fit(folder, "hdf5", optimizer, two[1]) == here("hdf5", optimizer)
+
+    def test_of_a_single_lane(self, two, folder):
+        assert fit(folder, "hdf5", client=two[1], n_lanes=1) == fit(folder, "hdf5", n_lanes=1)
+
+    def test_of_arrays_in_memory(self, two, folder):
+        X, y = (np.asarray(part) for part in load(folder, "dask"))
+        assert bits(estimator().fit(X, y, client=two[1])) == bits(estimator().fit(X, y))
+
+    def test_of_a_persisted_array(self, two, folder, here):
+        X, y = load(folder, "dask")
+        X, y = two[1].persist([X, y])
+        assert bits(estimator().fit(X, y, client=two[1])) == here("dask")
+
+    def test_of_a_data_frame(self, two, folder):
+        import dask.dataframe as dd
+        import pandas as pd
+
+        X, y = (np.asarray(part) for part in load(folder, "dask"))
+        frame = pd.DataFrame(X, columns=list("abcde")).assign(y=y)
+        frame = dd.from_pandas(frame, npartitions=9)
+        features, target = frame[list("abcde")], frame["y"]
+        assert bits(estimator().fit(features, target, client=two[1])) == bits(estimator().fit(features, target))
+
+    def test_on_one_worker_of_two_threads(self, folder, here):
+        with cluster(1, threads_per_worker=2) as (_, client):
+            assert fit(folder, "parquet", client=client) == here("parquet")
+
+    def test_nothing_is_left_behind(self, two, folder):
+        client = two[1]
+        fit(folder, "hdf5", client=client)
+        assert not task_states(client)
+        for _ in range(100):
+            left = [name for names in client.run(threads_of_ours).values() for name in names]
+            files = sum(client.run(open_data_files).values())
+            if not left and not files:
+                break
+            time.sleep(0.05)
+        assert not left
+        assert not files
+        assert not threads_of_ours()
+
+
+class TestFaults:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_workers_are_killed(self, two, folder, here, kind):
+        client, rng, stop, kills = two[1], random.Random(kind), threading.Event(), []
+
+        def kill() -> None:
+            while not stop.wait(rng.uniform(0.05, 0.4)) and len(kills) < 2:
+                if len(client.nthreads()) == 2:
+                    kill_worker(client, rng.randrange(2))
+                    kills.append(1)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        found = fit(folder, kind, client=client, max_iter=2)
+        stop.set()
+        killer.join()
+        await_workers(client, 2)
+        assert found == here(kind)
+
+    def test_all_workers_are_lost_and_others_come(self, folder, here):
+        with cluster(1) as (made, client):
+
+            def lose() -> None:
+                time.sleep(0.3)
+                made.scale(0)
+                while client.nthreads():
+                    time.sleep(0.05)
+                time.sleep(4)
+                made.scale(2)
+
+            losing = threading.Thread(target=lose)
+            losing.start()
+            with pytest.warns(UserWarning, match="no workers: waiting for some"):
+                found = fit(folder, "hdf5", client=client)
+            losing.join()
+            assert found == here("hdf5")
+
+    def test_workers_join_and_retire(self, folder, here):
+        with cluster(1) as (made, client):
+            done: list[Any] = []
+            training = threading.Thread(target=lambda: done.append(fit(folder, "parquet", client=client)))
+            training.start()
+            time.sleep(0.3)
+            made.scale(3)
+            await_workers(client, 3)
+            time.sleep(0.3)
+            client.retire_workers(sorted(client.nthreads())[:2])
+            training.join()
+            assert done == [here("parquet")]
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_the_client_is_killed_and_resumed_elsewhere(self, two, folder, here, kind, tmp_path):
+        make_data(tmp_path)
+        command = [sys.executable, "-m", "tests.clustering", kind, str(tmp_path), two[0].scheduler_address, "auto"]
+        child = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+        run = tmp_path / f"run-{kind}-auto"
+        until = time.monotonic() + 100
+        while not (found := list(run.glob("*/checkpoints/*"))) or len(found) < 3:
+            assert time.monotonic() < until
+            assert child.poll() is None
+            time.sleep(0.01)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert not (tmp_path / "done.txt").exists()
+        (checkpoints,) = run.glob("*/checkpoints")
+        assert 0 < int(CheckpointFolder(checkpoints).files()[0].name[5:23]) < 2 * 6000
+        resumed = fit(tmp_path, kind, checkpoint_dir=run)  # without any cluster
+        assert resumed == here(kind)
+
+
+class TestErrors:
+    def test_a_damaged_file_ends_the_run_with_its_cause(self, two, tmp_path):
+        make_data(tmp_path)
+        X, _ = load(tmp_path, "hdf5")
+        import h5py
+
+        with h5py.File(tmp_path / "rows.h5") as file:
+            chunk = file["X"].id.get_chunk_info(20)
+        content = bytearray((tmp_path / "rows.h5").read_bytes())
+        content[chunk.byte_offset : chunk.byte_offset + chunk.size] = b"\x55" * chunk.size
+        (tmp_path / "rows.h5").write_bytes(content)
+        kept = X.fingerprint
+        with pytest.raises(DataError, match=r"rows\.h5"):
+            estimator(checkpoint_dir=tmp_path / "run", standardize=False).fit(X, client=two[1])
+        assert X.fingerprint == kept
+        assert not task_states(two[1])
+
+    def test_a_block_that_cannot_be_computed(self, two, folder):
+        X, y = load(folder, "dask")
+
+        def fails(block: Any, block_info: Any = None) -> Any:
+            if block_info[0]["chunk-location"][0] == 17:
+                raise OSError("the tape is torn")
+            return block
+
+        X = X.map_blocks(fails, dtype=X.dtype)
+        with pytest.raises(DataError, match="the tape is torn"):
+            estimator(standardize=False).fit(X, y, client=two[1])
+
+    def test_files_that_workers_cannot_read(self, two, tmp_path):
+        make_data(tmp_path)
+        X, _ = load(tmp_path, "hdf5")
+        (tmp_path / "rows.h5").rename(tmp_path / "moved.h5")
+        from streamgd.run.config import RunOptions
+        from streamgd.run.epochs import Watcher
+
+        with pytest.raises(ClusterError, match=r"worker tcp://127\.0\.0\.1:\d+ cannot read the data.*rows\.h5"):
+            crew(X, two[1], RunOptions(), Watcher())
+
+    def test_no_workers(self, folder):
+        from streamgd.run.config import RunOptions
+        from streamgd.run.epochs import Watcher
+
+        X, _ = load(folder, "hdf5")
+        with cluster(0) as (_, client), pytest.raises(ClusterError, match="no worker for"):
+            crew(X, client, RunOptions(workers_timeout_s=0.5), Watcher())
+
+    def test_too_little_memory(self, two, folder, monkeypatch):
+        monkeypatch.setattr(workers, "PROCESS_BYTES", 10**15)
+        with pytest.raises(ClusterError, match="has a memory limit of"):
+            fit(folder, "hdf5", client=two[1])
+
+    def test_other_versions(self, two, folder, monkeypatch):
+        here = workers.versions()
+        monkeypatch.setattr(workers, "versions", lambda: here | {"numba": "0.1"})
+        with pytest.raises(ClusterError, match=r"numba .* there, 0\.1 here"):
+            fit(folder, "hdf5", client=two[1])
+
+    def test_a_scheduler_that_is_lost(self, folder, tmp_path):
+        with cluster(1) as (made, client):
+            errors: list[BaseException] = []
+
+            def train() -> None:
+                try:
+                    fit(folder, "hdf5", client=client, checkpoint_dir=tmp_path / "run", max_iter=500)
+                except ClusterError as err:
+                    errors.append(err)
+
+            training = threading.Thread(target=train)
+            training.start()
+            time.sleep(1.0)
+            made.close()
+            training.join(60)
+            assert len(errors) == 1
+            assert list((tmp_path / "run").glob("*/checkpoints/*"))
+
+
+def crew(source: Any, client: Any, options: Any, watcher: Any) -> Any:
+    from streamgd.run.cluster import ClusterCrew
+    from streamgd.run.config import Config
+    from streamgd.run.runs import Run, first_state, plan_for
+    from streamgd.run.survey import Scaling, Survey
+    from tests.run import small
+
+    config = Config(n_lanes=2)
+    survey: Survey = small.begin_small().survey
+    assert Scaling
+    return ClusterCrew(
+        Run(source, config, survey, plan_for(source, config), first_state(source, config, survey)),
+        client,
+        options,
+        watcher,
+    )

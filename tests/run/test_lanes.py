@@ -1,0 +1,240 @@
+"""Lanes on one machine: the same bits for any number of threads, from any checkpoint, wherever a reader begins."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from streamgd.data.plan import EpochPlan
+from streamgd.errors import BufferTooSmallError, DataError, DivergenceError, OptionError
+from streamgd.learn import kernels
+from streamgd.run.config import RunOptions
+from streamgd.run.folder import RunFolder
+from streamgd.run.lanes import LaneWork, take_turn
+from streamgd.run.loop import Watcher, train
+from streamgd.run.rounds import RoundTraining
+from streamgd.run.runs import Run, plan_for, prepare
+from streamgd.run.turns import Turns
+from tests.clustering import OPTIMIZERS, bits, estimator, load, make_data
+from tests.data.fake import FakeSource, layout_of
+from tests.run import small
+
+BLOCKS = (40, 17, 40, 40, 33, 40, 5, 40, 40, 28)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("rows")
+    make_data(made)
+    return made
+
+
+def begin_lanes(n_lanes: int = 3, source: FakeSource | None = None, folder: RunFolder | None = None, **options: Any):
+    config = small.config_of(n_lanes=n_lanes, buffer_bytes=60_000, **options)
+    run = small.begin_small(config, source or small.source_of(BLOCKS), folder)
+    run.layout = layout_of(run.source, window_rows=60, n_open=2, slice_rows=20)
+    return run
+
+
+def trained(run: Run, **options: Any) -> dict[str, Any]:
+    assert train(run, **options)
+    return small.bits(run)
+
+
+class TestBits:
+    @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+    def test_threads_change_nothing(self, optimizer):
+        options = OPTIMIZERS[optimizer]
+        one = trained(begin_lanes(**options), options=RunOptions(n_threads=1))
+        assert trained(begin_lanes(**options), options=RunOptions(n_threads=3)) == one
+
+    def test_lanes_are_part_of_the_model(self):
+        assert trained(begin_lanes(2))["theta"] != trained(begin_lanes(3))["theta"]
+
+    def test_memory_in_another_form_gives_the_same(self, folder):
+        X, y = load(folder, "dask")
+        array = estimator().fit(np.asarray(X), np.asarray(y))
+        again = estimator(n_threads=1).fit(np.asarray(X), np.asarray(y))
+        assert bits(array) == bits(again)
+
+    def test_every_row_is_seen_once_an_epoch(self):
+        run = begin_lanes()
+        train(run)
+        assert run.state.epoch == 3
+        assert run.state.counters[kernels.N_ROWS] == 3 * sum(BLOCKS)
+
+    def test_more_lanes_than_blocks(self):
+        source = small.source_of((50, 7, 30))
+        run = begin_lanes(8, source)
+        train(run)
+        assert run.state.counters[kernels.N_ROWS] == 3 * 87
+        assert trained(begin_lanes(8, source), options=RunOptions(n_threads=1)) == small.bits(run)
+
+    def test_one_lane_is_the_run_without_lanes(self):
+        plain, rounds = small.begin_small(), small.begin_small()
+        train(plain)
+        options = RunOptions(n_threads=2), None, Watcher(), threading.Event()
+        assert RoundTraining(rounds, *options, None).go()
+        assert small.bits(plain) == small.bits(rounds)
+
+    def test_partial_fit_goes_on_in_lanes(self, folder):
+        X, y = (np.asarray(part) for part in load(folder, "dask"))
+        model = estimator()
+        for _ in range(2):
+            model.partial_fit(X, y)
+        assert model.n_iter_ == 2
+        assert model.score(X, y) > 0.5
+
+
+class TestTurns:
+    def test_a_turn_is_pure(self):
+        run = begin_lanes()
+        work = LaneWork(run, run.source, n_threads=1, most_readers=3)
+        packed = run.packed(moments=False)
+        before = small.bits(run)
+        first = take_turn(work, run.state, packed, 1, 0, 64)
+        take_turn(work, run.state, packed, 1, 64, 96)  # leaves a reader in the middle of a window
+        again = take_turn(work, run.state, packed, 1, 0, 64)
+        fresh = LaneWork(run, run.source, n_threads=2, most_readers=0)
+        elsewhere = take_turn(fresh, run.state, packed, 1, 0, 64)
+        for turn in (again, elsewhere):
+            assert turn.state is not None
+            assert turn.state.theta.tobytes() == first.state.theta.tobytes()
+            assert turn.state.checksum == first.state.checksum
+        assert small.bits(run) == before
+        work.readers.close()
+        fresh.readers.close()
+        assert run.source.n_open == 0
+
+    @pytest.mark.parametrize("row", [0, 32, 64, 96])
+    def test_a_reader_begins_at_any_row(self, row):
+        run = begin_lanes()
+        packed = run.packed(moments=False)
+        work = LaneWork(run, run.source, n_threads=1, most_readers=3)
+        for first in range(0, row, 32):
+            take_turn(work, run.state, packed, 0, first, first + 32)
+        came_by = take_turn(work, run.state, packed, 0, row, row + 32)
+        work.readers.close()
+        jumped = take_turn(LaneWork(run, run.source, n_threads=1, most_readers=0), run.state, packed, 0, row, row + 32)
+        assert came_by.state.theta.tobytes() == jumped.state.theta.tobytes()
+        assert came_by.state.checksum == jumped.state.checksum
+
+    def test_a_lane_without_rows_left_says_so(self):
+        run = begin_lanes()
+        work = LaneWork(run, run.source, n_threads=1, most_readers=0)
+        turn = take_turn(work, run.state, run.packed(moments=False), 0, 10_000, 10_032)
+        assert turn.state is None
+        assert turn.done
+
+    def test_kept_readers_are_bounded(self):
+        run = begin_lanes()
+        work = LaneWork(run, run.source, n_threads=1, most_readers=1)
+        for lane in range(3):
+            take_turn(work, run.state, run.packed(moments=False), lane, 0, 32)
+        assert len(work.readers._idle) == 1
+        work.readers.close()
+
+    def test_windows_of_rows(self):
+        source = small.source_of(BLOCKS)
+        layout = layout_of(source, window_rows=60, n_open=2, slice_rows=20)
+        plan = EpochPlan(source.block_rows, layout, seed=3, epoch=1, lane=1, n_lanes=2)
+        before = 0
+        for window in plan.windows():
+            for row in (before, before + window.n_rows - 1):
+                assert plan.window_at(row) == (window.index, before)
+            before += window.n_rows
+        assert plan.window_at(before) == (plan.n_windows, plan.n_rows)
+        assert plan.window_at(before + 1000) == (plan.n_windows, plan.n_rows)
+
+    def test_turns_grow_up_to_a_bound(self):
+        turns = Turns(batch_rows=32, most_rows=3200, lane_rows=10**6, grow=True)
+        ends, row = [], 0
+        while row < 10**6:
+            ends.append(turns.end(0, row) - row)
+            row += ends[-1]
+        assert ends[0] == 32
+        assert ends == sorted(ends)
+        assert ends[-1] == 3200
+        assert all(length % 32 == 0 for length in ends)
+        assert turns.end(1, 0) == 3200  # a later epoch does not begin anew
+
+
+class TestResuming:
+    def test_from_every_checkpoint(self, tmp_path):
+        whole_folder = RunFolder(tmp_path / "whole")
+        with whole_folder as folder:
+            whole = trained(begin_lanes(folder=folder), folder=folder)
+
+        class StopAfter(Watcher):
+            def __init__(self, n: int, stop: threading.Event) -> None:
+                self.left, self.stop = n, stop
+
+            def advanced(self, run: Run, stream: Any) -> None:
+                self.left -= 1
+                if self.left == 0:
+                    self.stop.set()
+
+        for n in (1, 2, 5, 9):
+            with RunFolder(tmp_path / f"stopped-{n}") as folder:
+                run, stop = begin_lanes(folder=folder), threading.Event()
+                assert not train(run, folder=folder, watcher=StopAfter(n, stop), stop=stop)
+            with RunFolder(tmp_path / f"stopped-{n}") as folder:
+                resumed = small.resume_small(folder, source=small.source_of(BLOCKS))
+                assert resumed.state.cursor == run.state.cursor
+                assert trained(resumed, folder=folder) == whole
+                assert small.saved(folder)["metrics"] == small.saved(whole_folder)["metrics"]
+
+    def test_another_number_of_lanes_is_refused(self, folder, tmp_path):
+        X, _ = load(folder, "hdf5")
+        estimator(checkpoint_dir=tmp_path).fit(X)
+        other = estimator(n_lanes=2, checkpoint_dir=tmp_path).fit(X, resume=True)
+        assert other.run_dir_ != estimator(checkpoint_dir=tmp_path).fit(X, resume=True).run_dir_
+
+
+class TestErrors:
+    def test_data_that_ends_a_run_leaves_the_last_whole_round(self, tmp_path):
+        source = small.source_of(BLOCKS)
+        source.X = source.X.copy()
+        with RunFolder(tmp_path / "run") as folder:
+            run = begin_lanes(source=source, folder=folder)
+            source.X[300:] = np.nan
+            with pytest.raises(DataError, match="feature number 0 is nan"):
+                train(run, folder=folder)
+            assert folder.newest(small.never) is not None
+        assert source.n_open == 0
+
+    def test_divergence_names_the_round(self):
+        run = begin_lanes(optimizer="sgd", learning_rate="constant", eta0=1e200, standardize=False)
+        with pytest.raises(DivergenceError, match="epoch 1, round"):
+            train(run)
+
+    def test_the_buffer_is_for_all_lanes(self):
+        source = small.source_of(BLOCKS, open_block_bytes=1000)
+        with pytest.raises(BufferTooSmallError, match="shared by 50 lanes") as caught:
+            plan_for(source, replace(small.config_of(), n_lanes=50))
+        needed = caught.value.needed_bytes
+        layout = plan_for(source, replace(small.config_of(), n_lanes=50, buffer_bytes=needed))
+        assert 50 * layout.planned_bytes <= needed
+
+    @pytest.mark.parametrize("n_lanes", [0, 1.5, True, 5000])
+    def test_lanes_that_are_no_number(self, n_lanes):
+        with pytest.raises(OptionError, match="n_lanes"):
+            replace(small.config_of(), n_lanes=n_lanes)
+
+    def test_no_thread_is_left(self):
+        before = threading.active_count()
+        train(begin_lanes())
+        assert threading.active_count() == before
+
+
+def test_a_batch_is_shared_by_the_lanes():
+    config = replace(small.config_of(batch_size=256), n_lanes=4)
+    assert config.batch_rows(10**6) == 64
+    assert replace(config, n_lanes=64).batch_rows(10**6) == 32
+    assert replace(small.config_of(batch_size=8), n_lanes=64).batch_rows(10**6) == 8
+    assert prepare(small.source_of(BLOCKS), replace(config, buffer_bytes=10**6)).state.carry_X.shape[0] == 64

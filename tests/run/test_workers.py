@@ -1,0 +1,86 @@
+"""Which workers may take part, and which lanes they get."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from streamgd.run import workers
+from streamgd.run.runs import versions
+from streamgd.run.workers import WorkerReport, assign, costs_of, lanes_kept, memory_needed, unfit
+from tests.run import small
+
+FIT = WorkerReport(versions(), n_threads=1, memory_limit=0, unreadable=None)
+
+
+@pytest.fixture
+def run():
+    return small.begin_small(small.config_of(n_lanes=4, buffer_bytes=60_000))
+
+
+class TestUnfit:
+    def test_a_worker_like_the_client_is_fit(self, run):
+        assert unfit("tcp://a:1", FIT, run) is None
+
+    @pytest.mark.parametrize("name", ["streamgd", "numba", "numpy"])
+    def test_other_versions(self, run, name):
+        report = replace(FIT, versions=FIT.versions | {name: "0.0.1"})
+        assert f"{name} 0.0.1 there, {versions()[name]} here" in unfit("tcp://a:1", report, run)
+
+    def test_another_python_will_do(self, run):
+        assert unfit("tcp://a:1", replace(FIT, versions=FIT.versions | {"python": "3.99", "cpu": "x"}), run) is None
+
+    def test_no_streamgd(self, run):
+        why = unfit("tcp://a:1", ModuleNotFoundError("No module named 'streamgd'"), run)
+        assert "worker tcp://a:1 cannot run streamgd" in why
+        assert "No module named 'streamgd'" in why
+
+    def test_data_that_is_not_there(self, run):
+        why = unfit("tcp://a:1", replace(FIT, unreadable="SourceNotFoundError: /x.h5"), run)
+        assert "tcp://a:1" in why
+        assert "/x.h5" in why
+
+    def test_too_little_memory_for_its_threads(self, run):
+        needed = memory_needed(run, 2, 2)
+        assert unfit("tcp://a:1", replace(FIT, n_threads=2, memory_limit=needed), run) is None
+        assert "memory limit" in unfit("tcp://a:1", replace(FIT, n_threads=2, memory_limit=needed - 1), run)
+
+
+def test_read_ahead_takes_what_the_limit_leaves(run):
+    costs = costs_of(run)
+    assert lanes_kept(costs, 1, 0) == 4
+    for n_lanes in (1, 2, 3, 4, 9):
+        limit = costs["fixed"] + costs["states"] + n_lanes * costs["lane"]
+        assert lanes_kept(costs, 1, limit) == min(n_lanes, 4)
+    assert lanes_kept(costs, 2, 1) == 2  # it was let in: at least what it trains at once
+
+
+class TestAssign:
+    def test_evenly_by_threads(self):
+        lanes = assign(8, {"a": 1, "b": 1, "c": 2}, {})
+        assert sorted(lanes) == list(range(8))
+        assert Counter(lanes.values()) == {"a": 2, "b": 2, "c": 4}
+
+    def test_lanes_stay_where_they_were(self):
+        before = assign(8, {"a": 1, "b": 1}, {})
+        assert assign(8, {"a": 1, "b": 1}, before) == before
+        joined = assign(8, {"a": 1, "b": 1, "c": 1}, before)
+        assert max(Counter(joined.values()).values()) == 3
+        assert sum(joined[lane] == before[lane] for lane in range(8)) == 6
+
+    def test_those_of_a_lost_worker_go_to_the_others(self):
+        before = assign(8, {"a": 1, "b": 1}, {})
+        after = assign(8, {"b": 1}, before)
+        assert set(after.values()) == {"b"}
+
+    def test_more_workers_than_lanes(self):
+        lanes = assign(2, dict.fromkeys("abcde", 1), {})
+        assert len(set(lanes.values())) == 2
+
+
+def test_versions_are_compared_where_a_turn_is_taken():
+    here = versions()
+    assert workers.same_versions(here) is None
+    assert workers.same_versions(here | {"numpy": "1.0"}) == f"numpy {here['numpy']} instead of 1.0"
