@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,8 +19,9 @@ import numpy as np
 
 from streamgd.estimators import SGDRegressor
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 KINDS = ("hdf5", "parquet", "dask")
-N_LANES, N_EPOCHS, N_FEATURES = 4, 2, 5
+N_ROWS, N_LANES, N_EPOCHS, N_FEATURES = 3000, 4, 2, 5
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "auto": {},
     "sgd": {"optimizer": "sgd", "momentum": 0.9, "average": True, "penalty": "l2"},
@@ -29,7 +31,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_data(folder: Path, n_rows: int = 6000) -> None:
+def make_data(folder: Path, n_rows: int = N_ROWS) -> None:
     """Write the same rows in every form, in blocks of uneven length."""
     import h5py
     import pyarrow as pa
@@ -40,10 +42,10 @@ def make_data(folder: Path, n_rows: int = 6000) -> None:
     X = X.astype(np.float32)
     y = X @ np.array([1.0, 0.2, -30.0, 0.0, 0.3]) + rng.normal(size=n_rows)
     with h5py.File(folder / "rows.h5", "w") as file:
-        file.create_dataset("X", data=X, chunks=(170, N_FEATURES), compression="gzip")
+        file.create_dataset("X", data=X, chunks=(85, N_FEATURES), compression="gzip")
         file.create_dataset("y", data=y)
     table = pa.table({f"x{j}": X[:, j] for j in range(N_FEATURES)} | {"y": y})
-    pq.write_table(table, folder / "rows.parquet", row_group_size=450)
+    pq.write_table(table, folder / "rows.parquet", row_group_size=225)
     np.savez(folder / "rows.npz", X=X, y=y)
 
 
@@ -104,6 +106,34 @@ def kill_worker(client: Any, which: int = 0) -> None:
     """Kill a worker process as nothing can catch; its nanny starts another."""
     pids = client.run(os.getpid)
     os.kill(pids[sorted(pids)[which % len(pids)]], signal.SIGKILL)
+
+
+class Processes:
+    """Worker processes without nannies, which are killed and replaced from here.
+
+    A nanny gives its worker up if that is killed while it starts; then a test would wait for nobody.
+    """
+
+    def __init__(self, scheduler: str, n_workers: int) -> None:
+        self._scheduler = scheduler
+        self._running = [self._start() for _ in range(n_workers)]
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        options = ["--no-nanny", "--nthreads", "1", "--no-dashboard", "--host", "127.0.0.1", "--memory-limit", "2GB"]
+        command = [sys.executable, "-m", "dask", "worker", self._scheduler, *options]
+        return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def kill(self, which: int) -> None:
+        """Kill a worker, as nothing can catch, and start another."""
+        self._running[which].kill()
+        self._running[which].wait()
+        self._running[which] = self._start()
+
+    def close(self) -> None:
+        """End them all."""
+        for process in self._running:
+            process.kill()
+            process.wait()
 
 
 def await_workers(client: Any, n_workers: int, timeout_s: float = 60.0) -> None:

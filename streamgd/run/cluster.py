@@ -33,8 +33,8 @@ from streamgd.run.workers import WorkerReport, assign, costs_of, describe, lanes
 
 #: How often to look whether somebody asked to stop, and whether workers came or went.
 _POLL_S, _LOOK_S = 0.25, 1.0
-#: A merged state should have come to the client after this.
-_FETCH_S = 60.0
+#: A merged state comes to the client at so many bytes a second at least, after two seconds at most.
+_FETCH_RATE, _FETCH_S = 10e6, 2.0
 #: Times that a round is played again before what keeps it from ending is taken to be for good.
 _MOST_ATTEMPTS = 5
 #: Rounds that take longer than this, in seconds, are handed over one at a time; of others so many are chained at most.
@@ -197,11 +197,15 @@ class ClusterCrew(Crew):
         return sorted(self._reports) if self._refused else None
 
     def _drop(self, flight: _Flight | None) -> None:
-        """Cancel what still runs of a round; what is done is released as nobody holds it."""
-        if flight is None or flight.merged.status != "pending":
+        """Cancel what still runs of a round and release the rest, even if a traceback holds the futures."""
+        if flight is None:
             return
+        futures = [flight.merged, *flight.tasks]
         with contextlib.suppress(Exception):
-            self._client.cancel([flight.merged, *flight.tasks], force=True)
+            if flight.merged.status == "pending":
+                self._client.cancel(futures, force=True)
+            for future in futures:
+                future.release()
 
     def _drop_next(self) -> None:
         flight, self._next = self._next, None
@@ -229,10 +233,10 @@ class ClusterCrew(Crew):
         from distributed.comm.core import CommClosedError
 
         try:
-            return merged.result(timeout=_FETCH_S)  # may have been lost again, with the worker that has it
+            return self._fetched(merged)
         except _Unfit as err:
             raise _Again(str(err)) from err
-        except StreamgdError:
+        except (StreamgdError, _Again):
             raise
         except KilledWorker as err:
             raise _Again(f"workers died over it ({err})") from err
@@ -249,6 +253,16 @@ class ClusterCrew(Crew):
                 f"a task failed on the cluster: {type(err).__name__}: {err}. See the error above; computing the "
                 "collection by itself, or training without the cluster, shows it too"
             ) from err
+
+    def _fetched(self, merged: Any) -> Any:
+        """Fetch what came of a round, unless it is lost meanwhile with the worker that has it."""
+        size = sum(array.nbytes for array in self._run.state.to_tensors().values())
+        patience_s = _FETCH_S + size / _FETCH_RATE
+        for _ in range(_MOST_ATTEMPTS):
+            with contextlib.suppress(TimeoutError):
+                return merged.result(timeout=patience_s)
+            self._look()
+        raise TimeoutError(f"a state of {size:,} bytes did not come within {_MOST_ATTEMPTS * patience_s:.0f} s")
 
     # --- workers ---
     def _look(self, *, first: bool = False) -> None:
