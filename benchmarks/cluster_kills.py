@@ -39,8 +39,8 @@ class Tally:
 
 
 def fit_while_killing(
-    folder: Path, kind: str, optimizer: str, client: Any, n_workers: int, rng: random.Random
-) -> tuple:
+    folder: Path, kind: str, optimizer: str, client: Any, workers: Processes, n_workers: int, rng: random.Random
+) -> tuple[dict[str, Any], int]:
     """Fit while workers are killed, each time soon after the one before was replaced; return the bits and the kills."""
     stop, n_kills = threading.Event(), 0
 
