@@ -123,7 +123,7 @@ WIDTHS = [1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 20, 28, 31, 32, 33, 64, 100, 1
 
 
 def lanes_of(d: int, dtype: np.dtype) -> int:
-    return next(lanes for lanes in (64 // np.dtype(dtype).itemsize, 4, 1) if d >= lanes)
+    return next(lanes for lanes in (32 // np.dtype(dtype).itemsize, 4, 1) if d >= lanes)
 
 
 def folded(total: np.ndarray):

@@ -129,10 +129,10 @@ class Call:
         self.few = self.n_outputs <= FEW
         self.guarded = self.codes[c.CODE_OPTIMIZER] == c.AUTO
         # A row's features as the blocks of the passes count them.
-        lanes, d = rows.full_lanes(self.X.element), self.d
-        self.row = where(d >= lanes, rows.padded(d, lanes), where(d >= 4, rows.padded(d, 4), d))
-        self.row_bytes = d * (rows.LINE // lanes)
-        self.ahead = _AHEAD_BYTES * lanes // rows.LINE
+        self.row = rows.padded_row(self.d, rows.column_lanes(self.X.element))
+        self.step = rows.padded_row(self.d, rows.block_lanes(self.X.element))
+        size = rows.size(self.X.element)
+        self.row_bytes, self.ahead = self.d * size, _AHEAD_BYTES // size + self.tile * self.d
 
 
 @dataclass
@@ -299,7 +299,7 @@ def through_tile(code: Code, a: Call, batch: Batch, first: Value) -> None:
 
 def predict_all(code: Code, a: Call, x: Pointer, n: Value, coefficients: Pointer) -> None:
     """Fill P with the predictions of n rows by the coefficients in w and the intercepts of some coefficients."""
-    lanes = rows.full_lanes(x.element)
+    lanes = rows.line_lanes(x.element)
     with code.loop(0, n, lanes) as i:
         rows.turn(code, x + i * a.d, smaller(n - i, lanes), a.d, a.work["turned"])
         rows.predict_outputs(
@@ -313,8 +313,8 @@ def pace(code: Code, a: Call, batch: Batch, first: Value, n: Value) -> tuple[Poi
     If the step looks at the rows again, half the lines of the next batch are asked for then.
     """
     later = a.guarded & (batch.n * a.row_bytes <= _CACHED_BYTES)
-    each = where(later, a.d - (a.row >> 1), a.d)
-    begin = where(later, batch.n * (a.row >> 1), 0) + first * each
+    each = where(later, a.d - (a.step >> 1), a.d)
+    begin = where(later, batch.n * (a.step >> 1), 0) + first * each
     return batch.ahead + (begin + a.ahead), (n * each) >> 1, where(later, 1, 2)
 
 
@@ -447,7 +447,7 @@ def guard(code: Code, a: Call, batch: Batch) -> None:
         with code.either(a.few) as (then, otherwise):
             with then:
                 # Ask for the next batch, or, if this one is not in the cache any more, for its own rows again.
-                own, other = x + a.ahead, batch.ahead + (batch.n * a.d + first * (a.row >> 1) + a.ahead)
+                own, other = x + a.ahead, batch.ahead + (batch.n * a.d + first * (a.step >> 1) + a.ahead)
                 base, share = other.select(cached, own), where(cached, 2, 4)
                 with code.loop(0, a.n_outputs) as k:
                     plus, total = w["step"][k * a.width + a.d], w["totals"] + k * lanes

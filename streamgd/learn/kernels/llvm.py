@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from llvmlite import ir
 
@@ -261,28 +261,31 @@ class Pointer:
         builder.call(function, [place, read, second_level, data])
 
 
-class Variable:
-    """A place for a number or a vector that changes; LLVM keeps it in a register."""
+Held = TypeVar("Held", Value, Pointer)
 
-    def __init__(self, code: Code, value: Value) -> None:
-        self.code = code
+
+class Variable(Generic[Held]):
+    """A place for a number, a vector or an address that changes; LLVM keeps it in a register."""
+
+    def __init__(self, code: Code, value: Held) -> None:
+        self.code, self._kind = code, type(value)
         with code.builder.goto_entry_block():
-            self._place = code.builder.alloca(value.type)
-        self._type = value.type
+            self._place = code.builder.alloca(value.ir.type)
+        self._type = value.ir.type
         self.value = value
 
     @property
-    def value(self) -> Value:
+    def value(self) -> Held:
         """What it holds now."""
-        return Value(self.code, self.code.builder.load(self._place, typ=self._type))
+        return self._kind(self.code, self.code.builder.load(self._place, typ=self._type))
 
     @value.setter
-    def value(self, value: Value) -> None:
+    def value(self, value: Held) -> None:
         self.code.builder.store(value.ir, self._place)
 
     def add(self, value: Value | Number) -> None:
         """Add to what it holds."""
-        self.value += value
+        self.value = self.value + value
 
 
 class Code:
@@ -329,7 +332,7 @@ class Code:
         """Return the vector 0, 1, 2, …"""
         return Value(self, ir.Constant(ir.VectorType(I64, lanes), list(range(lanes))))
 
-    def variable(self, value: Value) -> Variable:
+    def variable(self, value: Held) -> Variable[Held]:
         """Return a place that holds a value now, and may hold another later."""
         return Variable(self, value)
 
