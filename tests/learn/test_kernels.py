@@ -223,8 +223,8 @@ def test_one_batch_of_squared_error_has_the_documented_bits(n, d):
     coef = first[:-1].astype(np.float32)
     p = np.array([dot_in_order(x, coef) for x in given.X], np.float64) + first[-1]
     slopes = p - given.y[:, 0]
-    g = gradient_in_order(given.X, slopes).astype(np.float64) / n
-    intercept = sum_in_order(slopes) / n
+    g = gradient_in_order(given.X, slopes).astype(np.float64) * (1 / n)
+    intercept = sum_in_order(slopes) * (1 / n)
     np.testing.assert_array_equal(state.theta[0], first - 0.25 * np.append(g, intercept))
     assert state.scalars[kernels.LOSS_SUM] == sum_in_order(0.5 * slopes * slopes)
 
@@ -236,7 +236,7 @@ def test_gradients_of_several_outputs_have_the_documented_bits(d, n_outputs):
     recipe = Recipe(optimizer="sgd", learning_rate="constant", eta0=0.25, batch_size=45)
     state = begin(recipe, given)
     feed(state, given, pack(recipe, given))
-    expected = [gradient_in_order(given.X, -y).astype(np.float64) / 45 for y in given.y.T]
+    expected = [gradient_in_order(given.X, -y).astype(np.float64) * (1 / 45) for y in given.y.T]
     np.testing.assert_array_equal(state.theta[:, :-1], 0.0 - 0.25 * np.array(expected))
 
 
