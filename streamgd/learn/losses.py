@@ -6,8 +6,8 @@ The compiled code is `streamgd.learn.kernels.losses`; the codes and shapes here 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np

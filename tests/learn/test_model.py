@@ -19,6 +19,9 @@ class OverRows:
         self._model = LinearModel(*parts)
 
     def __getattr__(self, method):
+        if method in ("coef", "intercept", "classes"):
+            return getattr(self._model, method)
+
         def of_rows(X):
             return getattr(self._model, method)(X.astype(np.float64) @ self._model.coef.T + self._model.intercept)
 

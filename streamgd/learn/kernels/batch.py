@@ -16,8 +16,21 @@ from numpy.typing import NDArray
 
 from streamgd.learn import codes as c
 from streamgd.learn.kernels import losses, rows
-from streamgd.learn.kernels.llvm import BOOL, F64, I64, Code, Pointer, Value, absolute, function, smaller, sqrt, where
-from streamgd.learn.kernels.steps import Step, all_below, apply_step, dot, penalty, take_step
+from streamgd.learn.kernels.llvm import (
+    BOOL,
+    F64,
+    I64,
+    LANES,
+    Code,
+    Pointer,
+    Value,
+    absolute,
+    function,
+    smaller,
+    sqrt,
+    where,
+)
+from streamgd.learn.kernels.steps import Step, apply_step, dot, largest, penalty, take_step, total
 
 #: A loss beyond this counts as divergence, and a gradient beyond its root: squares and their sums must not overflow.
 _HUGE, _STEEP = 1e150, 1e75
@@ -27,7 +40,7 @@ _ROUNDING = 1e-14
 #: Outputs up to this number are computed one by one, more of them together.
 FEW = 2
 #: Bytes of rows that a tile should have, and of a batch that stays in the second-level cache between two passes.
-_TILE_BYTES, _CACHED_BYTES = 16_384, 262_144
+_TILE_BYTES, _CACHED_BYTES = 32_768, 262_144
 #: Bytes between the rows that are computed and those that are asked for; less, and they come too late.
 _AHEAD_BYTES = 8_192
 #: Rows of a tile are padded to a multiple of this.
@@ -129,10 +142,10 @@ class Call:
         self.few = self.n_outputs <= FEW
         self.guarded = self.codes[c.CODE_OPTIMIZER] == c.AUTO
         # A row's features as the blocks of the passes count them.
-        lanes, d = rows.full_lanes(self.X.element), self.d
-        self.row = where(d >= lanes, rows.padded(d, lanes), where(d >= 4, rows.padded(d, 4), d))
-        self.row_bytes = d * (rows.LINE // lanes)
-        self.ahead = _AHEAD_BYTES * lanes // rows.LINE
+        self.row = rows.padded_row(self.d, rows.column_lanes(self.X.element))
+        self.step = rows.padded_row(self.d, rows.block_lanes(self.X.element))
+        size = rows.size(self.X.element)
+        self.row_bytes, self.ahead = self.d * size, _AHEAD_BYTES // size + self.tile * self.d
 
 
 @dataclass
@@ -206,11 +219,14 @@ def consume(code: Code, arrays: dict[str, Pointer], shapes: dict[str, list[Value
 @function
 def add_identities(code: Code, ids: Pointer, n: Value, total: Pointer) -> None:
     """Add n identities to their sum, which wraps around."""
-    wide, one = code.variable(code.zeros(I64, 8)), code.variable(total[0])
-    code.each(n, lambda i, lanes: (wide if lanes > 1 else one).add(ids.load(i, lanes)))
-    for lane in range(8):
-        one.add(wide.value.lane(lane))
-    total[0] = one.value
+    wide, one = code.variable(code.zeros(I64, LANES)), code.variable(total[0])
+
+    def add(i: Value, lanes: int) -> None:
+        few = ids.load(i, lanes)
+        wide.add(few) if lanes == LANES else one.add(few.folded())
+
+    code.each(n, add)
+    total[0] = one.value + wide.value.folded()
 
 
 @function
@@ -237,7 +253,8 @@ def update(code: Code, a: Call, batch: Batch) -> Value:
         through_tile(code, a, batch, first)
     loss, finite = finish_gradient(code, a, batch)
     small = absolute(loss) < _HUGE
-    fine = finite & small & all_below(code, w["grad"], a.size, _STEEP)
+    too_steep = largest(code, a.size, lambda j, lanes: where(absolute(w["grad"].load(j, lanes)) < _STEEP, 0.0, 1.0))
+    fine = finite & small & (too_steep == 0.0)
     with code.either(fine) as (then, otherwise):
         with then:
             apply(code, a, batch, loss)
@@ -266,7 +283,10 @@ def through_tile(code: Code, a: Call, batch: Batch, first: Value) -> None:
     C, H = w["C"] + first, w["H"] + first * a.n_outputs
     y = batch.y + first * a.n_targets
     row_weights(code, batch.weight + first, a.has_weight, a.class_weight, a.has_factors, y, a.n_targets, C, n, n_padded)
-    targets(code, y, a.n_targets, w["T"], a.tile, a.n_outputs, n, n_padded, a.classify, a.softmax)
+    as_they_are = (a.n_targets == 1) & ~a.classify & (n == n_padded)
+    with code.when(~as_they_are):
+        targets(code, y, a.n_targets, w["T"], a.tile, a.n_outputs, n, n_padded, a.classify, a.softmax)
+    T = y.select(as_they_are, w["T"])
     with code.either(a.few) as (then, otherwise):
         with then:
             base, half, share = pace(code, a, batch, first, n)
@@ -279,7 +299,7 @@ def through_tile(code: Code, a: Call, batch: Batch, first: Value) -> None:
                     code,
                     a.codes[c.CODE_LOSS],
                     P,
-                    w["T"] + k * a.tile,
+                    T + k * a.tile,
                     C,
                     n_padded,
                     a.params,
@@ -315,7 +335,7 @@ def through_tile(code: Code, a: Call, batch: Batch, first: Value) -> None:
 
 def predict_all(code: Code, a: Call, x: Pointer, n: Value, coefficients: Pointer) -> None:
     """Fill P with the predictions of n rows by the coefficients in w and the intercepts of some coefficients."""
-    lanes = rows.full_lanes(x.element)
+    lanes = rows.line_lanes(x.element)
     with code.loop(0, n, lanes) as i:
         rows.turn(code, x + i * a.d, smaller(n - i, lanes), a.d, a.work["turned"])
         rows.predict_outputs(
@@ -329,8 +349,8 @@ def pace(code: Code, a: Call, batch: Batch, first: Value, n: Value) -> tuple[Poi
     If the step looks at the rows again, half the lines of the next batch are asked for then.
     """
     later = a.guarded & (batch.n * a.row_bytes <= _CACHED_BYTES)
-    each = where(later, a.d - (a.row >> 1), a.d)
-    begin = where(later, batch.n * (a.row >> 1), 0) + first * each
+    each = where(later, a.d - (a.step >> 1), a.d)
+    begin = where(later, batch.n * (a.step >> 1), 0) + first * each
     return batch.ahead + (begin + a.ahead), (n * each) >> 1, where(later, 1, 2)
 
 
@@ -400,6 +420,7 @@ def finish_gradient(code: Code, a: Call, batch: Batch) -> tuple[Value, Value]:
     w = a.work
     l2 = where(a.codes[c.CODE_OPTIMIZER] == c.SGD, 0.0, a.l2)  # sgd decays the coefficients instead
     loss, squares = code.variable(code.number(0.0)), code.variable(code.number(0.0))
+    share = 1.0 / batch.rows
     with code.loop(0, a.n_outputs) as k:
         sums = w["sums"] + k * (losses.N_SUMS * losses.LANES)
         kinds = [sums.load(place * losses.LANES, losses.LANES).folded() for place in range(losses.N_SUMS)]
@@ -409,14 +430,14 @@ def finish_gradient(code: Code, a: Call, batch: Batch) -> tuple[Value, Value]:
         rows.gather_blocks(code, w["g"] + k * a.row, a.d, grad)
 
         def mean(j: Value, lanes: int) -> None:
-            grad.store(j, grad.load(j, lanes) / batch.rows + theta.load(j, lanes) * l2)
+            grad.store(j, grad.load(j, lanes) * share + theta.load(j, lanes) * l2)
 
         code.each(a.d, mean)
-        total = kinds[losses.SUM_SLOPE]
+        slope = kinds[losses.SUM_SLOPE]
         of_predictions = where(a.softmax, squares.value, kinds[losses.SUM_P_2])
         size = kinds[losses.SUM_SLOPE_2] + a.mean_weight * a.mean_weight * of_predictions
-        beyond = absolute(total) > _ROUNDING * sqrt(batch.n.to(F64) * size)
-        grad[a.d] = where((a.codes[c.CODE_INTERCEPT] != 0) & beyond, total / batch.rows, 0.0)
+        beyond = absolute(slope) > _ROUNDING * sqrt(batch.n.to(F64) * size)
+        grad[a.d] = where((a.codes[c.CODE_INTERCEPT] != 0) & beyond, slope * share, 0.0)
     return where(a.softmax, loss.value, loss.value / a.n_outputs.to(F64)), squares.value < math.inf
 
 
@@ -424,7 +445,7 @@ def apply(code: Code, a: Call, batch: Batch, loss: Value) -> None:
     """Take the step. Nothing of the state but the open batch has changed so far; from here on all of it does."""
     w, scalars, counters = a.work, a.scalars, a.counters
     scalars[c.LOSS_SUM] = scalars[c.LOSS_SUM] + loss
-    scalars[c.WEIGHT_SUM] = scalars[c.WEIGHT_SUM] + dot_ones(code, w["C"], batch.n)
+    scalars[c.WEIGHT_SUM] = scalars[c.WEIGHT_SUM] + total(code, batch.n, lambda i, lanes: w["C"].load(i, lanes))
     value = penalty(code, a.theta, a.n_outputs, a.width, a.l1, a.l2)
     scalars[c.PENALTY_SUM] = scalars[c.PENALTY_SUM] + batch.n.to(F64) * value
     with code.when(a.codes[c.CODE_MOMENTS] != 0):
@@ -475,7 +496,7 @@ def guard(code: Code, a: Call, batch: Batch) -> None:
         with code.either(a.few) as (then, otherwise):
             with then:
                 # Ask for the next batch, or, if this one is not in the cache any more, for its own rows again.
-                own, other = x + a.ahead, batch.ahead + (batch.n * a.d + first * (a.row >> 1) + a.ahead)
+                own, other = x + a.ahead, batch.ahead + (batch.n * a.d + first * (a.step >> 1) + a.ahead)
                 base, share = other.select(cached, own), where(cached, 2, 4)
                 with code.loop(0, a.n_outputs) as k:
                     plus, total = w["step"][k * a.width + a.d], w["totals"] + k * lanes
@@ -499,14 +520,3 @@ def guard(code: Code, a: Call, batch: Batch) -> None:
     with code.when(a.softmax):
         along, curve = joint_along.value, joint_curve.value
         fill(code, w["factors"], a.n_outputs, where(curve > along, along / curve, 1.0))
-
-
-def dot_ones(code: Code, values: Pointer, n: Value) -> Value:
-    """Return the sum of n doubles, in the order of `dot`."""
-    sums, whole = code.variable(code.zeros(F64, 8)), n & -8
-    with code.loop(0, whole, 8) as i:
-        sums.add(values.load(i, 8))
-    total = code.variable(sums.value.folded())
-    with code.loop(whole, n) as i:
-        total.add(values[i])
-    return total.value

@@ -100,7 +100,8 @@ def _digest() -> str:
 def _compiled(name: str, kind: str) -> Any:
     call = {"consume": _call_consume, "mean_loss": _call_mean_loss, "add_moments": _call_add_moments}[name]
     call.__qualname__ = f"{name}_{kind}_{_digest()}"
-    return numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True, no_rewrites=True)(call)
+    options: dict[str, Any] = {"no_cfunc_wrapper": True, "no_rewrites": True}  # which nobody here would use
+    return numba.njit(nogil=True, cache=True, **options)(call)
 
 
 def consume(dtype: np.dtype[Any]) -> Any:

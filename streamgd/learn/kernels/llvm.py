@@ -11,13 +11,17 @@ Python's ``if`` and ``for`` decide what is written, and `Code.when` and `Code.lo
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from llvmlite import ir
 
 F64, F32, I64, I32, BOOL = ir.DoubleType(), ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(1)
+
+#: How many numbers are computed together where nothing else matters.
+LANES = 8
 
 Number = int | float
 
@@ -160,13 +164,12 @@ class Value:
         middle = self.lanes // 2
         return self.pick(range(middle)), self.pick(range(middle, self.lanes))
 
-    def folded(self) -> Value:
-        """Return the sum of the lanes, as a number: halves are added until one is left."""
+    def folded(self, fold: Callable[[Value, Value], Value] = operator.add) -> Value:
+        """Return the sum of the lanes, as a number: halves are added, or folded otherwise, until one is left."""
         whole = self
         while whole.lanes > 2:
-            lower, upper = whole.halves()
-            whole = lower + upper
-        return whole.lane(0) + whole.lane(1) if whole.lanes == 2 else whole
+            whole = fold(*whole.halves())
+        return fold(whole.lane(0), whole.lane(1)) if whole.lanes == 2 else whole
 
     def to(self, element: Any) -> Value:
         """Return the same numbers in another type."""
@@ -261,28 +264,33 @@ class Pointer:
         builder.call(function, [place, read, second_level, data])
 
 
-class Variable:
-    """A place for a number or a vector that changes; LLVM keeps it in a register."""
+Held = TypeVar("Held", Value, Pointer)
 
-    def __init__(self, code: Code, value: Value) -> None:
-        self.code = code
+
+class Variable(Generic[Held]):
+    """A place for a number, a vector or an address that changes; LLVM keeps it in a register."""
+
+    def __init__(self, code: Code, value: Held) -> None:
+        self.code: Code = code
+        self._kind: Any = type(value)
         with code.builder.goto_entry_block():
-            self._place = code.builder.alloca(value.type)
-        self._type = value.type
+            self._place = code.builder.alloca(value.ir.type)
+        self._type = value.ir.type
         self.value = value
 
     @property
-    def value(self) -> Value:
+    def value(self) -> Held:
         """What it holds now."""
-        return Value(self.code, self.code.builder.load(self._place, typ=self._type))
+        found: Held = self._kind(self.code, self.code.builder.load(self._place, typ=self._type))
+        return found
 
     @value.setter
-    def value(self, value: Value) -> None:
+    def value(self, value: Held) -> None:
         self.code.builder.store(value.ir, self._place)
 
     def add(self, value: Value | Number) -> None:
         """Add to what it holds."""
-        self.value += value
+        self.value = self.value + value
 
 
 class Code:
@@ -326,10 +334,10 @@ class Code:
         return Value(self, self.builder.insert_element(vector, value.ir, ir.Constant(I32, 0))).pick([0] * lanes)
 
     def lane_numbers(self, lanes: int) -> Value:
-        """Return the vector 0, 1, 2, …"""
+        """Return the vector of lane numbers: 0, 1, 2 and so on."""
         return Value(self, ir.Constant(ir.VectorType(I64, lanes), list(range(lanes))))
 
-    def variable(self, value: Value) -> Variable:
+    def variable(self, value: Held) -> Variable[Held]:
         """Return a place that holds a value now, and may hold another later."""
         return Variable(self, value)
 
@@ -379,13 +387,15 @@ class Code:
         with self.builder.if_else(condition.ir) as branches:
             yield branches
 
-    def each(self, n: Value, body: Callable[[Value, int], None], lanes: int = 8) -> None:
-        """Do something for n numbers: body(i, lanes) for the lanes from i on, then body(i, 1) for those left over."""
-        whole = n & -lanes
-        with self.loop(0, whole, lanes) as i:
-            body(i, lanes)
-        with self.loop(whole, n, short=True) as i:
-            body(i, 1)
+    def each(self, n: Value, body: Callable[[Value, int], None]) -> None:
+        """Do something for n numbers: body(i, lanes) for eight of them from i on, then for the 4, 2 and 1 left over."""
+        i = n & -LANES
+        with self.loop(0, i, LANES) as first:
+            body(first, LANES)
+        for lanes in (4, 2, 1):
+            with self.when((n & lanes) != 0):
+                body(i, lanes)
+            i = i + (n & lanes)
 
 
 def where(condition: Value, a: Value | Number, b: Value | Number) -> Value:

@@ -8,9 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from streamgd.learn.codes import (
+    LOG_LOSS,
+    PARAM_BEND,
+    PARAM_KNEE,
+    PARAM_OVER,
+    PARAM_STEEP,
+    PARAM_UNDER,
+    PARAM_WIDTH,
+    SQUARED_ERROR,
+)
 from streamgd.learn.kernels.arithmetic import exp, log, log1p
-from streamgd.learn.codes import LOG_LOSS, PARAM_BEND, PARAM_KNEE, PARAM_OVER, PARAM_STEEP, PARAM_UNDER
-from streamgd.learn.codes import PARAM_WIDTH, SQUARED_ERROR
 from streamgd.learn.kernels.llvm import F64, Code, Pointer, Value, absolute, function, larger, where
 
 #: Rows that are computed together, and sums of each kind.

@@ -16,23 +16,33 @@ from dataclasses import dataclass
 
 from streamgd.learn.kernels.llvm import F32, F64, Code, Pointer, Value, Variable, function, joined, smaller, where
 
-#: Bytes of a cache line, and of the widest vector.
-LINE = 64
+#: Bytes of a cache line, and of the widest block. Wider ones would cross a line at almost every row, and their sums
+#: would take longer to fold.
+LINE, BLOCK = 64, 32
 
 
-def full_lanes(element: object) -> int:
-    """Return how many numbers of a type fill a line."""
-    return LINE // (4 if element == F32 else 8)
+def size(element: object) -> int:
+    """Return the bytes of a number."""
+    return 4 if element == F32 else 8
+
+
+def line_lanes(element: object) -> int:
+    """Return how many numbers fill a line."""
+    return LINE // size(element)
 
 
 def block_lanes(element: object) -> tuple[int, ...]:
-    """Return the widths of blocks, widest first."""
-    return full_lanes(element), 4, 1
+    """Return the widths of blocks, widest first, of dot products."""
+    return (8, 4, 1) if element == F32 else (4, 1)
 
 
-def per_width(code: Code, element: object, d: Value, write: Callable[[int], None]) -> None:
+def column_lanes(element: object) -> tuple[int, ...]:
+    """Return the widths of blocks, widest first, where columns are summed."""
+    return line_lanes(element), 4, 1
+
+
+def per_width(code: Code, widths: tuple[int, ...], d: Value, write: Callable[[int], None]) -> None:
     """Write something for each width of blocks, of which the one for d features will be done."""
-    widths = block_lanes(element)
     for lanes, wider in zip(widths, (None, *widths), strict=False):
         fits = d >= lanes if wider is None else (d >= lanes) & (d < wider)
         with code.when(fits):
@@ -42,6 +52,14 @@ def per_width(code: Code, element: object, d: Value, write: Callable[[int], None
 def padded(d: Value, lanes: int) -> Value:
     """Return d rounded up to whole blocks."""
     return (d + (lanes - 1)) & -lanes
+
+
+def padded_row(d: Value, widths: tuple[int, ...]) -> Value:
+    """Return d rounded up to whole blocks of the width that fits."""
+    row = d
+    for lanes in reversed(widths):
+        row = where(d >= lanes, padded(d, lanes), row)
+    return row
 
 
 @dataclass
@@ -55,56 +73,125 @@ class Ahead:
     offset : Variable
         Bytes asked for so far.
     stride : Value
-        Bytes to go on by at each step, which asks for two lines of them.
+        Bytes to go on by at each step.
     """
 
     base: Pointer
-    offset: Variable
+    offset: Variable[Value]
     stride: Value
 
     @classmethod
     def of(cls, base: Pointer, share: Value, lanes: int) -> Ahead:
-        """Begin at an address; ask for so many quarters of what a step reads, which is a block of each of four rows."""
-        stride = share * (lanes * LINE // full_lanes(base.element))
+        """Begin at an address; ask for so many quarters of what a step reads, lanes numbers of each of four rows."""
+        stride = share * (lanes * size(base.element))
         return cls(base, base.code.variable(base.code.integer(0)), stride)
 
     def step(self) -> None:
-        """Ask for the next lines."""
+        """Ask for the next line, or two lines."""
         offset = self.offset.value
         self.base.prefetch(offset)
         self.base.prefetch(offset + (self.stride >> 1))
         self.offset.value = offset + self.stride
 
 
-def _four_rows(x: Pointer, i: Value, n: Value, d: Value) -> list[Pointer]:
-    """Return the addresses of rows i to i + 3 of n; the last row stands in for those beyond it."""
-    rows, left = [x + i * d], n - i
-    for later in (1, 2, 3):
-        rows.append(rows[-1] + where(left > later, d, d * 0))
-    return rows
+Rows = list[Pointer]
 
 
-def _dots_of_four(code: Code, rows: list[Pointer], w: Pointer, d: Value, lanes: int, ahead: Ahead) -> Value:
-    """Return four rows' dot products with w as a vector.
+def by_four(code: Code, x: Pointer, n: Value, d: Value, body: Callable[[Value, Rows], None]) -> None:
+    """Do body(i, rows) for four rows at a time; among the last four, the last row stands in for those beyond it."""
+    whole, first = n & -4, code.variable(x)
+    twice, thrice = d * 2, d * 3
+    with code.loop(0, whole, 4) as i:
+        row = first.value
+        body(i, [row, row + d, row + twice, row + thrice])
+        first.add(d * 4)
+    with code.when(whole < n):
+        body(whole, [x + smaller(whole + later, n - 1) * d for later in range(4)])
 
-    Each is the sum of its blocks, whose lanes are then added in halves.
+
+@dataclass
+class Coefficients:
+    """The coefficients of a row as blocks: a few of them at hand, or else loaded as they are needed.
+
+    Attributes
+    ----------
+    w : Pointer
+        The blocks.
+    d : Value
+        Features.
+    lanes : int
+        Features of a block.
+    n_blocks : int, optional
+        How many blocks there are, if that is known when the code is written.
     """
-    first = w.load(0, lanes)
-    sums = [code.variable(row.load(0, lanes) * first) for row in rows]
-    ahead.step()
-    with code.loop(lanes, padded(d, lanes), lanes) as j:
-        offset, coefficients = smaller(j, d - lanes), w.load(j, lanes)
-        for total, row in zip(sums, rows, strict=True):
-            total.add(row.load(offset, lanes) * coefficients)
+
+    w: Pointer
+    d: Value
+    lanes: int
+    n_blocks: int | None
+
+    def __post_init__(self) -> None:
+        """Load what all rows share."""
+        self._held = [self.w.load(b * self.lanes, self.lanes) for b in range(self.n_blocks or 1)]
+
+    def dots(self, code: Code, rows: Rows, ahead: Ahead) -> Value:
+        """Return the dot products of four rows as a vector: each sums its blocks, whose lanes are added in halves."""
+        sums = [code.variable(row.load(0, self.lanes) * self._held[0]) for row in rows]
+
+        def add(offset: Value, block: Value) -> None:
+            for total, row in zip(sums, rows, strict=True):
+                total.add(row.load(offset, self.lanes) * block)
+
         ahead.step()
-    totals = [total.value for total in sums]
+        last = self.d - self.lanes
+        if self.n_blocks is None:
+            whole, pair = padded(self.d, self.lanes), 2 * self.lanes
+            with code.loop(self.lanes, whole - self.lanes, pair) as j:
+                add(j, self.w.load(j, self.lanes))
+                add(smaller(j + self.lanes, last), self.w.load(j + self.lanes, self.lanes))
+                ahead.step()
+            with code.when((whole & self.lanes) == 0):
+                add(last, self.w.load(whole - self.lanes, self.lanes))
+        for b, block in enumerate(self._held[1:], 1):
+            add(last if b + 1 == len(self._held) else code.integer(b * self.lanes), block)
+            if b % 2 == 0:
+                ahead.step()
+        return _folded([total.value for total in sums], self.lanes)
+
+
+def _folded(totals: list[Value], lanes: int) -> Value:
+    """Return four vectors' sums as one vector: halves are added, and share vectors that CPUs shuffle cheaply."""
     if lanes == 1:
         return joined(totals)
-    while totals[0].lanes > 4:
-        totals = [lower + upper for lower, upper in (total.halves() for total in totals)]
-    a, b, c, e = totals
-    pairs = [one.pick([0, 1, 4, 5], other) + one.pick([2, 3, 6, 7], other) for one, other in ((a, b), (c, e))]
-    return pairs[0].pick([0, 2, 4, 6], pairs[1]) + pairs[0].pick([1, 3, 5, 7], pairs[1])
+    a, b, c, d = totals
+    if lanes == 8:
+        ac, bd = (one.pick(_UPPER_LOWER[0], two) + one.pick(_UPPER_LOWER[1], two) for one, two in ((a, c), (b, d)))
+        pairs = ac.pick([0, 1, 8, 9, 4, 5, 12, 13], bd) + ac.pick([2, 3, 10, 11, 6, 7, 14, 15], bd)
+        return pairs.pick([0, 2, 4, 6]) + pairs.pick([1, 3, 5, 7])
+    if totals[0].element == F32:
+        ab, cd = (one.pick([0, 1, 4, 5], two) + one.pick([2, 3, 6, 7], two) for one, two in ((a, b), (c, d)))
+        return ab.pick([0, 2, 4, 6], cd) + ab.pick([1, 3, 5, 7], cd)
+    ac, bd = (one.pick([0, 1, 4, 5], two) + one.pick([2, 3, 6, 7], two) for one, two in ((a, c), (b, d)))
+    return ac.pick([0, 4, 2, 6], bd) + ac.pick([1, 5, 3, 7], bd)
+
+
+_UPPER_LOWER = ([0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15])
+
+
+def per_blocks(code: Code, element: object, d: Value, w: Pointer, write: Callable[[Coefficients], None]) -> None:
+    """Write something for each width of blocks, and for rows of two of the widest blocks, of which one will be done."""
+
+    def choose(lanes: int) -> None:
+        with code.either(d > 4 * lanes) as (then, otherwise):
+            with then:
+                write(Coefficients(w, d, lanes, None))
+            with otherwise, code.either(d > 3 * lanes) as (then, otherwise):
+                with then:
+                    write(Coefficients(w, d, lanes, 4))
+                with otherwise:
+                    write(Coefficients(w, d, lanes, None))
+
+    per_width(code, block_lanes(element), d, choose)
 
 
 @function
@@ -124,7 +211,7 @@ def spread(code: Code, source: Pointer, d: Value, w: Pointer) -> None:
             doubled = code.lane_numbers(lanes) < n - d
             w.store(n - lanes, where(doubled, 0.0, source.load(d - lanes, lanes).to(w.element)))
 
-    per_width(code, w.element, d, last_block)
+    per_width(code, block_lanes(w.element), d, last_block)
 
 
 @function
@@ -133,13 +220,15 @@ def predict(
 ) -> None:
     """Write plus + the dot product with w of each of n rows; up to three more places are written to."""
 
-    def write(lanes: int) -> None:
-        ahead = Ahead.of(base, share, lanes)
-        with code.loop(0, n, 4) as i:
-            sums = _dots_of_four(code, _four_rows(x, i, n, d), w, d, lanes, ahead)
-            out.store(i, sums.to(F64) + plus)
+    def write(coefficients: Coefficients) -> None:
+        ahead = Ahead.of(base, share, 2 * coefficients.lanes)
 
-    per_width(code, x.element, d, write)
+        def predict_four(i: Value, four: Rows) -> None:
+            out.store(i, coefficients.dots(code, four, ahead).to(F64) + plus)
+
+        by_four(code, x, n, d, predict_four)
+
+    per_blocks(code, x.element, d, w, write)
 
 
 @function
@@ -160,15 +249,18 @@ def bend_along(
     The curves of up to three rows beyond the last are zero.
     """
 
-    def write(lanes: int) -> None:
-        ahead = Ahead.of(base, share, lanes)
+    def write(coefficients: Coefficients) -> None:
+        ahead = Ahead.of(base, share, 2 * coefficients.lanes)
         sums = code.variable(total.load(0, 4))
-        with code.loop(0, n, 4) as i:
-            change = _dots_of_four(code, _four_rows(x, i, n, d), w, d, lanes, ahead).to(F64) + plus
+
+        def bend_four(i: Value, four: Rows) -> None:
+            change = coefficients.dots(code, four, ahead).to(F64) + plus
             sums.add(curves.load(i, 4) * change * change)
+
+        by_four(code, x, n, d, bend_four)
         total.store(0, sums.value)
 
-    per_width(code, x.element, d, write)
+    per_blocks(code, x.element, d, w, write)
 
 
 @function
@@ -184,26 +276,28 @@ def add_gradient(
         starts = [first + b * lanes for b in range(n_blocks)]
         offsets = [smaller(start, d - lanes) for start in starts]
         sums = [code.variable(g.load(start, lanes)) for start in starts]
-        with code.loop(0, n, 4) as i:
-            rows = _four_rows(x, i, n, d)
+
+        def add_four(i: Value, four: Rows) -> None:
             factors = [code.splat(slopes[i + later], lanes) for later in range(4)]
             for total, offset in zip(sums, offsets, strict=True):
-                a, b, c, e = (row.load(offset, lanes) * factor for row, factor in zip(rows, factors, strict=True))
-                total.add((a + b) + (c + e))
+                p, q, r, t = (row.load(offset, lanes) * factor for row, factor in zip(four, factors, strict=True))
+                total.add((p + q) + (r + t))
                 ahead.step()
+
+        by_four(code, x, n, d, add_four)
         for start, total in zip(starts, sums, strict=True):
             g.store(start, total.value)
 
     def write(lanes: int) -> None:
         ahead = Ahead.of(base, share, lanes)
-        n_lanes = padded(d, lanes)
-        pairs = n_lanes & (-2 * lanes)
-        with code.loop(0, pairs, 2 * lanes) as j:
-            blocks(j, lanes, 2, ahead)
-        with code.when(pairs < n_lanes):
-            blocks(pairs, lanes, 1, ahead)
+        n_lanes, done = padded(d, lanes), code.integer(0)
+        for n_blocks in (2, 1):
+            whole = n_lanes & (-n_blocks * lanes)
+            with code.loop(done, whole, n_blocks * lanes) as j:
+                blocks(j, lanes, n_blocks, ahead)
+            done = whole
 
-    per_width(code, x.element, d, write)
+    per_width(code, column_lanes(x.element), d, write)
 
 
 @function
@@ -215,7 +309,7 @@ def gather_blocks(code: Code, g: Pointer, d: Value, out: Pointer) -> None:
         with code.loop(0, n_lanes, lanes) as j:
             out.store(smaller(j, d - lanes), g.load(j, lanes).to(F64))
 
-    per_width(code, g.element, d, write)
+    per_width(code, column_lanes(g.element), d, write)
 
 
 @function
@@ -241,7 +335,7 @@ def add_tile_moments(code: Code, x: Pointer, n: Value, d: Value, sums: Pointer, 
                     added = where(code.lane_numbers(lanes) < j - offset, 0.0, added)
                 place.store(offset, place.load(offset, lanes) + added)
 
-    per_width(code, x.element, d, write)
+    per_width(code, column_lanes(x.element), d, write)
 
 
 # --- several outputs -------------------------------------------------------------------------------------------------
@@ -257,7 +351,7 @@ def _four(pointer: Pointer, k: Value, n_outputs: Value, stride: Value) -> list[P
 @function
 def turn(code: Code, x: Pointer, n: Value, d: Value, turned: Pointer) -> None:
     """Write a line's worth of rows, n of them there, feature by feature; rows beyond the last are zeros."""
-    lanes = full_lanes(x.element)
+    lanes = line_lanes(x.element)
     fits = (n == lanes) & (d >= 4)
     with code.either(fits) as (then, otherwise):
         with then, code.loop(0, padded(d, 4), 4) as j:
@@ -294,7 +388,7 @@ def predict_outputs(
 
     Features are summed in their order, in the rows' type for CHUNK of them at a time and in doubles beyond.
     """
-    lanes = full_lanes(turned.element)
+    lanes = line_lanes(turned.element)
     with code.loop(0, n_outputs, 4) as k:
         coefficients, results = _four(w, k, n_outputs, d), _four(out, k, n_outputs, stride)
         intercepts = _four(plus, k, n_outputs, step)
@@ -331,12 +425,15 @@ def add_gradients(
             with code.loop(0, padded(d, lanes), lanes) as j:
                 offset = smaller(j, d - lanes)
                 sums = [code.variable(result.load(j, lanes)) for result in results]
-                with code.loop(0, n, 4) as i:
-                    rows = [row.load(offset, lanes) for row in _four_rows(x, i, n, d)]
+
+                def add_four(i: Value, four: Rows) -> None:
+                    blocks = [row.load(offset, lanes) for row in four]
                     for total, factor in zip(sums, factors, strict=True):
-                        a, b, c, e = (row * factor[i + later] for later, row in enumerate(rows))
+                        a, b, c, e = (block * factor[i + later] for later, block in enumerate(blocks))
                         total.add((a + b) + (c + e))
+
+                by_four(code, x, n, d, add_four)
                 for result, total in zip(results, sums, strict=True):
                     result.store(j, total.value)
 
-    per_width(code, x.element, d, write)
+    per_width(code, column_lanes(x.element), d, write)

@@ -5,16 +5,15 @@ The formulas stand in `streamgd.learn.optimizers` and `streamgd.learn.schedules`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from streamgd.learn import codes as c
 from streamgd.learn.kernels.arithmetic import cos_pi, exp, log
-from streamgd.learn.kernels.llvm import BOOL, F64, Code, Pointer, Value, absolute, larger, smaller, sqrt, where
+from streamgd.learn.kernels.llvm import F64, LANES, Code, Pointer, Value, absolute, larger, smaller, sqrt, where
 
 #: AdaGrad's guard against dividing noise by noise: this share of the largest √G of the same output.
 _ADAGRAD_FLOOR = 1e-9
-_LANES = 8
 
 
 @dataclass
@@ -56,30 +55,37 @@ class Step:
     t: Value
 
 
+def total(code: Code, n: Value, term: Callable[[Value, int], Value]) -> Value:
+    """Return the sum of n terms: eight sums, to which what is left over is added in halves, are folded.
+
+    term(i, lanes) gives the terms from i on.
+    """
+    wide, one = code.variable(code.zeros(F64, LANES)), code.variable(code.number(0.0))
+
+    def add(i: Value, lanes: int) -> None:
+        wide.add(term(i, lanes)) if lanes == LANES else one.add(term(i, lanes).folded())
+
+    code.each(n, add)
+    return wide.value.folded() + one.value
+
+
 def dot(code: Code, a: Pointer, b: Pointer, n: Value) -> Value:
-    """Return the dot product of n doubles: eight sums, added in halves, and then what is left over one by one."""
-    sums, whole = code.variable(code.zeros(F64, _LANES)), n & -_LANES
-    with code.loop(0, whole, _LANES) as i:
-        sums.add(a.load(i, _LANES) * b.load(i, _LANES))
-    total = code.variable(sums.value.folded())
-    with code.loop(whole, n) as i:
-        total.add(a[i] * b[i])
-    return total.value
+    """Return the dot product of n doubles."""
+    return total(code, n, lambda i, lanes: a.load(i, lanes) * b.load(i, lanes))
 
 
-def all_below(code: Code, values: Pointer, n: Value, limit: float) -> Value:
-    """Return whether n values are below a limit in size; NaN is not."""
-    wide = code.variable(code.splat(code.constant(1, BOOL), _LANES))
-    one = code.variable(code.constant(1, BOOL))
+def largest(code: Code, n: Value, size: Callable[[Value, int], Value]) -> Value:
+    """Return the largest of n numbers that are not negative; size(i, lanes) gives those from i on."""
+    wide, one = code.variable(code.zeros(F64, LANES)), code.variable(code.number(0.0))
 
-    def check(i: Value, lanes: int) -> None:
-        within = wide if lanes > 1 else one
-        within.value = within.value & (absolute(values.load(i, lanes)) < limit)
+    def compare(i: Value, lanes: int) -> None:
+        if lanes == LANES:
+            wide.value = larger(size(i, lanes), wide.value)
+        else:
+            one.value = larger(size(i, lanes).folded(larger), one.value)
 
-    code.each(n, check)
-    for lane in range(_LANES):
-        one.value = one.value & wide.value.lane(lane)
-    return one.value
+    code.each(n, compare)
+    return larger(wide.value.folded(larger), one.value)
 
 
 def rate(code: Code, codes: Pointer, params: Pointer, scalars: Pointer, t: Value) -> Value:
@@ -115,19 +121,14 @@ def _adagrad(code: Code, s: Step, eta: Value) -> None:
     """Add the squared gradients to their sums; the steps are measured in each output's unit."""
     with code.loop(0, s.n_outputs) as k:
         g, sums, step, rates = (pointer + k * s.width for pointer in (s.grad, s.slot, s.step, s.rate))
-        wide, one = code.variable(code.zeros(F64, _LANES)), code.variable(code.number(0.0))
 
-        def accumulate(j: Value, lanes: int) -> None:
+        def accumulate(j: Value, lanes: int) -> Value:
             total = sums.load(j, lanes) + g.load(j, lanes) * g.load(j, lanes)
             sums.store(j, total)
-            largest = wide if lanes > 1 else one
-            largest.value = larger(total, largest.value)
+            return total
 
-        code.each(s.width, accumulate)
-        largest = one.value
-        for lane in range(_LANES):
-            largest = larger(wide.value.lane(lane), largest)
-        floor, eta_k = sqrt(largest) * _ADAGRAD_FLOOR, eta * s.unit[k]
+        most = largest(code, s.width, accumulate)
+        floor, eta_k = sqrt(most) * _ADAGRAD_FLOOR, eta * s.unit[k]
 
         def divide(j: Value, lanes: int) -> None:
             root = sqrt(sums.load(j, lanes)) + floor
