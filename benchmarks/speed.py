@@ -31,7 +31,7 @@ from tables import Tables, sample
 import streamgd
 from streamgd.data.layout import parse_bytes
 
-PACKAGES = ("numpy", "numba", "h5py", "pyarrow", "scikit-learn", "dask", "dask-ml", "torch", "vowpalwabbit")
+PACKAGES = ("numpy", "numba", "h5py", "isal", "pyarrow", "scikit-learn", "dask", "dask-ml", "torch", "vowpalwabbit")
 SORTED = "sorted"
 
 
