@@ -25,6 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.clustering import KINDS, OPTIMIZERS, REPOSITORY, Processes, await_workers, cluster, fit, make_data
 
+#: Workers that are killed during one run at most.
+_MOST_KILLS = 3
+
 
 class Tally:
     """Counts runs that came to the same bits."""
@@ -46,7 +49,8 @@ def fit_while_killing(
 
     def kill() -> None:
         nonlocal n_kills
-        while not stop.wait(rng.uniform(0.0, 1.5)):
+        # Not for ever: a lone worker would be killed before it has compiled.
+        while n_kills < _MOST_KILLS and not stop.wait(rng.uniform(0.0, 1.5)):
             if len(client.nthreads()) == n_workers:
                 workers.kill(rng.randrange(n_workers))
                 n_kills += 1

@@ -116,3 +116,9 @@ def test_every_example_is_tested_and_named_in_the_readme():
     for example in EXAMPLES.glob("*.py"):
         assert f'run_example("{example.name}"' in here
         assert f"examples/{example.name}" in readme
+
+
+def test_a_cluster_gives_the_same_bits(tmp_path):
+    shown = run_example("dask_cluster.py", tmp_path)
+    assert "2 workers, same bits: True" in shown
+    assert "one of them killed, same bits: True" in shown

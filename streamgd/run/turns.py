@@ -18,6 +18,8 @@ from streamgd.run.runs import Run
 _GROWTH = 20
 #: Bytes of rows in a turn at most; of Dask collections, whose blocks wait in memory, half the lane's buffer at most.
 MOST_BYTES = 1_000_000_000
+#: With more lanes than these turns may be longer, as a round's tasks are more.
+_FEW_LANES = 32
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ class Turns:
     def of(cls, run: Run) -> Self:
         """Return those of a run."""
         batch, layout, n_lanes = run.batch_rows, run.layout, run.config.n_lanes
-        most_bytes = min(MOST_BYTES, layout.buffer_bytes // 2) if run.source.holds_block else MOST_BYTES
+        most_bytes = longest(n_lanes)
+        if run.source.holds_block:
+            most_bytes = min(most_bytes, layout.buffer_bytes // 2)
         most = max(1, most_bytes // layout.row_bytes // batch) * batch
         return cls(batch, most, -(-run.source.n_rows // n_lanes), n_lanes > 1)
 
@@ -54,3 +58,8 @@ class Turns:
         seen = epoch * self.lane_rows + row
         n_batches = seen // (_GROWTH * self.batch_rows)
         return row + min(self.most_rows, max(1, n_batches) * self.batch_rows)
+
+
+def longest(n_lanes: int) -> int:
+    """Return the bytes of rows in a turn at most, so that its work is ten times what a round costs beside it."""
+    return MOST_BYTES * max(1, n_lanes // _FEW_LANES)
