@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import click
 
 import streamgd
+from streamgd.commands.cache import cache
 from streamgd.commands.demo import demo
 from streamgd.commands.evaluate import evaluate
 from streamgd.commands.inspect import inspect
@@ -51,7 +52,7 @@ def cli() -> None:
     """Hold the commands together."""
 
 
-for _command in (train, resume, predict, evaluate, inspect, demo):
+for _command in (train, resume, predict, evaluate, inspect, cache, demo):
     cli.add_command(_command)
 
 

@@ -37,7 +37,7 @@ def inspect(data: tuple[str, ...], **given: Any) -> None:
     from streamgd.data.layout import parse_bytes
     from streamgd.learn.recipe import Recipe
     from streamgd.run.config import Config
-    from streamgd.run.inspection import about_blocks, about_data, about_lanes, about_plan
+    from streamgd.run.inspection import about_blocks, about_cache, about_data, about_lanes, about_plan
     from streamgd.run.runs import plan_for
 
     target = kinds.split_names((given["target"],)) if given["target"] else None
@@ -60,7 +60,8 @@ def inspect(data: tuple[str, ...], **given: Any) -> None:
         recipe=Recipe(batch_size=given["batch_size"]), buffer_bytes=parse_bytes(given["buffer"]), n_lanes=given["lanes"]
     )
     layout = plan_for(source, config)
-    for line in (*about_plan(source, layout), *about_lanes(config.n_lanes, config.batch_rows(source.n_rows), layout)):
+    lanes = about_lanes(config.n_lanes, config.batch_rows(source.n_rows), layout)
+    for line in (*about_plan(source, layout), *lanes, *about_cache(source)):
         click.echo(line)
 
 

@@ -7,6 +7,7 @@ the two together.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -130,6 +131,12 @@ def running_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--scheduler", metavar="ADDRESS", help="Train on the workers of this Dask scheduler."),
         click.option("--quiet", is_flag=True, help="No progress: only the result, warnings and errors."),
+        click.option(
+            "--cache",
+            type=click.Path(path_type=Path, file_okay=False),
+            metavar="DIR",
+            help="Decode the rows once, to DIR, and read later epochs from there, mixed as if shuffled whole.",
+        ),
         click.option(
             "--checkpoint-every",
             type=click.FloatRange(0),

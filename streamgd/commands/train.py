@@ -117,7 +117,7 @@ def train(stop: StopRequest, /, data: tuple[str, ...], run_path: Path, **given: 
     with RunFolder(run_path) as folder:
         try:
             view.say([f"surveying {source.name}: target, and a sample of the features"])
-            run = begin(folder, source, config)
+            run = begin(folder, source, config, cache=options.cache)
         except Interrupted:
             if folder.holds_run:
                 _say_stopped(stop, run_path, "before the first update")
@@ -138,8 +138,9 @@ def resume(stop: StopRequest, /, run_path: Path, epochs: int | None, data: tuple
     from streamgd.run.folder import RunFolder
     from streamgd.run.session import description_of, go_on, with_epochs
 
-    options, view = _options(given), _view(quiet=given["quiet"])
     described = description_of(RunFolder(run_path))  # before the folder is made or locked
+    given["cache"] = given["cache"] or described.get("cache")
+    options, view = _options(given), _view(quiet=given["quiet"])
     with RunFolder(run_path) as folder:
         source = open_again(described, data)
         config = with_epochs(Config.from_json(described["config"]), epochs)
@@ -188,12 +189,14 @@ def _say_stopped(stop: StopRequest, path: Path, where: str) -> None:
 
 
 def _options(given: dict[str, Any]) -> RunOptions:
+    from streamgd.run.caching import cache_folder
     from streamgd.run.config import RunOptions
 
     return RunOptions(
         n_threads=given["threads"],
         checkpoint_every_s=given["checkpoint_every"],
         workers_timeout_s=given["workers_timeout"],
+        cache=cache_folder(given["cache"]),
     )
 
 

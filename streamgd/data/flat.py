@@ -111,6 +111,8 @@ class FlatFiller:
         blocks = plan.table[:, 0]
         files = self._rows.block_file[blocks]
         slices = np.column_stack([plan.table, files, self._rows.block_start[blocks] + plan.table[:, 1]])
+        if self._rows.origin is not None:
+            slices[:, 0], slices[:, 1] = self._rows.origin[0][blocks], self._rows.origin[1][blocks] + plan.table[:, 1]
         ends = np.cumsum(plan.table[:, 2])
         if self._n_parts > 1 and len(slices) > 1:
             if self._pool is None:
@@ -130,6 +132,8 @@ class FlatFiller:
 
     def _place(self, window: Window, slices: NDArray[np.int64], places: NDArray[np.int32]) -> None:
         """Read and place slices, those of a bounded number of files at a time."""
+        if self._rows.check is not None:
+            self._rows.check(slices[:, 4], slices[:, 2])
         files, of_slice = np.unique(slices[:, 3], return_inverse=True)
         for first in range(0, len(files), _OPEN_FILES):
             if self._stopped:
@@ -179,6 +183,10 @@ class FlatFiller:
     def _explain(self, window: Window, failed: NDArray[np.int64], first: int, places: NDArray[np.int32]) -> None:
         """Read the slice that failed as any other source is read, which raises the error that says why."""
         block, start, n_rows = (int(value) for value in failed[:3])
+        if self._rows.origin is not None:  # back to the source's own blocks
+            blocks, firsts = self._rows.origin
+            inside = np.flatnonzero((blocks == block) & (firsts <= start))[-1]
+            block, start = int(inside), start - int(firsts[inside])
         with self._source.open_block(block, start, piece_rows=n_rows) as reader:
             self._placer.place(window, reader.read(n_rows), block, start, places[first : first + n_rows])
         raise CorruptDataError(

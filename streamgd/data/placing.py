@@ -878,3 +878,23 @@ def place_flat(
             place_identities(block, start + first, here, ids)
             placed += n
     return PLACED, 0
+
+
+# Rows that are kept ------------------------------------------------------------------------------------------------
+
+
+@_compiled
+def sum_words(words: NDArray[Any], first: int) -> np.uint64:
+    """Sum up hashed words, modulo 2**64, each hashed with its number; `first` is that of the first one.
+
+    The sums of parts add up to that of the whole, in whatever order they come. A single word that changes always
+    changes the sum, because what hashes it is a bijection.
+    """
+    total = np.uint64(0)
+    salt = np.uint64(first) * np.uint64(0x9E3779B97F4A7C15)
+    for i in range(len(words)):
+        z = np.uint64(words[i]) + salt
+        z = (z ^ (z >> np.uint64(32))) * np.uint64(0xBF58476D1CE4E5B9)
+        total += z ^ (z >> np.uint64(32))
+        salt += np.uint64(0x9E3779B97F4A7C15)
+    return total

@@ -14,7 +14,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Final, Literal, Self
+from typing import TYPE_CHECKING, Final, Literal, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ from streamgd.data.plan import EpochPlan, Layout, WindowPlan
 from streamgd.data.sources.base import Source
 from streamgd.data.targets import TargetCodec
 from streamgd.data.window import ResidentFiller, Stopped, Window, WindowFiller
+
+if TYPE_CHECKING:
+    from streamgd.data.cache_writer import CacheWriter
 
 #: In-memory data up to this size is shuffled when it is asked for, without threads: a hand-over would cost more.
 _SMALL_BYTES = 2_000_000
@@ -35,6 +38,7 @@ class _End(enum.Enum):
 
 #: What `WindowStream.get` returns after the last window.
 END: Final = _End.END
+Ended: TypeAlias = Literal[_End.END]
 
 
 def default_threads() -> int:
@@ -53,11 +57,14 @@ def make_filler(
     factor: NDArray[np.float64] | None,
     n_threads: int,
     check: bool = True,
+    keep: CacheWriter | None = None,
 ) -> WindowFiller | FlatFiller:
     """Return what fills windows from a source the fastest; the parameters are those of `WindowFiller`."""
-    rows = source.flat_rows() if reads_flat(source, codec) else None
+    rows = source.flat_rows() if keep is None and reads_flat(source, codec) else None
     if rows is None:
-        return WindowFiller(source, layout, codec, shift=shift, factor=factor, n_threads=n_threads, check=check)
+        return WindowFiller(
+            source, layout, codec, shift=shift, factor=factor, n_threads=n_threads, check=check, keep=keep
+        )
     return FlatFiller(source, rows, layout, codec, shift=shift, factor=factor, n_threads=n_threads, check=check)
 
 
@@ -91,6 +98,8 @@ class WindowStream:
         Which part of the blocks.
     check : bool, default=True
         Whether numbers that are not finite are errors.
+    keep : CacheWriter or None, default=None
+        Is given every row that is read, as it is stored; one epoch at most.
 
     Notes
     -----
@@ -118,15 +127,18 @@ class WindowStream:
         lane: int = 0,
         n_lanes: int = 1,
         check: bool = True,
+        keep: CacheWriter | None = None,
     ) -> None:
         whole = n_lanes == 1 and layout.window_rows >= source.n_rows
         small = whole and source.kind == "memory" and layout.row_bytes * source.n_rows <= _SMALL_BYTES
         n_threads = 1 if small else default_threads() if n_threads is None else n_threads
-        reader = make_filler(source, layout, codec, shift=shift, factor=factor, n_threads=n_threads, check=check)
+        reader = make_filler(
+            source, layout, codec, shift=shift, factor=factor, n_threads=n_threads, check=check, keep=keep
+        )
         again = n_epochs is None or n_epochs - first[0] > 1
         # What is in memory anyway is not copied, unless it is so small that calling its reader costs more.
-        keep = again and (small or (whole and layout.resident and source.kind != "memory"))
-        filler = ResidentFiller(reader, Window(layout, source)) if keep else reader
+        stays = again and (small or (whole and layout.resident and source.kind != "memory"))
+        filler = ResidentFiller(reader, Window(layout, source)) if stays else reader
 
         def plan_epoch(epoch: int) -> EpochPlan:
             plan = EpochPlan(

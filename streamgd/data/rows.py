@@ -133,7 +133,7 @@ class RowPlacer:
         CorruptDataError
             If there are more or fewer rows than places.
         """
-        finite = self._place_features(piece.X, places, window.X, block)
+        finite = self.place_features(piece.X, places, window.X, block)
         if not finite and self._check:
             raise self._bad_feature(piece.X, block, start)
         if self._codec is not None:
@@ -150,7 +150,8 @@ class RowPlacer:
                 raise self._bad_weight(weight, block, start)
         place_identities(block, start, places, window.ids)
 
-    def _place_features(self, X: Array | Sequence[Array], places: NDArray[np.int32], out: Array, block: int) -> bool:
+    def place_features(self, X: Array | Sequence[Array], places: NDArray[np.int32], out: Array, block: int) -> bool:
+        """Write the features of some rows at their places in `out`; return whether all are finite."""
         if isinstance(X, np.ndarray):
             X = readable(X)
             self._expect_rows(len(X), len(places), block)

@@ -265,7 +265,7 @@ class Stream:
             self._codec = (
                 TargetCodec(None, self._n_outputs, _number_dtype(self.source.target.dtype))
                 if self._numeric
-                else _find_classes(self.source)
+                else find_classes(self.source)
             )
         self._windows = WindowStream(
             self.source,
@@ -396,7 +396,8 @@ def _open(data: Any) -> Source:
     return open_source(data)
 
 
-def _find_classes(source: Source) -> TargetCodec:
+def find_classes(source: Source) -> TargetCodec:
+    """Read the targets of a source, and return how its classes are encoded."""
     counter = ClassCounter()
     for block, start, y, weight in source.iter_targets():
         missing = counter.add(y, weight)

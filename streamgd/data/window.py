@@ -25,6 +25,7 @@ from streamgd.data.targets import TargetCodec
 from streamgd.errors import OptionError
 
 if TYPE_CHECKING:
+    from streamgd.data.cache_writer import CacheWriter
     from streamgd.data.flat import FlatFiller
 
 __all__ = ["ResidentFiller", "Stopped", "Window", "WindowFiller"]
@@ -80,6 +81,8 @@ class WindowFiller:
         Threads that read, the caller's included; the result does not depend on it.
     check : bool, default=True
         Whether features, targets and weights that are not finite, and negative weights, are errors.
+    keep : CacheWriter or None, default=None
+        Is given every row that is read, as it is stored.
 
     Notes
     -----
@@ -97,9 +100,11 @@ class WindowFiller:
         factor: Floats | None = None,
         n_threads: int = 1,
         check: bool = True,
+        keep: CacheWriter | None = None,
     ) -> None:
         self._source = source
         self._layout = layout
+        self._keep = keep
         self._placer = RowPlacer(source, codec, shift, factor, check=check)
         self._places = np.empty(layout.window_rows, np.int32)
         self._n_threads = max(1, min(n_threads, MAX_READERS))
@@ -158,6 +163,8 @@ class WindowFiller:
             raise job.errors[0][1]
         window.describe(plan)
         self.read_rows += plan.n_rows
+        if self._keep is not None:
+            self._keep.filled(plan.index)
 
     def stop(self) -> None:
         """Make `fill` give up soon, from any thread."""
@@ -223,7 +230,10 @@ class WindowFiller:
                         raise Stopped
                     n = min(self._layout.piece_rows, n_rows - at)
                     places = job.places[first + at : first + at + n]
-                    self._placer.place(job.window, reader.read(n), block, start + at, places)
+                    piece = reader.read(n)
+                    self._placer.place(job.window, piece, block, start + at, places)
+                    if self._keep is not None:
+                        self._keep.write(piece.X, job.window, places, block, start + at)
                 row = start + n_rows
         except BaseException:
             self._give_back(block, reader, None)

@@ -49,6 +49,7 @@ class SGDEstimator(BaseEstimator):  # type: ignore[misc]
 
     checkpoint_dir: str | os.PathLike[str] | None
     checkpoint_every_s: float
+    cache: str | os.PathLike[str] | None
     n_threads: int | None
     random_state: Any
     verbose: int
@@ -69,7 +70,7 @@ class SGDEstimator(BaseEstimator):  # type: ignore[misc]
         return Config(recipe=recipe, seed=seed, buffer_bytes=parse_bytes(given["buffer"]), **named(Config))
 
     def _options(self) -> RunOptions:
-        return RunOptions(n_threads=self.n_threads, checkpoint_every_s=self.checkpoint_every_s)
+        return RunOptions(n_threads=self.n_threads, checkpoint_every_s=self.checkpoint_every_s, cache=self.cache)
 
     def _source(self, X: Any, y: Any, sample_weight: Any, *, reset: bool) -> Source:
         return training_source(self, X, y, sample_weight, reset=reset, labels=self._task == "classification")
@@ -89,7 +90,9 @@ class SGDEstimator(BaseEstimator):  # type: ignore[misc]
             train(run, options=options, watcher=watcher, client=client)
             self.run_dir_ = None
         else:
-            with RunFolder(folder_of(self.checkpoint_dir, config, source, start)) as folder:
+            with RunFolder(
+                folder_of(self.checkpoint_dir, config, source, start, cached=self.cache is not None)
+            ) as folder:
                 run = open_run(folder, source, config, start, resume=resume)
                 train(run, options=options, folder=folder, watcher=watcher, client=client)
             self.run_dir_ = folder.path
@@ -125,7 +128,8 @@ class SGDEstimator(BaseEstimator):  # type: ignore[misc]
             run = prepare(source, replace(config, max_iter=1, tol=None), classes=classes)
         else:
             run = trained.next_epoch(source, config)
-        train(run, options=self._options(), watcher=_Announcer(self.verbose))
+        # One epoch of rows that will hardly come again is not worth a cache.
+        train(run, options=replace(self._options(), cache=None), watcher=_Announcer(self.verbose))
         self.run_dir_ = None
         self._adopt(Trained.of(run))
         return self
@@ -191,6 +195,10 @@ class _Announcer(Watcher):
 
     def message(self, text: str) -> None:
         warnings.warn(text, stacklevel=8)  # the caller of fit
+
+    def note(self, text: str) -> None:
+        if self._verbose > 0:
+            print(text, flush=True)
 
     def epoch_ended(self, run: Run, loss: float) -> None:
         if self._verbose > 0:

@@ -87,6 +87,10 @@ class SGDRegressor(RegressorMixin, SGDEstimator):  # type: ignore[misc]
         Folder where every fit keeps a run folder of its own, with checkpoints to resume from; see `fit`.
     checkpoint_every_s : float, default=60.0
         Seconds between checkpoints; there is one at the end of each epoch, too.
+    cache : path-like or None, default=None
+        Folder for a cache: the rows are decoded once and written there as plain numbers, which later epochs read at the
+        disk's speed and in small blocks, so that they mix as if they had been shuffled whole, however the data was
+        stored. See Notes of `fit`.
     n_threads : int or None, default=None
         Threads that read ahead; None is one for each processor. The result does not depend on it.
     n_lanes : int, default=1
@@ -198,6 +202,7 @@ class SGDRegressor(RegressorMixin, SGDEstimator):  # type: ignore[misc]
         standardize: bool | str = True,
         checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_every_s: float = 60.0,
+        cache: str | os.PathLike[str] | None = None,
         n_threads: int | None = None,
         n_lanes: int = 1,
     ) -> None:
@@ -227,6 +232,7 @@ class SGDRegressor(RegressorMixin, SGDEstimator):  # type: ignore[misc]
         self.standardize = standardize
         self.checkpoint_dir = checkpoint_dir
         self.checkpoint_every_s = checkpoint_every_s
+        self.cache = cache
         self.n_threads = n_threads
         self.n_lanes = n_lanes
 
@@ -274,6 +280,13 @@ class SGDRegressor(RegressorMixin, SGDEstimator):  # type: ignore[misc]
         grid search meet. A KeyboardInterrupt saves a checkpoint on its way out; a process that is killed loses what it
         did since the last one. A resumed fit equals an uninterrupted one bit for bit. `streamgd.load` makes an
         estimator of a run folder.
+
+        With a `cache`, the first epoch writes the rows to disk while it trains, as they are stored and not scaled, and
+        later epochs read them from there; where a window would draw on fewer than four blocks of the data, the cache is
+        written before the first update. That there is a cache changes the order of rows and with it the last bits of
+        the result; whether it was there before, and who wrote it, does not: fits over the same data share it. If the
+        disk is full, a warning says so and the fit goes on without. Each part of about a megabyte is checked when it is
+        first read.
         """
         return self._fit(X, y, sample_weight, resume=resume, client=client)
 
@@ -297,8 +310,8 @@ class SGDRegressor(RegressorMixin, SGDEstimator):  # type: ignore[misc]
         Notes
         -----
         Scaling, mean weight and the unit of the target are found in the first call and kept:
-        let it have enough rows to tell. The last batch of a call is closed with the rows it has. `tol` and
-        `checkpoint_dir` are not used, and ``learning_rate="adaptive"`` keeps its rate.
+        let it have enough rows to tell. The last batch of a call is closed with the rows it has. `tol`,
+        `checkpoint_dir` and `cache` are not used, and ``learning_rate="adaptive"`` keeps its rate.
         """
         return self._partial_fit(X, y, sample_weight)
 

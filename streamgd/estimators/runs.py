@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 _DIGEST_BYTES = 10
 
 
-def folder_of(parent: str | os.PathLike[str], config: Config, source: Source, start: Run | None) -> Path:
+def folder_of(
+    parent: str | os.PathLike[str], config: Config, source: Source, start: Run | None, *, cached: bool = False
+) -> Path:
     """Return the run folder of a fit: ``<hash>-<max_iter>`` in `parent`.
 
     Parameters
@@ -41,9 +43,13 @@ def folder_of(parent: str | os.PathLike[str], config: Config, source: Source, st
         The data; its fingerprint counts, not where it lies.
     start : Run or None
         A run that does not start from the survey alone (a warm start): its first state counts too.
+    cached : bool, default=False
+        Whether rows come in the order of a cache; where that lies does not count.
     """
     values = config.to_json()
     max_iter = values.pop("max_iter")
+    if cached:
+        values["cached"] = True
     text = json.dumps([values, source.fingerprint, source.row_dtype.name], sort_keys=True, default=repr)
     digest = hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES)
     if start is not None:

@@ -6,6 +6,7 @@ What only affects how fast it goes or how it is watched (threads, checkpoint int
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -167,11 +168,15 @@ class RunOptions:
         Seconds between checkpoints.
     workers_timeout_s : float
         Seconds to wait for workers where a cluster has none.
+    cache : path-like or None
+        Folder for a cache of the rows; see `streamgd.run.caching`. That there is one changes the order of rows, where
+        it lies changes nothing.
     """
 
     n_threads: int | None = None
     checkpoint_every_s: float = 60.0
     workers_timeout_s: float = 300.0
+    cache: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
@@ -181,6 +186,8 @@ class RunOptions:
             raise OptionError(f"checkpoint_every_s={self.checkpoint_every_s!r}: expected seconds, at least 0")
         if not (_is_real(self.workers_timeout_s) and self.workers_timeout_s >= 0):
             raise OptionError(f"workers_timeout_s={self.workers_timeout_s!r}: expected seconds, at least 0")
+        if self.cache is not None and not isinstance(self.cache, (str, os.PathLike)):
+            raise OptionError(f"cache={self.cache!r}: expected the path of a folder, or None")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -57,6 +57,9 @@ class Watcher:
     def message(self, text: str) -> None:
         """Take a sentence that a person should see."""
 
+    def note(self, text: str) -> None:
+        """Take a sentence that a person may want to see."""
+
     def started(self, run: Run) -> None:
         """See the run before its first row, or where it resumes."""
 

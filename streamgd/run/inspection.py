@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from streamgd.data.cache import Cache
 from streamgd.data.layout import Layout, format_bytes, mixing
 from streamgd.data.sources.base import Source
+from streamgd.data.targets import TargetCodec
 from streamgd.learn import kernels
 from streamgd.learn.recipe import Recipe
 from streamgd.run.config import AUTO_UPDATES, Config, RunOptions
@@ -167,6 +169,14 @@ def about_lanes(n_lanes: int, batch_rows: int, layout: Layout) -> list[str]:
         entry("", f"a worker of a cluster takes {format_bytes(PROCESS_BYTES)}, and {each} for each of its threads"),
         entry("", f"at least; up to {each} for each of its lanes are used to read ahead, as its limit allows"),
     ]
+
+
+def about_cache(source: Source) -> list[str]:
+    """Say what a cache would take."""
+    if source.target is None:
+        return []
+    needed = Cache("", source, TargetCodec(None, source.target.n_outputs)).needed_bytes
+    return [entry("cache", f"--cache DIR would take {format_bytes(needed)}: later epochs decode nothing, and mix well")]
 
 
 def standing(run: Run) -> str:

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from streamgd.data.prefetch import END, WindowStream
+from streamgd.data.prefetch import END
 from streamgd.data.window import Window
-from streamgd.errors import DataError, RowAccountingError
+from streamgd.errors import DataError, OptionError, RowAccountingError
 from streamgd.learn import kernels
+from streamgd.run.caching import RunWindows
 from streamgd.run.config import RunOptions
 from streamgd.run.epochs import Reading, Training, Watcher
 from streamgd.run.folder import RunFolder
@@ -75,6 +76,8 @@ def train(
     CheckpointWriteError
         If a checkpoint cannot be written; the one before is kept.
     """
+    if (client is not None or run.config.n_lanes > 1) and (run.cached or (options and options.cache is not None)):
+        raise OptionError("a cache is for one lane on one machine: leave out cache, or the lanes and the cluster")
     arguments = run, options or RunOptions(), folder, watcher or Watcher(), stop or threading.Event()
     if client is None and run.config.n_lanes == 1:
         return _Training(*arguments).go()
@@ -99,22 +102,10 @@ class _Training(Training):
         self.watcher.started(run)
         if run.finished:
             return True
-        if self.folder is not None and run.state.counters[kernels.N_ROWS] == 0:
-            self.save()
-        epoch, window, _ = run.state.cursor
-        scaling = run.survey.scaling if run.config.standardize else None
-        with WindowStream(
-            run.source,
-            run.layout,
-            run.survey.codec,
-            seed=run.config.seed,
-            shuffle=run.config.shuffle,
-            shift=None if scaling is None else scaling.mean,
-            factor=None if scaling is None else scaling.factor,
-            first=(epoch, window),
-            n_epochs=run.n_epochs,
-            n_threads=self.options.n_threads,
-        ) as stream:
+        with RunWindows(run, self.options, self.watcher.message, self.watcher.note) as stream:
+            # After the plan for a cache, which belongs to the run.
+            if self.folder is not None and run.state.counters[kernels.N_ROWS] == 0:
+                self.save()
             # Saved before the stream is closed, which waits for reads that are under way.
             try:
                 done = self._through(stream)
@@ -128,7 +119,7 @@ class _Training(Training):
                 self.save()
         return done
 
-    def _through(self, stream: WindowStream) -> bool:
+    def _through(self, stream: RunWindows) -> bool:
         """Take windows until the run is finished (True) or asked to stop (False)."""
         while not self.stop.is_set():
             window = stream.get(_POLL_S)
@@ -147,7 +138,7 @@ class _Training(Training):
                 self._save_if_due()
         return False
 
-    def _consume(self, window: Window, stream: WindowStream) -> bool:
+    def _consume(self, window: Window, stream: RunWindows) -> bool:
         """Train on what is left of a window; False if asked to stop before its end."""
         state = self.run.state
         arrays = (state.theta, state.average, state.slots, state.scalars, state.counters)
@@ -190,6 +181,6 @@ class _Training(Training):
     def _record(self, window: Window) -> None:
         """Write a metrics record of a window; which windows have one depends on their number alone."""
         if self.folder is not None:
-            every = max(1, -(-self.run.source.n_rows // self.run.layout.window_rows) // _RECORDS_PER_EPOCH)
+            every = max(1, -(-self.run.source.n_rows // self.run.layout_now.window_rows) // _RECORDS_PER_EPOCH)
             if window.index % every == 0:
                 self.folder.append_metrics(self._metrics(window.index, self.run.state.progressive_loss))

@@ -201,6 +201,10 @@ class View(Watcher):
     def say(self, lines: Sequence[str]) -> None:
         """Show what was decided, or what goes on, where it is wanted."""
 
+    def note(self, text: str) -> None:
+        """Show what goes on, where it is wanted."""
+        self.say([text])
+
     def message(self, text: str) -> None:
         """Show a warning, always."""
         self._print(f"warning: {text}")

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import streamgd
+from streamgd.data.cache import Written
+from streamgd.data.cache_writer import CacheWriter
 from streamgd.data.plan import Layout, format_bytes, plan_layout
 from streamgd.data.sources.base import Source
 from streamgd.errors import BufferTooSmallError, ResumeError
@@ -23,6 +25,7 @@ from streamgd.learn import kernels
 from streamgd.learn.model import LinearModel
 from streamgd.learn.recipe import Packed
 from streamgd.learn.state import State
+from streamgd.run.caching import Cached
 from streamgd.run.checkpoint import Checkpoint
 from streamgd.run.config import Config, differences
 from streamgd.run.survey import Survey, take_survey
@@ -46,6 +49,12 @@ class Run:
         Coefficients, optimizer, cursor.
     finished : str or None
         Why the run ended (``"max_iter"`` or ``"converged"``), None while it goes on.
+    cached : Cached or None
+        How its cache is read; None without one.
+    writer : CacheWriter or None
+        What writes the cache while the first epoch trains.
+    written : Written or None
+        What was written of it before the checkpoint that the run was restored from.
     """
 
     source: Source
@@ -54,6 +63,15 @@ class Run:
     layout: Layout
     state: State
     finished: str | None = None
+    cached: Cached | None = None
+    writer: CacheWriter | None = None
+    written: Written | None = None
+
+    @property
+    def layout_now(self) -> Layout:
+        """The memory plan of the epoch that the cursor is in."""
+        cached = self.cached
+        return self.layout if cached is None or self.state.epoch < cached.first_epoch else cached.layout
 
     @property
     def n_epochs(self) -> int:
@@ -96,9 +114,10 @@ class Run:
         """Write down everything that resuming needs."""
         source = self.source
         assert source.target is not None
-        meta = {
+        meta: dict[str, Any] = {
             "config": self.config.to_json(),
             "layout": self.layout.to_json(),
+            "cached": None if self.cached is None else self.cached.to_json(),
             "survey": self.survey.to_json(),
             "fingerprint": source.fingerprint,
             "row_dtype": source.row_dtype.name,
@@ -109,7 +128,12 @@ class Run:
             "target": {"name": source.target.name, "is_vector": source.target.is_vector},
             "versions": versions(),
         }
-        return Checkpoint({**self.state.to_tensors(), **self.survey.to_tensors()}, meta)
+        tensors = {**self.state.to_tensors(), **self.survey.to_tensors()}
+        if self.writer is not None:
+            written = self.writer.written_before(self.state.cursor[1])
+            tensors["cache.sums"], meta["cache_rows"] = written.sums, written.n_rows
+            self.writer.keeps_rest = self.writer.error is None
+        return Checkpoint(tensors, meta)
 
 
 def _block_digest(source: Source) -> str:
@@ -266,7 +290,10 @@ def restore(source: Source, checkpoint: Checkpoint, config: Config | None = None
         batch_size=config.batch_rows(source.n_rows),
         has_weight=source.has_weight,
     )
-    run = Run(source, config, survey, Layout.from_json(meta["layout"]), state, meta["finished"])
+    cached = None if meta.get("cached") is None else Cached.from_json(meta["cached"])
+    run = Run(source, config, survey, Layout.from_json(meta["layout"]), state, meta["finished"], cached)
+    if "cache.sums" in checkpoint.tensors:
+        run.written = Written(checkpoint.tensors["cache.sums"], int(meta["cache_rows"]))
     epoch, window, row = state.cursor
     begun = epoch + (window > 0 or row > 0)
     if run.finished is None and begun > run.n_epochs:

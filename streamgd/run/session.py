@@ -5,6 +5,7 @@ What the command line and the estimators' checkpoints have in common. Training i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +32,7 @@ def begin(
     *,
     replace_old: bool = False,
     classes: NDArray[Any] | None = None,
+    cache: str | os.PathLike[str] | None = None,
 ) -> Run:
     """Begin a run in a folder, which is locked: plan, describe, survey.
 
@@ -46,6 +48,8 @@ def begin(
         Whether a run that is already there is removed.
     classes : ndarray, optional
         Classes known beforehand.
+    cache : path-like, optional
+        Where the run's cache lies, to be written down.
 
     Raises
     ------
@@ -61,10 +65,10 @@ def begin(
     """
     if replace_old:
         run = prepare(source, config, classes=classes)
-        folder.start(describe(source, config), replace=True)
+        folder.start(describe(source, config, cache), replace=True)
         return run
     plan_for(source, config)
-    folder.start(describe(source, config))
+    folder.start(describe(source, config, cache))
     try:
         return prepare(source, config, classes=classes)
     except Exception:
@@ -149,12 +153,13 @@ def description_of(folder: RunFolder) -> dict[str, Any]:
     return found
 
 
-def describe(source: Source, config: Config) -> dict[str, Any]:
+def describe(source: Source, config: Config, cache: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """Say what ``config.json`` says."""
     assert source.target is not None
     return {
         "config": config.to_json(),
         "origin": source.origin,
+        "cache": None if cache is None else os.fspath(cache),
         "fingerprint": source.fingerprint,
         "row_dtype": source.row_dtype.name,
         "features": list(source.feature_names) if source.feature_names else None,

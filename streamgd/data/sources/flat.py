@@ -63,11 +63,18 @@ class FlatRows:
     strips : callable
         Given a file's number, returns its strips, as many for every file; raises a `DataError` if the file is gone or
         has changed.
+    origin : tuple of two ndarrays of shape (n_blocks,), int64, or None
+        For each block, the block that its rows are identified by and their first row in it; None for itself and 0.
+    check : callable or None
+        Told the first row in its file and the number of rows of each slice that is about to be read; raises a
+        `DataError` if they are damaged.
     """
 
     block_file: NDArray[np.int64]
     block_start: NDArray[np.int64]
     strips: Callable[[int], list[Strip]]
+    origin: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+    check: Callable[[NDArray[np.int64], NDArray[np.int64]], None] | None = None
 
 
 def strips_of(array: Array, part: Part, column: int = 0) -> list[Strip] | None:
