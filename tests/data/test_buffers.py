@@ -36,6 +36,7 @@ def test_never_holds_more_than_was_in_use_at_once() -> None:
     for size in generator.integers(50_000, 5_000_000, 200).tolist():
         memory = buffers.take(size)
         assert len(memory) >= size
+        assert sum(map(len, buffers._free)) + len(memory) <= 5_000_000
         buffers.give(memory)
         assert sum(map(len, buffers._free)) <= 5_000_000
 

@@ -397,13 +397,14 @@ def test_files_opened_again_and_again_are_asked_for_their_chunks_once(
     assert open_files_in(tmp_path) == []
 
 
-def test_a_file_that_was_written_again_is_asked_anew(tmp_path: Path) -> None:
+def test_a_file_that_was_written_again_is_asked_anew(tmp_path: Path, read_by_h5py: list[str]) -> None:
     path = tmp_path / "a.h5"
     source = Hdf5Source(write(path, smooth(90, 3, "f4", 0), None, (20, 2), **GZIP))
     assert_as_h5py(source, path)
     source.close()
     write(path, smooth(90, 3, "f4", 1), None, (20, 2), **GZIP)
     assert_as_h5py(source, path)
+    assert read_by_h5py == []
 
 
 def test_chunks_of_a_file_that_is_linked_to(tmp_path: Path, read_by_h5py: list[str]) -> None:
@@ -509,7 +510,7 @@ def write_by_plan(path: Path, plan: Callable[[Any], None], values: np.ndarray, k
 
 
 def shuffle_last(creation: Any) -> None:
-    creation.set_deflate(1)
+    creation.set_deflate(4)  # which is also what shuffle notes: the bytes of a value
     creation.set_shuffle()
 
 
@@ -548,11 +549,14 @@ def test_checksum_before_compression(tmp_path: Path, read_by_h5py: list[str]) ->
     assert "/X" not in read_by_h5py
 
 
-def test_numbers_that_must_be_converted(tmp_path: Path, read_by_h5py: list[str]) -> None:
-    kind = h5py.h5t.IEEE_F32LE.copy()
-    kind.set_fields(31, 20, 11, 0, 20)  # an exponent as wide as that of float64, in 32 bits
-    kind.set_ebias(1023)
-    path = write_by_plan(tmp_path / "a.h5", lambda creation: creation.set_deflate(1), make_rows(90, 3), kind)
+@pytest.mark.parametrize("filters", ["none", "gzip"])
+def test_numbers_that_must_be_converted(tmp_path: Path, read_by_h5py: list[str], filters: str) -> None:
+    """Integers of 20 bits in four bytes: the bits beyond do not say whether a number is negative."""
+    kind = h5py.h5t.STD_I32LE.copy()
+    kind.set_precision(20)
+    X = np.random.default_rng(0).integers(-500_000, 500_000, (90, 3), dtype=np.int32)
+    plan = (lambda creation: creation.set_deflate(1)) if filters == "gzip" else (lambda creation: None)
+    path = write_by_plan(tmp_path / "a.h5", plan, X, kind)
     assert_as_h5py(Hdf5Source(path), path)
     assert "/X" in read_by_h5py
 

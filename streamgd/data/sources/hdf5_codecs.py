@@ -23,8 +23,8 @@ Bytes = NDArray[np.uint8]
 
 #: Bytes of rows that are put together before they are dealt out: they stay in the first cache.
 _TILE_BYTES = 16384
-#: Checksums are reduced after so many words: the most whose sums stay below 2**32.
-_FLETCHER_WORDS = 360
+#: Checksums are reduced after so many words, long before their sums would leave 64 bits.
+_FLETCHER_WORDS = 4096
 
 
 def _compiled(function: _F) -> _F:
@@ -201,14 +201,14 @@ def fletcher32(data: Bytes) -> int:
     for at in range(0, n_words, _FLETCHER_WORDS):
         n = min(_FLETCHER_WORDS, n_words - at)
         words = data[2 * at : 2 * (at + n)]
-        # The sums of the words, and of these sums, in a form that has no order: sums of 360 words fit in 32 bits.
-        plain = rising = np.uint32(0)
+        # The sum of the words, and the sum of the sums up to each word, in a form that any order of adding gives.
+        plain = rising = np.uint64(0)
         for i in range(n):
-            word = np.uint32(words[2 * i]) << np.uint32(8) | np.uint32(words[2 * i + 1])
+            word = np.uint64(words[2 * i]) << np.uint64(8) | np.uint64(words[2 * i + 1])
             plain += word
-            rising += word * np.uint32(n - i)
-        high = _fold(high + np.uint64(n) * low + np.uint64(rising))
-        low = _fold(low + np.uint64(plain))
+            rising += word * np.uint64(n - i)
+        high = _fold(high + np.uint64(n) * low + rising)
+        low = _fold(low + plain)
     if len(data) % 2:
         low = _fold(low + (np.uint64(data[-1]) << np.uint64(8)))
         high = _fold(high + low)
