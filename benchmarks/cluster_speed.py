@@ -125,9 +125,7 @@ def measure_rounds(folder: Path, repeats: int) -> None:
         with cluster(2) as (_, client):
             laps_of(source, client, 8, 1)
             for _ in range(repeats):
-                began = time.perf_counter()
                 rounds += laps_of(source, client, 8, 1).rounds
-                work.append(time.perf_counter() - began)
         state = 3 * 8 * (n_features + 1)
         print(
             f"round of 8 lanes, state {state / 1e3:,.0f} kB: median {1e3 * statistics.median(rounds):.1f} ms, ", end=""
