@@ -50,6 +50,8 @@ class Job:
         Options of the estimators.
     checkpoint_every_s : float
         As in `RunOptions`.
+    cache : str or None
+        As in `RunOptions`.
     """
 
     source: str
@@ -57,6 +59,7 @@ class Job:
     run: str
     options: dict[str, Any] = field(default_factory=dict)
     checkpoint_every_s: float = 0.0
+    cache: str | None = None
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -120,7 +123,7 @@ def _go_in_folder(job: Job) -> None:
     with RunFolder(job.run) as folder:
         source = open_rows(job)
         run = go_on(folder, source, config, report=_fail) if folder.holds_run else begin(folder, source, config)
-        train(run, options=RunOptions(checkpoint_every_s=job.checkpoint_every_s), folder=folder)
+        train(run, options=RunOptions(checkpoint_every_s=job.checkpoint_every_s, cache=job.cache), folder=folder)
 
 
 def _fit(job: Job) -> None:
@@ -139,7 +142,7 @@ def _fit(job: Job) -> None:
         n = max(16, len(X) // 30)
         X, y = da.from_array(X, chunks=(n, -1)), da.from_array(y, chunks=n)
     kind = SGDRegressor if job.source == "dask" else SGDClassifier
-    estimator = kind(checkpoint_dir=job.run, checkpoint_every_s=job.checkpoint_every_s, **options)
+    estimator = kind(checkpoint_dir=job.run, checkpoint_every_s=job.checkpoint_every_s, cache=job.cache, **options)
     estimator.fit(X, y, resume=True)
 
 

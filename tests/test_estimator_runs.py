@@ -302,3 +302,46 @@ def test_sources_resume_too(tmp_path: Path, interrupt: Callable[[int, int], None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_same_fit(regressor(tmp_path).fit(open_source(X, y), resume=True), whole)
+
+
+def test_fits_share_a_cache_and_go_on_with_it(tmp_path: Path, interrupt: Callable[[int, int], None]) -> None:
+    X, y = table()
+    cache = tmp_path / "cache"
+    whole = regressor(None, cache=cache).fit(X, y)
+    assert len(list(cache.glob("*/cache.json"))) == 1
+    assert_same_fit(regressor(tmp_path / "runs", cache=str(cache)).fit(X, y), whole)
+    assert_same_fit(clone(regressor(None, cache=cache)).fit(open_source(X, y)), whole)
+    for epoch in (0, 2):
+        interrupt(epoch, 1)
+        folder = tmp_path / f"runs{epoch}"
+        with pytest.raises(KeyboardInterrupt):
+            regressor(folder, cache=tmp_path / "other").fit(X, y)
+        interrupt(9, 9)
+        assert_same_fit(regressor(folder, cache=tmp_path / "elsewhere").fit(X, y, resume=True), whole)
+    assert (regressor(None).fit(X, y).coef_ != whole.coef_).any()
+
+
+def test_runs_with_and_without_a_cache_do_not_meet(tmp_path: Path) -> None:
+    X, y = table()
+    with_one = regressor(tmp_path / "runs", cache=tmp_path / "cache").fit(X, y)
+    without = regressor(tmp_path / "runs").fit(X, y, resume=True)
+    assert with_one.run_dir_ != without.run_dir_
+    assert_same_fit(without, regressor(None).fit(X, y))
+
+
+def test_classes_and_weights_go_through_a_cache(tmp_path: Path) -> None:
+    X, y = table()
+    weight = np.random.default_rng(2).uniform(0, 2, len(y))
+    options: dict[str, Any] = {"max_iter": 3, "tol": None, "buffer": "150kB", "shuffle": False}
+    plain = SGDClassifier(**options).fit(X, labels(y), sample_weight=weight)
+    cached = SGDClassifier(cache=tmp_path, **options).fit(X, labels(y), sample_weight=weight)
+    assert_same_fit(cached, plain)
+    assert list(cached.classes_) == ["high", "low", "mid"]
+
+
+def test_partial_fit_makes_no_cache(tmp_path: Path) -> None:
+    X, y = table()
+    with_one, without = regressor(None, cache=tmp_path / "cache"), regressor(None)
+    for _ in range(2):
+        assert_same_fit(with_one.partial_fit(X, y), without.partial_fit(X, y))
+    assert not (tmp_path / "cache").exists()
