@@ -215,7 +215,7 @@ def test_options_reach_the_run(sg: Callable[..., Said], parquet: Path, tmp_path:
     learning |= {"penalty": "elasticnet", "alpha": 0.01, "l1_ratio": 0.5, "fit_intercept": False}
     steps = {"optimizer": "sgd", "learning_rate": "invscaling", "eta0": 0.02, "power_t": 0.5, "batch_size": 32}
     steps |= {"momentum": 0.9, "nesterov": True, "average": True}
-    passes = {"max_iter": 2, "tol": 0.001, "n_iter_no_change": 7, "shuffle": False, "seed": 9}
+    passes = {"max_iter": 2, "tol": 0.001, "n_iter_no_change": 7, "shuffle": False, "seed": 9, "n_lanes": 1}
     assert described["config"] == learning | steps | passes | {"buffer_bytes": 2_000_000, "standardize": "full"}
     assert sg("resume", run, "--epochs", "3").status == 0  # reads rows in the same type, from the same columns
 

@@ -56,7 +56,7 @@ def advance(run: Any, stream: Any, clock: Clock, *, rows: int, seconds: float, w
 
 
 def make_stream() -> Any:
-    return SimpleNamespace(wait_s=0.0, read_bytes=0)
+    return SimpleNamespace(wait_s=0.0, read_bytes=0, round_s=None, workers=None)
 
 
 def test_pace_gives_rates_waiting_and_time_left() -> None:
