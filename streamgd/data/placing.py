@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-# Rows and columns that are put together at once, and values where rows are stored as such: 32 kB at most.
-_TILE_ROWS, _TILE_COLUMNS, _TILE_VALUES = 256, 32, 1024
+# Rows and columns that are put together at once: 32 kB at most.
+_TILE_ROWS, _TILE_COLUMNS = 256, 32
 #: Rows that are turned into columns at once, as float64.
 _SHORT_TILE_ROWS = 64
 
@@ -46,6 +46,9 @@ _SIZES = (4, 8, 1, 2, 4, 8, 1, 2, 4, 8)
 
 #: So many rows ahead of being written, so many bytes of a place are fetched; the processor foresees the rest.
 _AHEAD, _AHEAD_BYTES = 8, 256
+
+#: Permutations of fewer rows take two steps from each raw number.
+_PAIRED_ROWS = 1 << 20
 
 _BLOCK_SHIFT = np.uint64(40)  # a row's identity is block << 40 | row: 16 million blocks of 10**12 rows
 
@@ -94,37 +97,102 @@ def _copy_bytes(_context: Any, _target: Any, _source: Any, _n_bytes: Any) -> Any
     return types.void(types.int64, types.int64, types.int64), generate
 
 
-def _transposer_of(kind: Any) -> Any:
-    """Make a function of (source, its step, target, its step) that turns 8 columns of 8 values into 8 rows.
+def _scale_eight(context: Any, builder: Any, x: Any, shift: Any, factor: Any, out_type: Any) -> tuple[Any, Any]:
+    """Write ``(float64(x) - shift) * factor``, rounded once, of eight values; and which of them are not finite."""
+    wide, narrow = ir.VectorType(ir.DoubleType(), 8), ir.VectorType(context.get_data_type(out_type), 8)
+    if x.type != wide:
+        x = builder.fpext(x, wide)
+    x = builder.fmul(builder.fsub(x, shift), factor)
+    if narrow != wide:
+        x = builder.fptrunc(x, narrow)
+    odd = builder.fcmp_unordered("uno", builder.fsub(x, x), ir.Constant(narrow, [0.0] * 8))  # NaN and infinities
+    return x, odd
 
-    Spelt as vectors: value by value, turning columns into rows took three quarters of the time of placing them.
+
+def _eight_at(builder: Any, element: Any, address: Any) -> Any:
+    """Load eight adjacent numbers, wherever they begin."""
+    align = 4 if element == ir.FloatType() else 8
+    return builder.load(builder.inttoptr(address, ir.VectorType(element, 8).as_pointer()), align=align)
+
+
+def _row_scaler_of(kind: Any) -> Any:
+    """Make a function that scales eight adjacent values of a row, each by its own shift and factor.
+
+    It takes (array of the dtype to write, address of the values, of the shifts, of the factors, and where to write),
+    and returns 0 if all that it wrote is finite. Spelt as vectors: LLVM left a loop over the values of a row at a third
+    of the speed.
     """
 
     @intrinsic
-    def transpose(_context: Any, _source: Any, _source_step: Any, _target: Any, _target_step: Any) -> Any:
-        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-            source, source_step, target, target_step = arguments
-            element = context.get_data_type(kind)
-            pointer, align = ir.VectorType(element, 8).as_pointer(), kind.bitwidth // 8
+    def scale(_context: Any, _out: Any, _source: Any, _shift: Any, _factor: Any, _target: Any) -> Any:
+        kinds = (types.int64,) * 4
 
-            def at(base: Any, step: Any, k: int) -> Any:
-                return builder.inttoptr(builder.add(base, builder.mul(step, ir.Constant(ir.IntType(64), k))), pointer)
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            source, shift, factor, target = arguments[1:]
+            out_type = signature.args[0].dtype
+            x = _eight_at(builder, context.get_data_type(kind), source)
+            shifts, factors = (_eight_at(builder, ir.DoubleType(), address) for address in (shift, factor))
+            x, odd = _scale_eight(context, builder, x, shifts, factors, out_type)
+            builder.store(x, builder.inttoptr(target, x.type.as_pointer()), align=out_type.bitwidth // 8)
+            return builder.zext(builder.bitcast(odd, ir.IntType(8)), ir.IntType(64))
 
-            vectors = [builder.load(at(source, source_step, k), align=align) for k in range(8)]
+        return types.int64(_out, *kinds), generate
+
+    return scale
+
+
+def _square_scaler_of(kind: Any) -> Any:
+    """Make a function that scales eight values of eight columns and writes them as parts of eight rows.
+
+    It takes (array of the dtype to write, address of the columns' addresses, bytes into each column, address of the
+    shifts, of the factors, address of the rows' addresses, bytes into each row), and returns 0 if all that it wrote is
+    finite. The values never leave the registers: turning columns into rows in memory took most of the time.
+    """
+
+    @intrinsic
+    def scale(
+        _context: Any, _out: Any, _columns: Any, _at: Any, _shift: Any, _factor: Any, _rows: Any, _left: Any
+    ) -> Any:
+        kinds = (types.int64,) * 6
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            columns, at, shift, factor, rows, left = arguments[1:]
+            out_type = signature.args[0].dtype
+
+            def number(base: Any, element: Any, k: int) -> Any:
+                pointer = builder.inttoptr(base, element.as_pointer())
+                return builder.load(builder.gep(pointer, [ir.Constant(ir.IntType(64), k)]))
+
+            def splat(value: Any) -> Any:
+                eight = ir.VectorType(value.type, 8)
+                one = builder.insert_element(ir.Constant(eight, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+                mask = ir.Constant(ir.VectorType(ir.IntType(32), 8), [0] * 8)
+                return builder.shuffle_vector(one, ir.Constant(eight, ir.Undefined), mask)
+
+            vectors, any_odd = [], None
+            for k in range(8):
+                address = builder.add(number(columns, ir.IntType(64), k), at)
+                x = _eight_at(builder, context.get_data_type(kind), address)
+                shifts, factors = (splat(number(base, ir.DoubleType(), k)) for base in (shift, factor))
+                x, odd = _scale_eight(context, builder, x, shifts, factors, out_type)
+                any_odd = odd if any_odd is None else builder.or_(any_odd, odd)
+                vectors.append(x)
             for _stage in range(3):  # each pairs the values of vectors four apart; after three, all are in place
                 halves = ([0, 8, 1, 9, 2, 10, 3, 11], [4, 12, 5, 13, 6, 14, 7, 15])
                 masks = [ir.Constant(ir.VectorType(ir.IntType(32), 8), half) for half in halves]
                 vectors = [builder.shuffle_vector(vectors[i], vectors[i + 4], m) for i in range(4) for m in masks]
-            for k in range(8):
-                builder.store(vectors[k], at(target, target_step, k), align=align)
-            return context.get_dummy_value()
+            for k, x in enumerate(vectors):
+                target = builder.inttoptr(builder.add(number(rows, ir.IntType(64), k), left), x.type.as_pointer())
+                builder.store(x, target, align=out_type.bitwidth // 8)
+            return builder.zext(builder.bitcast(any_odd, ir.IntType(8)), ir.IntType(64))
 
-        return types.void(types.int64, types.int64, types.int64, types.int64), generate
+        return types.int64(_out, *kinds), generate
 
-    return transpose
+    return scale
 
 
-_transpose_float32, _transpose_float64 = _transposer_of(types.float32), _transposer_of(types.float64)
+_scale_float32_row, _scale_float64_row = _row_scaler_of(types.float32), _row_scaler_of(types.float64)
+_scale_float32_square, _scale_float64_square = _square_scaler_of(types.float32), _square_scaler_of(types.float64)
 
 
 @intrinsic
@@ -170,8 +238,14 @@ def raw_numbers(key: NDArray[np.uint64], out: NDArray[np.uint64]) -> None:
 def permute(key: NDArray[np.uint64], out: NDArray[np.int32]) -> None:
     """Write a random permutation of ``0 … len(out) - 1``.
 
-    Fisher and Yates' shuffle, from the end, each bound taken from 64 raw bits by a product's upper half. Its bias is
-    at most ``len(out) / 2**64``, which no run can notice, and it takes one raw number a step, whatever comes.
+    Fisher and Yates' shuffle, from the end. A bound is taken from 64 raw bits by the upper half of a product; the lower
+    half is random still, and gives the next bound where there are few enough rows [1]_. The bias is at most
+    ``len(out) ** 2 / 2**64`` up to `_PAIRED_ROWS`, and ``len(out) / 2**64`` above, which no run can notice, and as many
+    raw numbers are taken whatever comes.
+
+    References
+    ----------
+    .. [1] Brackett-Rozinsky & Lemire, "Batched Ranged Random Integer Generation", 2024.
     """
     for i in range(len(out)):
         out[i] = i
@@ -182,6 +256,11 @@ def permute(key: NDArray[np.uint64], out: NDArray[np.int32]) -> None:
         for raw in _philox(counter, key[0], key[1]):
             if i > 0:
                 j = np.int64(_multiply_high(raw, np.uint64(i + 1)))
+                out[i], out[j] = out[j], out[i]
+                i -= 1
+            if 0 < i < _PAIRED_ROWS:
+                rest = raw * np.uint64(i + 2)
+                j = np.int64(_multiply_high(rest, np.uint64(i + 1)))
                 out[i], out[j] = out[j], out[i]
                 i -= 1
 
@@ -387,92 +466,38 @@ def _spread(
 
 
 @_compiled
-def _scale(
-    address: int,
-    code: int,
-    first: int,
-    stride: int,
-    n: int,
+def _turn(columns: NDArray[np.float64], n_rows: int, n_columns: int, tile: NDArray[np.float64]) -> None:
+    """Turn columns into rows."""
+    for i in range(n_rows):
+        for k in range(n_columns):
+            tile[i, k] = columns[k, i]
+
+
+@_compiled
+def _place_narrow(
+    addresses: NDArray[np.int64],
+    codes: NDArray[np.int64],
+    strides: NDArray[np.int64],
     shift: NDArray[np.float64],
     factor: NDArray[np.float64],
-    loaded: NDArray[np.float64],
+    places: NDArray[np.int32],
     out: NDArray[Any],
 ) -> bool:
-    """Write `n` values from memory to `out` as ``(float64(value) - shift) * factor``; return whether all are finite.
-
-    Adjacent floats are loaded, scaled and stored in one vectorised loop; other storage passes through `loaded`. The
-    arithmetic is the same.
-    """
-    infinite = np.int32(0)
-    if code == 0 and stride == 1:
+    """Do what `place_columns` does, value by value: for fewer than eight columns."""
+    n_columns = len(addresses)
+    loaded = np.empty((n_columns, _TILE_ROWS))
+    finite = True
+    for first in range(0, len(places), _TILE_ROWS):
+        n = min(_TILE_ROWS, len(places) - first)
+        for j in range(n_columns):
+            _load(addresses[j], codes[j], first * strides[j], strides[j], n, loaded[j])
         for i in range(n):
-            value = out.dtype.type((np.float64(_float32_at(address, first + i)) - shift[i]) * factor[i])
-            out[i] = value
-            infinite |= np.int32(0) if value - value == 0 else np.int32(1)  # NaN and infinities alone are not
-    elif code == 1 and stride == 1:
-        for i in range(n):
-            value = out.dtype.type((_float64_at(address, first + i) - shift[i]) * factor[i])
-            out[i] = value
-            infinite |= np.int32(0) if value - value == 0 else np.int32(1)
-    else:
-        _load(address, code, first, stride, n, loaded)
-        for i in range(n):
-            value = out.dtype.type((loaded[i] - shift[i]) * factor[i])
-            out[i] = value
-            infinite |= np.int32(0) if value - value == 0 else np.int32(1)
-    return bool(infinite == 0)
-
-
-@_compiled
-def _scale_column(
-    address: int,
-    code: int,
-    first: int,
-    stride: int,
-    n: int,
-    shift: float,
-    factor: float,
-    loaded: NDArray[np.float64],
-    out: NDArray[Any],
-) -> bool:
-    """Do what `_scale` does for values of one column."""
-    infinite = np.int32(0)
-    if code == 0 and stride == 1:
-        for i in range(n):
-            value = out.dtype.type((np.float64(_float32_at(address, first + i)) - shift) * factor)
-            out[i] = value
-            infinite |= np.int32(0) if value - value == 0 else np.int32(1)
-    else:
-        _load(address, code, first, stride, n, loaded)
-        for i in range(n):
-            value = out.dtype.type((loaded[i] - shift) * factor)
-            out[i] = value
-            infinite |= np.int32(0) if value - value == 0 else np.int32(1)
-    return bool(infinite == 0)
-
-
-@_compiled
-def _turn(columns: NDArray[Any], n_rows: int, n_columns: int, tile: NDArray[Any]) -> None:
-    """Turn columns into rows; rows up to the next multiple of 8 are written as well, and mean nothing."""
-    size = tile.itemsize
-    source, source_step = columns.ctypes.data, columns.shape[1] * size
-    target, target_step = tile.ctypes.data, tile.shape[1] * size
-    if n_columns < 8:
-        for k in range(n_columns):
-            for i in range(n_rows):
-                tile[i, k] = columns[k, i]
-        return
-    for left in range(0, n_columns, 8):
-        k = min(left, n_columns - 8)  # the last ones overlap
-        for i in range(0, n_rows, 8):
-            if size == 4:
-                _transpose_float32(
-                    source + k * source_step + i * 4, source_step, target + i * target_step + k * 4, target_step
-                )
-            else:
-                _transpose_float64(
-                    source + k * source_step + i * 8, source_step, target + i * target_step + k * 8, target_step
-                )
+            row = out[places[first + i]]
+            for j in range(n_columns):
+                value = out.dtype.type((loaded[j, i] - shift[j]) * factor[j])
+                row[j] = value
+                finite &= value - value == 0
+    return finite
 
 
 @_compiled
@@ -499,23 +524,48 @@ def place_columns(
         The window.
     """
     n_rows, n_features = len(places), len(addresses)
-    width = min(n_features, _TILE_COLUMNS)
-    loaded = np.empty(_TILE_ROWS, np.float64)
-    columns = np.empty((width, _TILE_ROWS), out.dtype)
-    tile = np.empty((_TILE_ROWS, width), out.dtype)
-    finite = True
+    if n_features < 8:
+        return _place_narrow(addresses, codes, strides, shift, factor, places, out)
+    size = out.itemsize
+    target, step = out.ctypes.data, out.shape[1] * size
+    loaded = np.empty((8, _TILE_ROWS), np.float64)
+    ours, nowhere = np.empty(8, np.int64), np.empty(n_features, out.dtype)
+    rows = np.empty(_TILE_ROWS + 8, np.int64)
+    odd = np.int64(0)
+    for k in range(8):
+        ours[k] = loaded[k].ctypes.data
     for first in range(0, n_rows, _TILE_ROWS):
         n = min(_TILE_ROWS, n_rows - first)
-        for left in range(0, n_features, width):
-            n_columns = min(width, n_features - left)
-            for k in range(n_columns):
-                j = left + k
-                finite &= _scale_column(
-                    addresses[j], codes[j], first * strides[j], strides[j], n, shift[j], factor[j], loaded, columns[k]
-                )
-            _turn(columns, n, n_columns, tile)
-            _spread(tile, width, n, n_columns, places, first, out, left)
-    return finite
+        for i in range(n):
+            rows[i] = target + np.int64(places[first + i]) * step
+        for i in range(n, n + 7):
+            rows[i] = nowhere.ctypes.data  # the last rows are filled up to eight
+        for k in range(0, n_features, 8):
+            left = min(k, n_features - 8)  # the last eight columns overlap those before
+            shifts, factors = shift.ctypes.data + 8 * left, factor.ctypes.data + 8 * left
+            code = codes[left]
+            direct = code < 2
+            for j in range(left, left + 8):
+                direct &= codes[j] == code and strides[j] == 1
+            whole = n // 8 * 8 if direct else 0  # rows that are read where they lie
+            for i in range(0, whole, 8):
+                at, row = addresses[left:].ctypes.data, rows[i:].ctypes.data
+                if code == 0:
+                    odd |= _scale_float32_square(out, at, 4 * (first + i), shifts, factors, row, left * size)
+                else:
+                    odd |= _scale_float64_square(out, at, 8 * (first + i), shifts, factors, row, left * size)
+            if whole == n:
+                continue
+            for j in range(8):
+                column, stride = loaded[j], strides[left + j]
+                _load(addresses[left + j], codes[left + j], (first + whole) * stride, stride, n - whole, column)
+                for i in range(n - whole, min(n - whole + 7, _TILE_ROWS)):
+                    column[i] = column[n - whole - 1]
+            for i in range(whole, n, 8):
+                row = rows[i:].ctypes.data
+                at = 8 * (i - whole)
+                odd |= _scale_float64_square(out, ours.ctypes.data, at, shifts, factors, row, left * size)
+    return odd == 0
 
 
 @_compiled
@@ -591,8 +641,7 @@ def combine_rows(
     n_rows, n_outputs = out.shape
     n_features = factors.shape[1]
     width = min(n_features, _TILE_COLUMNS)
-    padded = (width + 7) // 8 * 8  # for `_turn`
-    rows, columns = np.zeros((_SHORT_TILE_ROWS, padded)), np.empty((padded, _SHORT_TILE_ROWS))
+    rows, columns = np.empty((_SHORT_TILE_ROWS, width)), np.empty((width, _SHORT_TILE_ROWS))
     sums = np.empty((n_outputs, _SHORT_TILE_ROWS))
     finite = True
     for first in range(0, n_rows, _SHORT_TILE_ROWS):
@@ -621,27 +670,33 @@ def place_rows(
     out: NDArray[Any],
 ) -> bool:
     """Do what `place_columns` does for rows whose values lie side by side, `stride` values from row to row."""
-    n_rows, n_features = len(places), out.shape[1]
-    tile_rows = max(1, _TILE_VALUES // n_features)
-    loaded = np.empty(tile_rows * n_features, np.float64)
-    tile = np.empty((tile_rows, n_features), out.dtype)
-    values = tile.reshape(-1)
-    # Repeated, so that scaling is one long loop: rows of few features would each leave a remainder.
-    shifts, factors = np.empty(tile_rows * n_features), np.empty(tile_rows * n_features)
-    for i in range(tile_rows):
-        for j in range(n_features):
-            shifts[i * n_features + j], factors[i * n_features + j] = shift[j], factor[j]
-    finite = True
-    for first in range(0, n_rows, tile_rows):
-        n = min(tile_rows, n_rows - first)
-        if stride == n_features:
-            finite &= _scale(address, code, first * stride, 1, n * n_features, shifts, factors, loaded, values)
+    n_rows, n_features, size = len(places), out.shape[1], _SIZES[code]
+    if n_features < 8:
+        addresses = address + size * np.arange(n_features)
+        codes, strides = np.full(n_features, code), np.full(n_features, stride)
+        return _place_narrow(addresses, codes, strides, shift, factor, places, out)
+    shifts, factors, target, width = shift.ctypes.data, factor.ctypes.data, out.ctypes.data, out.itemsize
+    step, last = n_features * width, n_features - 8  # the last eight values overlap those before
+    loaded = np.empty(n_features, np.float64)
+    odd = np.int64(0)
+    if code == 0:
+        for i in range(n_rows):
+            row, place = address + i * stride * 4, target + np.int64(places[i]) * step
+            for k in range(0, last, 8):
+                odd |= _scale_float32_row(out, row + 4 * k, shifts + 8 * k, factors + 8 * k, place + width * k)
+            odd |= _scale_float32_row(out, row + 4 * last, shifts + 8 * last, factors + 8 * last, place + width * last)
+        return odd == 0
+    row = loaded.ctypes.data
+    for i in range(n_rows):
+        place = target + np.int64(places[i]) * step
+        if code == 1:
+            row = address + i * stride * 8
         else:
-            for i in range(n):
-                row = values[i * n_features : (i + 1) * n_features]
-                finite &= _scale(address, code, (first + i) * stride, 1, n_features, shifts, factors, loaded, row)
-        _spread(tile, n_features, n, n_features, places, first, out, 0)
-    return finite
+            _load(address, code, i * stride, 1, n_features, loaded)
+        for k in range(0, last, 8):
+            odd |= _scale_float64_row(out, row + 8 * k, shifts + 8 * k, factors + 8 * k, place + width * k)
+        odd |= _scale_float64_row(out, row + 8 * last, shifts + 8 * last, factors + 8 * last, place + width * last)
+    return odd == 0
 
 
 @_compiled

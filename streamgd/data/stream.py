@@ -399,11 +399,11 @@ def _open(data: Any) -> Source:
 def find_classes(source: Source) -> TargetCodec:
     """Read the targets of a source, and return how its classes are encoded."""
     counter = ClassCounter()
-    for block, start, y, weight in source.iter_targets():
+    for first, y, weight in source.iter_targets():
         missing = counter.add(y, weight)
         if missing is not None:
             raise NonFiniteError(
-                f"{source.locate(block, start + missing)}: the target is missing. Drop such rows before streaming"
+                f"{source.locate_row(first + missing)}: the target is missing. Drop such rows before streaming"
             )
     return TargetCodec(counter.classes)
 

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from streamgd.data.sources.base import Source
 from streamgd.data.targets import TargetCodec
 from streamgd.errors import DataError, NonFiniteError, OptionError, SchemaError
-from streamgd.learn.kernels import add_moments, mean_loss
+from streamgd.learn.kernels import mean_loss
 from streamgd.learn.model import PROBABILISTIC, LinearModel
+from streamgd.learn.moments import Moments
 from streamgd.learn.recipe import Recipe
 from streamgd.run.pieces import Piece, decide, map_pieces
 
@@ -222,13 +223,12 @@ class _Values:
                 "numbers"
             )
         self._model, self._source, self._codec = model, source, TargetCodec(classes=None, n_outputs=n)
-        self._mean, self._squares, self._total = np.zeros(n), np.zeros(n), np.zeros(1)
-        self._residual_mean, self._residual_squares, self._residual_total = np.zeros(n), np.zeros(n), np.zeros(1)
+        self._targets, self._residuals = Moments(n), Moments(n)
         self._absolute = np.zeros(n)
 
     @property
     def weight(self) -> float:
-        return float(self._total[0])
+        return self._targets.total
 
     def judge(self, piece: Piece) -> _Judged:
         """Compare rows with the model; called by several threads."""
@@ -242,16 +242,17 @@ class _Values:
         """Add rows to the sums."""
         y, decided, weight, _ = rows
         residual = y - decided.reshape(y.shape)
-        add_moments(y, weight, self._mean, self._squares, self._total)
-        add_moments(residual, weight, self._residual_mean, self._residual_squares, self._residual_total)
+        self._targets.add(y, weight)
+        self._residuals.add(residual, weight)
         self._absolute += weight @ np.abs(residual)
 
     def metrics(self, n_rows: int) -> dict[str, float]:
-        left = self._residual_squares + self.weight * self._residual_mean**2
+        bias, spread = self._residuals.merged()
+        left, squares = spread + self.weight * bias**2, self._targets.merged()[1]
         with np.errstate(divide="ignore", invalid="ignore"):
-            explained = 1.0 - left / self._squares
+            explained = 1.0 - left / squares
         # A constant target is explained wholly or not at all.
-        explained = np.where(self._squares > 0, explained, np.where(left > 0, 0.0, 1.0))
+        explained = np.where(squares > 0, explained, np.where(left > 0, 0.0, 1.0))
         return {
             "r2": float(explained.mean()) if n_rows >= 2 else float("nan"),
             "mse": float((left / self.weight).mean()),

@@ -3,7 +3,7 @@
 Two short looks at the data, independent of windows, threads and lanes. The first is a pass over the target and weight
 columns alone. The second reads a sample of rows, at least 65,536 where there are as many: runs of rows from the heads
 of up to 64 blocks spread evenly over the source (fewer where opening a block decodes much more than the run), all rows
-of a smaller source. Moments are summed one row after the other, so that they do not depend on where blocks end.
+of a smaller source. Moments do not depend on where blocks end, see `streamgd.learn.moments`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from streamgd.learn.kernels import (
     HUBER,
     QUANTILE,
     SQUARED_ERROR,
-    add_moments,
     mean_loss,
 )
 from streamgd.learn.losses import start_intercept
+from streamgd.learn.moments import Moments
 from streamgd.learn.scaling import Scaling
 from streamgd.run.config import Config
 
@@ -217,26 +217,26 @@ def _survey_values(source: Source) -> _Targets:
         )
     n_targets = source.target.n_outputs
     codec = TargetCodec(classes=None, n_outputs=n_targets)
-    mean, squares, total = np.zeros(n_targets), np.zeros(n_targets), np.zeros(1)
+    moments = Moments(n_targets)
     step = source.n_rows // SAMPLE_ROWS + 1
-    offsets = np.concatenate([[0], np.cumsum(source.block_rows)])
     sample, sample_weight = [], []
-    for block, start, y, weight in source.iter_targets():
+    for first, y, weight in source.iter_targets():
         values = codec.encode(y)
-        _require_finite(source, block, start, values, f"target {source.target.name!r}")
-        weights = _checked_weights(source, block, start, weight)
-        add_moments(values, weights, mean, squares, total)
-        first = -(int(offsets[block]) + start) % step
-        sample.append(values[first::step].copy())
-        sample_weight.append(weights[first::step].copy() if weights.size else np.ones(len(values[first::step])))
-    _require_weight(source, float(total[0]))
+        _require_finite(source, first, values, f"target {source.target.name!r}")
+        weights = _checked_weights(source, first, weight)
+        moments.add(values, weights)
+        sampled = values[-first % step :: step]
+        sample.append(sampled.copy())
+        sample_weight.append(weights[-first % step :: step].copy() if weights.size else np.ones(len(sampled)))
+    _require_weight(source, moments.total)
+    mean, squares = moments.merged()
     return _Targets(
         codec=codec,
         mean=mean,
-        variance=squares / total[0],
+        variance=squares / moments.total,
         class_counts=_EMPTY,
         class_weights=_EMPTY,
-        mean_weight=float(total[0]) / source.n_rows,
+        mean_weight=moments.total / source.n_rows,
         sample=np.concatenate(sample),
         sample_weight=np.concatenate(sample_weight),
     )
@@ -251,12 +251,12 @@ def _survey_classes(source: Source, classes: NDArray[Any] | None) -> _Targets:
         )
     counter = ClassCounter()
     total = 0.0
-    for block, start, y, weight in source.iter_targets():
-        weights = _checked_weights(source, block, start, weight)
+    for first, y, weight in source.iter_targets():
+        weights = _checked_weights(source, first, weight)
         bad = counter.add(y, weights if weights.size else None)
         if bad is not None:
             raise NonFiniteError(
-                f"{source.locate(block, start + bad)}: the target {source.target.name!r} is missing (NaN or null): "
+                f"{source.locate_row(first + bad)}: the target {source.target.name!r} is missing (NaN or null): "
                 "drop such rows, or give them a class of their own"
             )
         # Added one after the other, so that the sum does not depend on where pieces end.
@@ -326,20 +326,22 @@ def _class_factors(class_weight: dict[Any, float] | str | None, targets: _Target
 
 
 def _survey_features(source: Source, *, everything: bool, centred: bool) -> tuple[Scaling, int]:
-    mean, squares, total = np.zeros(source.n_features), np.zeros(source.n_features), np.zeros(1)
+    moments = Moments(source.n_features)
+    offsets = np.cumsum(source.block_rows) - source.block_rows
     n_rows = 0
     for block, start, n in sample_runs(source, everything=everything):
         piece = max(1, min(n, (1 << 22) // (8 * source.n_features)))
         with source.open_block(block, start, piece_rows=piece) as reader:
-            for first in range(0, n, piece):
-                rows = reader.read(min(piece, n - first))
+            for done in range(0, n, piece):
+                rows, first = reader.read(min(piece, n - done)), int(offsets[block]) + start + done
                 X = _as_matrix(rows.X)
-                _require_finite(source, block, start + first, X, None)
-                add_moments(X, _checked_weights(source, block, start + first, rows.weight), mean, squares, total)
+                _require_finite(source, first, X, None)
+                moments.add(X, _checked_weights(source, first, rows.weight))
         n_rows += n
-    if total[0] <= 0:  # the sample happens to have no weight at all
+    if moments.total <= 0:  # the sample happens to have no weight at all
         return Scaling.identity(source.n_features), n_rows
-    variance = squares / total[0]
+    mean, squares = moments.merged()
+    variance = squares / moments.total
     if not centred:
         # Without an intercept there is nothing to take a shift back with: scale by the size around zero.
         mean, variance = np.zeros_like(mean), variance + mean**2
@@ -381,27 +383,27 @@ def _as_matrix(X: Any) -> Floats:
     return np.ascontiguousarray(np.stack([np.asarray(column, np.float64) for column in X], axis=1))
 
 
-def _checked_weights(source: Source, block: int, start: int, weight: Any) -> Floats:
+def _checked_weights(source: Source, first: int, weight: Any) -> Floats:
     if weight is None:
         return _EMPTY
     weights = np.ascontiguousarray(weight, np.float64)
     bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
     if len(bad):
         raise NonFiniteError(
-            f"{source.locate(block, start + int(bad[0]))}: the weight is {weights[bad[0]]}; weights must be finite and "
+            f"{source.locate_row(first + int(bad[0]))}: the weight is {weights[bad[0]]}; weights must be finite and "
             "not negative"
         )
     return weights
 
 
-def _require_finite(source: Source, block: int, start: int, values: Floats, what: str | None) -> None:
+def _require_finite(source: Source, first: int, values: Floats, what: str | None) -> None:
     finite = np.isfinite(values)
     if not finite.all():
         row, column = np.argwhere(~finite)[0]
         named = what or f"feature {source.feature_label(int(column))}"
         value = "NaN" if np.isnan(values[row, column]) else values[row, column]
         raise NonFiniteError(
-            f"{source.locate(block, start + int(row))}: {named} is {value}; expected a finite number. "
+            f"{source.locate_row(first + int(row))}: {named} is {value}; expected a finite number. "
             "Drop or fill such rows before training"
         )
 

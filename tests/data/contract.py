@@ -329,15 +329,12 @@ class SourceContract:
     def test_iter_targets_reads_the_same_targets(self, tmp_path: Path, rows: Any) -> None:
         _, y, weight = rows
         source = self.make(tmp_path, *rows)
-        expected_at, pieces = (0, 0), []
-        for block, start, some_y, some_weight in source.iter_targets():
-            if start == 0 and block == expected_at[0] + 1:
-                assert expected_at[1] == source.block_rows[expected_at[0]]
-                expected_at = (block, 0)
-            assert (block, start) == expected_at
+        expected_first, pieces = 0, []
+        for first, some_y, some_weight in source.iter_targets():
+            assert first == expected_first
             pieces.append((np.empty(0), plain(some_y), plain(some_weight)))
-            expected_at = (block, start + len(some_y))
-        assert expected_at == (source.n_blocks - 1, source.block_rows[-1])
+            expected_first += len(some_y)
+        assert expected_first == source.n_rows
         _, found_y, found_weight = joined(pieces)
         assert_same_bits(found_y, y)
         assert_same_bits(found_weight, weight)
@@ -378,7 +375,7 @@ class SourceContract:
         _, found, weight = read_all(source)
         assert_same_bits(found, y)
         assert weight is None
-        assert_same_bits(np.concatenate([plain(part) for _, _, part, _ in source.iter_targets()]), y)
+        assert_same_bits(np.concatenate([plain(part) for _, part, _ in source.iter_targets()]), y)
 
     @pytest.mark.parametrize("n_outputs", [1, 3])
     def test_targets_with_several_outputs(self, tmp_path: Path, n_outputs: int) -> None:
@@ -390,7 +387,7 @@ class SourceContract:
         assert source.target.n_outputs == n_outputs
         assert not source.target.is_vector
         assert_same_bits(read_all(source)[1], y)
-        assert_same_bits(np.concatenate([part for _, _, part, _ in source.iter_targets()]), y)
+        assert_same_bits(np.concatenate([part for _, part, _ in source.iter_targets()]), y)
 
     def test_target_can_be_absent(self, tmp_path: Path) -> None:
         X = make_rows()

@@ -77,10 +77,10 @@ class FakeSource(Source):
             self.most_open = max(self.most_open, self.n_open)
         return FakeReader(self, block, start, piece_rows)
 
-    def iter_targets(self) -> Iterator[tuple[int, int, Any, Any]]:
+    def iter_targets(self) -> Iterator[tuple[int, Any, Any]]:
         for block in range(self.n_blocks):
             rows = slice(self._starts[block], self._starts[block + 1])
-            yield block, 0, self.y[rows], None if self.weight is None else self.weight[rows]
+            yield self._starts[block], self.y[rows], None if self.weight is None else self.weight[rows]
 
     def locate(self, block: int, row: int) -> str:
         return f"fake, block {block}, row {row}"

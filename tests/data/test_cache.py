@@ -102,7 +102,7 @@ def codec_of(source: Source, *, classify: bool) -> TargetCodec:
     if not classify:
         return TargetCodec(None, source.target.n_outputs)
     counter = ClassCounter()
-    for _, _, y, _ in source.iter_targets():
+    for _, y, _ in source.iter_targets():
         assert counter.add(y) is None
     return TargetCodec(counter.classes)
 
@@ -182,8 +182,8 @@ def test_targets_alone_and_places_in_messages(tmp_path: Path) -> None:
     cache, codec = small(tmp_path, weight=np.linspace(1, 2, 201))
     fill(cache, codec)
     found = cache.open()
-    y = np.concatenate([values for _, _, values, _ in found.iter_targets()])
-    weight = np.concatenate([values for _, _, _, values in found.iter_targets()])
+    y = np.concatenate([values for _, values, _ in found.iter_targets()])
+    weight = np.concatenate([values for _, _, values in found.iter_targets()])
     assert (y == np.arange(201)).all()
     assert (weight == np.linspace(1, 2, 201)).all()
     assert found.locate(6, 3) == cache.source.locate(1, 3)

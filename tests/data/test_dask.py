@@ -217,7 +217,7 @@ class TestArrays:
         _, y, lazy_X, lazy_y = lazy()
         notes = Notes()
         source = DaskSource(noting(lazy_X, notes), lazy_y)
-        np.testing.assert_array_equal(np.concatenate([part for _, _, part, _ in source.iter_targets()]), y)
+        np.testing.assert_array_equal(np.concatenate([part for _, part, _ in source.iter_targets()]), y)
         assert notes == []
 
     def test_an_epoch_computes_every_block_once(self) -> None:
@@ -311,7 +311,7 @@ class TestDataFrames:
         np.testing.assert_array_equal(X, frame[features].to_numpy(float))
         assert list(y) == list(frame[target].to_numpy())
         np.testing.assert_array_equal(weight, frame["w"])
-        pieces = [plain(part) for _, _, part, _ in source.iter_targets()]
+        pieces = [plain(part) for _, part, _ in source.iter_targets()]
         assert list(np.concatenate(pieces)) == list(frame[target].to_numpy())
 
     def test_missing_column(self) -> None:
@@ -335,7 +335,7 @@ class TestDataFrames:
         source = DaskSource.from_dataframe(table, y)
         assert source.n_features == 2
         np.testing.assert_array_equal(read_all(source)[1], frame["w"])
-        np.testing.assert_array_equal(np.concatenate([part for _, _, part, _ in source.iter_targets()]), frame["w"])
+        np.testing.assert_array_equal(np.concatenate([part for _, part, _ in source.iter_targets()]), frame["w"])
 
     @pytest.mark.filterwarnings("ignore:The inplace keyword")  # between Dask and pandas
     def test_parquet_through_dask(self, tmp_path: Path) -> None:
@@ -383,7 +383,7 @@ class TestWithClient:
         np.testing.assert_array_equal(found_y, y)
         assert len(notes) == 4
         assert threading.get_ident() not in notes
-        np.testing.assert_array_equal(np.concatenate([part for _, _, part, _ in source.iter_targets()]), y)
+        np.testing.assert_array_equal(np.concatenate([part for _, part, _ in source.iter_targets()]), y)
 
     def test_a_bounded_number_is_computed_ahead(self, client: Client) -> None:
         _, _, lazy_X, lazy_y = lazy(200, 20, seed=1)
@@ -422,7 +422,7 @@ class TestWithClient:
         source = DaskSource.from_dataframe(dd.from_pandas(frame, npartitions=3), "y")
         source.announce(range(3))
         np.testing.assert_array_equal(read_all(source)[1], frame["y"])
-        np.testing.assert_array_equal(np.concatenate([part for _, _, part, _ in source.iter_targets()]), frame["y"])
+        np.testing.assert_array_equal(np.concatenate([part for _, part, _ in source.iter_targets()]), frame["y"])
         source.close()
 
     def test_persisted_data(self, client: Client) -> None:

@@ -288,7 +288,7 @@ def test_target_chunks_are_decoded_once_in_a_pass_over_the_target(
         return read(self, first, *args)
 
     monkeypatch.setattr(ChunkReader, "read", counted)
-    assert_same_bits(np.concatenate([plain(y) for _, _, y, _ in source.iter_targets()]), make_target(10_000))
+    assert_same_bits(np.concatenate([plain(y) for _, y, _ in source.iter_targets()]), make_target(10_000))
     assert sorted(calls) == [0, 3_000, 6_000, 9_000]
 
 

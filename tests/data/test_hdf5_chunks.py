@@ -115,7 +115,7 @@ def assert_as_h5py(
                     if at == first + n_rows:
                         break
         first += n_rows
-    parts = [np.array(part) for _, _, part, _ in source.iter_targets()]
+    parts = [np.array(part) for _, part, _ in source.iter_targets()]
     assert bits(np.concatenate(parts)) == bits(expected_y)
 
 

@@ -446,5 +446,5 @@ def test_no_file_stays_open_behind_a_memmap_forgotten(tmp_path: Path) -> None:
 
 def test_targets_alone_of_a_source_without_any() -> None:
     assert list(MemorySource(np.ones((3, 1))).iter_targets()) == []
-    ((block, start, y, weight),) = MemorySource(np.ones((3, 1)), weight=[1, 2, 3]).iter_targets()
-    assert (block, start, plain(y), weight.tolist()) == (0, 0, None, [1, 2, 3])
+    ((first, y, weight),) = MemorySource(np.ones((3, 1)), weight=[1, 2, 3]).iter_targets()
+    assert (first, plain(y), weight.tolist()) == (0, None, [1, 2, 3])

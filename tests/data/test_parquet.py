@@ -131,13 +131,13 @@ class TestFolders:
         source = ParquetSource(tmp_path, "kind")
         assert not source.target.numeric
         assert read_all(source)[1].tolist() == ["a"] * 4 + ["b c"] * 4
-        assert [plain(y).tolist() for _, _, y, _ in source.iter_targets()] == [["a"] * 4, ["b c"] * 4]
+        assert [plain(y).tolist() for _, y, _ in source.iter_targets()] == [["a"] * 4, ["b c"] * 4]
 
     def test_partition_as_target_alone_reads_no_file(self, tmp_path: Path) -> None:
         write(tmp_path / "k=1" / "0.parquet", {"x": ramp(4)}).rename(tmp_path / "k=1" / "1.parquet")
         source = ParquetSource(tmp_path, "k")
         (tmp_path / "k=1" / "1.parquet").unlink()
-        assert [y.tolist() for _, _, y, _ in source.iter_targets()] == [[1] * 4]
+        assert [y.tolist() for _, y, _ in source.iter_targets()] == [[1] * 4]
 
     def test_missing_partition_value_is_refused_if_used(self, tmp_path: Path) -> None:
         write(tmp_path / "k=__HIVE_DEFAULT_PARTITION__" / "0.parquet", {"x": ramp(4)})
@@ -422,7 +422,7 @@ class TestTargets:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pq.ParquetFile, "iter_batches", spy)
-            pieces = [(start, len(y)) for _, start, y, _ in source.iter_targets()]
+            pieces = [(start, len(y)) for start, y, _ in source.iter_targets()]
         assert opened == [["y"]]
         assert pieces == [(0, n)]
 

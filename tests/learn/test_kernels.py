@@ -16,7 +16,7 @@ from streamgd.learn import kernels
 from streamgd.learn.kernels import arithmetic, rows
 from streamgd.learn.losses import LOSSES
 from streamgd.learn.recipe import Recipe
-from tests.learn.training import EMPTY, Rows, begin, bits_of, compiled, feed, make_rows, pack, train, train_in_pieces
+from tests.learn.training import Rows, begin, bits_of, compiled, feed, make_rows, pack, train, train_in_pieces
 
 
 def mapped(function: Callable) -> Callable[[np.ndarray], np.ndarray]:
@@ -388,31 +388,3 @@ def test_row_by_row_equals_all_at_once(kind):
     rows = make_rows(70, 19, dtype=np.float32, n_targets=3 - 2 * (n_classes > 0), n_classes=n_classes, weighted=True)
     recipe = Recipe(task="classification", loss="log_loss", batch_size=32) if n_classes else Recipe(batch_size=32)
     assert bits_of(train_in_pieces(recipe, rows, range(1, 70), [])) == bits_of(train(recipe, rows))
-
-
-# --- the survey's two ------------------------------------------------------------------------------------------------
-def test_add_moments_equals_the_textbook_and_ignores_where_pieces_end():
-    rng = np.random.default_rng(0)
-    X, weight = rng.standard_normal((500, 3)) * [1, 1e-3, 1e6] + [0, 1e4, -1e6], rng.uniform(0, 2, 500)
-    weight[::7] = 0
-
-    def moments(weight: np.ndarray, edges: list[int]):
-        mean, squares, total = np.zeros(3), np.zeros(3), np.zeros(1)
-        for first, last in zip([0, *edges], [*edges, 500], strict=True):
-            kernels.add_moments(X[first:last], weight[first:last], mean, squares, total)
-        return mean, squares / total[0]
-
-    for w in (weight, EMPTY):
-        mean, variance = moments(w, [])
-        expected = np.average(X, axis=0, weights=w if w.size else None)
-        np.testing.assert_allclose(mean, expected, rtol=1e-13)
-        np.testing.assert_allclose(
-            variance, np.average((X - expected) ** 2, axis=0, weights=w if w.size else None), rtol=1e-8
-        )
-        assert all(np.array_equal(a, b) for a, b in zip(moments(w, [1, 64, 333]), (mean, variance), strict=True))
-
-
-def test_add_moments_of_a_constant_are_exact():
-    mean, squares, total = np.zeros(1), np.zeros(1), np.zeros(1)
-    kernels.add_moments(np.full((1000, 1), 0.1), np.full(1000, 0.7), mean, squares, total)
-    assert (mean[0], squares[0]) == (0.1, 0.0)

@@ -264,13 +264,13 @@ class Source(abc.ABC):
         """
 
     @abc.abstractmethod
-    def iter_targets(self) -> Iterator[tuple[int, int, Any, Array | None]]:
+    def iter_targets(self) -> Iterator[tuple[int, Any, Array | None]]:
         """Read the target and weight columns alone, in file order, in bounded pieces.
 
         Yields
         ------
-        block, start : int
-            Where the piece begins.
+        first : int
+            The piece's first row, counted from the source's first; a piece may run over the ends of blocks.
         y : ndarray, pyarrow.Array or None
             As in `Slice`.
         weight : ndarray or None
@@ -280,6 +280,12 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def locate(self, block: int, row: int) -> str:
         """Say where row `row` of block `block` lies, for messages (file, row group, row in the file)."""
+
+    def locate_row(self, row: int) -> str:
+        """Say where a row lies that is counted from the source's first one, see `locate`."""
+        stops = np.cumsum(self.block_rows)
+        block = int(np.searchsorted(stops, row, side="right"))
+        return self.locate(block, row - int(stops[block] - self.block_rows[block]))
 
     def flat_rows(self) -> FlatRows | None:
         """Say where the rows lie, for this process; None unless `is_flat`."""

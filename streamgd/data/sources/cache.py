@@ -191,17 +191,15 @@ class CacheSource(Source):
             None if weight is None else weight[first:stop][:, 0],
         )
 
-    def iter_targets(self) -> Iterator[tuple[int, int, Any, Array | None]]:
+    def iter_targets(self) -> Iterator[tuple[int, Any, Array | None]]:
         """Read the target and weight columns alone; see `Source.iter_targets`."""
         y, weight = self._columns["target"], self._columns.get("weight")
         assert self.target is not None
-        for block, n_rows in enumerate(self.block_rows.tolist()):
-            for start in range(0, n_rows, _TARGET_ROWS):
-                first = int(self._starts[block]) + start
-                rows = slice(first, first + min(_TARGET_ROWS, n_rows - start))
-                values = y[rows]
-                weights = None if weight is None else weight[rows][:, 0]
-                yield block, start, values[:, 0] if self.target.n_outputs == 1 else values, weights
+        for first in range(0, self.n_rows, _TARGET_ROWS):
+            rows = slice(first, min(first + _TARGET_ROWS, self.n_rows))
+            values = y[rows]
+            weights = None if weight is None else weight[rows][:, 0]
+            yield first, values[:, 0] if self.target.n_outputs == 1 else values, weights
 
     def locate(self, block: int, row: int) -> str:
         """Say where the row lies in the source."""

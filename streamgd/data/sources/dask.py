@@ -193,18 +193,19 @@ class DaskSource(Source):
             numbers = self._numbers[list(blocks)].tolist()
             self._ahead.announce(self._graph(targets_only=False), client, numbers, self._n_open)
 
-    def iter_targets(self) -> Iterator[tuple[int, int, Any, Array | None]]:
+    def iter_targets(self) -> Iterator[tuple[int, Any, Array | None]]:
         """Compute target and weights alone, a block at a time."""
         if self.target is None and not self.has_weight:
             return
-        ahead = Ahead()
+        ahead, first = Ahead(), 0
         for block, n_rows in enumerate(self.block_rows.tolist()):
             client = None if self.compute_here else active_client()
             if client is not None:
                 numbers = self._numbers[block:].tolist()
                 ahead.announce(self._graph(targets_only=True), client, numbers, 0)
             _, y, weight = self._compute(block, targets_only=True, ahead=ahead)
-            yield block, 0, None if y is None else y.read(0, n_rows), None if weight is None else weight.read(0, n_rows)
+            yield first, None if y is None else y.read(0, n_rows), None if weight is None else weight.read(0, n_rows)
+            first += n_rows
 
     # Elsewhere
 

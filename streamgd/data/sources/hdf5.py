@@ -223,24 +223,16 @@ class Hdf5Source(Source):
             columns.extend([array] if array.ndim == 1 else np.ascontiguousarray(array.T))
         return Slice(columns, y, weight)
 
-    def iter_targets(self) -> Iterator[tuple[int, int, Any, Array | None]]:
-        """Read target and weights, many blocks at a time, and hand them out by block."""
+    def iter_targets(self) -> Iterator[tuple[int, Any, Array | None]]:
+        """Read target and weights, many blocks at a time."""
         if self.target is None and not self.has_weight:
             return
-        block = 0
-        for first, arrays in self._read_targets():
-            y = arrays[0] if self.target is not None else None
-            weight = arrays[-1] if self.has_weight else None
-            at, stop = first, first + len(arrays[0])
-            while at < stop:
-                _, block_first, block_stop = self.place(block)
-                end = min(stop, block_stop)
-                part = slice(at - first, end - first)
-                yield block, at - block_first, None if y is None else y[part], None if weight is None else weight[part]
-                block += end == block_stop
-                at = end
+        first = 0
+        for arrays in self._read_targets():
+            yield first, arrays[0] if self.target is not None else None, arrays[-1] if self.has_weight else None
+            first += len(arrays[0])
 
-    def _read_targets(self) -> Iterator[tuple[int, list[Array]]]:
+    def _read_targets(self) -> Iterator[list[Array]]:
         """Read target and weights in file order; where they must be decoded, the next ones meanwhile."""
         n_features = len(self._files[0].features)
         pieces: list[tuple[int, range, int, int]] = []
@@ -253,15 +245,15 @@ class Hdf5Source(Source):
             wanted = range(n_features, len(info.datasets))
             pieces += [(file, wanted, at, min(at + step, info.n_rows)) for at in range(0, info.n_rows, step)]
         if not decoded or len(pieces) == 1:
-            yield from ((piece[2], self.read_rows(*piece)) for piece in pieces)
+            yield from (self.read_rows(*piece) for piece in pieces)
             return
         pool = ThreadPoolExecutor(_TARGETS_AHEAD, "streamgd-targets")
         try:
             ahead: deque[Future[list[Array]]] = deque()
-            for number, piece in enumerate(pieces):
+            for number in range(len(pieces)):
                 while len(ahead) <= _TARGETS_AHEAD and number + len(ahead) < len(pieces):
                     ahead.append(pool.submit(self.read_rows, *pieces[number + len(ahead)]))
-                yield piece[2], ahead.popleft().result()
+                yield ahead.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -31,6 +31,7 @@ from streamgd.errors import EmptySourceError, SchemaError
 _HASHED_WHOLE_BYTES = 4 << 20
 _HASHED_RUNS = 64
 _HASHED_RUN_ROWS = 16
+_TARGET_ROWS = 65_536
 
 
 class MemorySource(Source):
@@ -183,14 +184,14 @@ class MemorySource(Source):
                 found.extend(strips)
         return found
 
-    def iter_targets(self) -> Iterator[tuple[int, int, Any, Array | None]]:
-        """Hand out target and weights, a block at a time."""
+    def iter_targets(self) -> Iterator[tuple[int, Any, Array | None]]:
+        """Hand out target and weights, many blocks at a time."""
         if self._target is None and self._weight is None:
             return
-        for block, n in enumerate(self.block_rows.tolist()):
-            first = block * self._block
-            y = None if self._target is None else self._target.read(first, first + n)
-            yield block, 0, y, None if self._weight is None else self._weight.read(first, first + n)
+        for first in range(0, self.n_rows, _TARGET_ROWS):
+            stop = min(first + _TARGET_ROWS, self.n_rows)
+            y = None if self._target is None else self._target.read(first, stop)
+            yield first, y, None if self._weight is None else self._weight.read(first, stop)
 
     def locate(self, block: int, row: int) -> str:
         """Name the row, counted from 0 as in ``X[row]``."""

@@ -162,15 +162,17 @@ class ParquetSource(Source):
         """Open a row group; `start` costs the decoding of the rows before it."""
         return _Reader(self, block, start, piece_rows, self._roles.features)
 
-    def iter_targets(self) -> Iterator[tuple[int, int, Any, Array | None]]:
+    def iter_targets(self) -> Iterator[tuple[int, Any, Array | None]]:
         """Read the target and weight columns alone, 65,536 rows at a time."""
         if self.target is None and not self.has_weight:
             return
+        first = 0
         for block, n_rows in enumerate(self.block_rows.tolist()):
             with _Reader(self, block, 0, _TARGET_ROWS, ()) as reader:
                 for start in range(0, n_rows, _TARGET_ROWS):
                     piece = reader.read(min(_TARGET_ROWS, n_rows - start))
-                    yield block, start, piece.y, piece.weight
+                    yield first + start, piece.y, piece.weight
+            first += n_rows
 
     def locate(self, block: int, row: int) -> str:
         """Name file, row group and row within the file, both counted from 0."""

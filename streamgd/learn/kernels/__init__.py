@@ -111,8 +111,10 @@ def mean_loss(
     return float(result[0] / result[1]) if result[1] > 0 else 0.0
 
 
-def add_moments(X: Floats, weight: Floats, mean: Floats, squares: Floats, total: Floats) -> None:
-    """Add rows to running weighted means and sums of squared deviations, one row after the other.
+def add_moments(
+    X: Floats, weight: Floats, mean: Floats, squares: Floats, total: Floats, n_rows: NDArray[np.int64]
+) -> None:
+    """Add rows to running weighted means and sums of squared deviations; `streamgd.learn.moments` puts them together.
 
     Parameters
     ----------
@@ -120,10 +122,12 @@ def add_moments(X: Floats, weight: Floats, mean: Floats, squares: Floats, total:
         Rows to add.
     weight : ndarray of shape (n_rows,) or (0,), float64
         Their weights; 1 if empty.
-    mean, squares : ndarrays of shape (n_columns,), float64
-        Updated in place.
-    total : ndarray of shape (1,), float64
+    mean, squares : ndarrays of shape (16, n_columns), float64
+        Row i of all rows, counted from the first call on, goes to place i % 16. Updated in place.
+    total : ndarray of shape (16,), float64
         Weight so far, updated in place.
+    n_rows : ndarray of shape (1,), int64
+        Rows so far, updated in place.
 
     References
     ----------
@@ -131,4 +135,4 @@ def add_moments(X: Floats, weight: Floats, mean: Floats, squares: Floats, total:
     """
     from streamgd.learn.kernels import entries
 
-    entries.add_moments()((np.ascontiguousarray(X), np.ascontiguousarray(weight), mean, squares, total))
+    entries.add_moments()((np.ascontiguousarray(X), np.ascontiguousarray(weight), mean, squares, total, n_rows))

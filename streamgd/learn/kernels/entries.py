@@ -33,7 +33,7 @@ CONSUME = (
     *("places", "doubles", "narrow"),
 )
 MEAN_LOSS = ("y", "weight", "decisions", "codes", "params", "class_weight", "work", "result")
-ADD_MOMENTS = ("X", "weight", "mean", "squares", "total")
+ADD_MOMENTS = ("X", "weight", "mean", "squares", "total", "n_rows")
 
 #: The files that compiled code is written by, besides `streamgd.learn.codes`.
 SOURCES = ("arithmetic", "batch", "entries", "llvm", "losses", "measures", "rows", "steps")
