@@ -8,6 +8,7 @@ searched for.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,12 @@ from streamgd.data.targets import TargetCodec
 from streamgd.errors import CorruptDataError, NonFiniteError, SchemaError
 
 Floats = NDArray[np.float64]
+
+
+@lru_cache(maxsize=16)
+def _codes_of(dtypes: tuple[str, ...]) -> NDArray[np.int64]:
+    """Return what compiled code calls dtypes."""
+    return np.array([DTYPE_CODES[name] for name in dtypes], np.int64)
 
 
 class Window:
@@ -170,7 +177,7 @@ class RowPlacer:
         for column in columns if columns is not X else columns[:1]:
             self._expect_rows(len(column), len(places), block)
         addresses, strides, dtypes = columns.locate()
-        codes = np.array([DTYPE_CODES[name] for name in dtypes], np.int64)
+        codes = _codes_of(dtypes)
         # By address: `columns` keeps the memory alive until the kernel has returned.
         return place_columns(addresses, codes, strides, self._shift, self._factor, places, out)
 

@@ -30,6 +30,9 @@ FLAT_DTYPES = frozenset(
 )
 
 
+Located = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], tuple[str, ...]]
+
+
 class Columns(Sequence[Array]):
     """Columns of consecutive rows, whose addresses are looked up once however often they are sliced.
 
@@ -39,13 +42,17 @@ class Columns(Sequence[Array]):
         As in `Slice`.
     first, stop : int, optional
         The rows that count; default: all.
+    located : tuple, optional
+        Where they lie, if that is known: the address of each array, bytes and values from row to row, and dtypes.
     """
 
-    def __init__(self, arrays: Sequence[Array], first: int = 0, stop: int | None = None) -> None:
+    def __init__(
+        self, arrays: Sequence[Array], first: int = 0, stop: int | None = None, *, located: Located | None = None
+    ) -> None:
         self._arrays = arrays
         self._first = first
         self.n_rows = (len(arrays[0]) if stop is None else stop) - first
-        self._located: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], tuple[str, ...]] | None = None
+        self._located = located
 
     def __len__(self) -> int:
         """Return the number of columns."""
@@ -65,9 +72,7 @@ class Columns(Sequence[Array]):
     def rows(self, first: int, stop: int) -> Columns:
         """Return some of the rows, as views."""
         self._located = self._located or self._locate()
-        found = Columns(self._arrays, self._first + first, self._first + stop)
-        found._located = self._located
-        return found
+        return Columns(self._arrays, self._first + first, self._first + stop, located=self._located)
 
     def locate(self) -> tuple[NDArray[np.int64], NDArray[np.int64], tuple[str, ...]]:
         """Return the address of each column's first row, how many values lie from row to row, and the dtypes."""
@@ -75,7 +80,7 @@ class Columns(Sequence[Array]):
         addresses, steps, strides, names = self._located
         return addresses + self._first * steps, strides, names
 
-    def _locate(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], tuple[str, ...]]:
+    def _locate(self) -> Located:
         self._arrays = [readable(array) for array in self._arrays]
         addresses = [array.__array_interface__["data"][0] for array in self._arrays]
         steps = [array.strides[0] for array in self._arrays]

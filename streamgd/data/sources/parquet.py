@@ -11,12 +11,13 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from streamgd.data.sources.arrow_columns import BatchLayout
 from streamgd.data.sources.base import Array, BlockReader, Columns, Slice, Source, TargetInfo, choose_row_dtype
 from streamgd.data.sources.files import FileSet, data_files
 from streamgd.data.sources.parquet_columns import Roles
@@ -249,6 +250,7 @@ class _Reader(BlockReader):
         self._have = self._at = 0  # rows that are decoded, and how many of them are handed out
         self._next = 0  # row of the block with which the next batch begins
         self._skip = start
+        self._layout: BatchLayout | Literal[False] | None = None  # known with the first batch; False: not in the file
 
     def _open(self) -> Iterator[Any]:
         source = self._source
@@ -315,9 +317,17 @@ class _Reader(BlockReader):
         if batch is not None and before:
             batch = batch.slice(before)
         self._have, self._at = n - before, 0
-        columns = [self._column(name, batch) for name in self._names]
         n = len(self._features)
-        self._features_read, self._rest = Columns(columns[:n]) if n else None, columns[n:]
+        self._rest = [self._column(name, batch) for name in self._names[n:]]
+        self._features_read = self._columns_of(batch) if n else None
+
+    def _columns_of(self, batch: Any) -> Columns:
+        """Return the features of a batch: all at once where they are plain numbers, else one by one."""
+        if self._layout is None:
+            in_file = batch is not None and self._source._file_columns.issuperset(self._features)
+            self._layout = BatchLayout(batch.schema, self._features) if in_file else False
+        found = self._layout.find(batch) if self._layout and self._layout.plain else None
+        return Columns([self._column(name, batch) for name in self._features]) if found is None else found
 
     def _next_batch(self) -> tuple[Any, int]:
         if not self._from_file:  # partition columns only
