@@ -615,7 +615,7 @@ def place_columns(
             odd |= _scale_float64_columns(
                 out, ours.ctypes.data, 0, rest, shifts, factors, rows[whole:].ctypes.data, left * size
             )
-    return odd == 0
+    return bool(odd == 0)
 
 
 @_compiled
@@ -748,7 +748,7 @@ def place_rows(
                 odd |= _scale_float64_rows(
                     out, begin + 8 * left, step, places_at, n, shifts, factors, place, n_features * width
                 )
-    return odd == 0
+    return bool(odd == 0)
 
 
 @_compiled

@@ -225,15 +225,16 @@ class WindowFiller:
         reader = self._take_reader(job, task)
         try:
             for start, n_rows, first in task.slices:
-                for at in range(0, n_rows, self._layout.piece_rows):
+                at = 0
+                while at < n_rows:
                     if self._stopped or job.errors:
                         raise Stopped
-                    n = min(self._layout.piece_rows, n_rows - at)
+                    n, piece = reader.read_some(min(self._layout.piece_rows, n_rows - at))
                     places = job.places[first + at : first + at + n]
-                    piece = reader.read(n)
                     self._placer.place(job.window, piece, block, start + at, places)
                     if self._keep is not None:
                         self._keep.write(piece.X, job.window, places, block, start + at)
+                    at += n
                 row = start + n_rows
         except BaseException:
             self._give_back(block, reader, None)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import decimal
 import io
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from streamgd.data.sources import parquet_rows
 from streamgd.data.sources.base import Source
 from streamgd.data.sources.parquet import ParquetSource
 from streamgd.data.sources.parquet_pages import Chunk, open_bytes
@@ -413,6 +416,23 @@ class TestTargets:
         n = 50_000
         columns = {f"x{j}": make_rows(n, 1, seed=j)[:, 0] for j in range(8)} | {"y": ramp(n)}
         source = ParquetSource(write(tmp_path / "a.parquet", columns, use_dictionary=False, compression="none"), "y")
+        metadata = pq.read_metadata(tmp_path / "a.parquet").row_group(0)
+        opened = []
+        real = parquet_rows.DirectRows
+
+        def spy(file: Any, columns: Any, *args: Any) -> Any:
+            opened.extend(column.chunk.start for column in columns)
+            return real(file, columns, *args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(parquet_rows, "DirectRows", spy)
+            found = np.concatenate([np.array(y) for _, y, _ in source.iter_targets()])
+        assert opened == [metadata.column(8).data_page_offset]
+        assert np.array_equal(found, ramp(n))
+
+    def test_target_pass_of_labels_reads_no_features(self, tmp_path: Path) -> None:
+        columns = {"x": ramp(100), "y": np.array(["a", "b"])[np.arange(100) % 2]}
+        source = ParquetSource(write(tmp_path / "a.parquet", columns), "y")
         opened = []
         real = pq.ParquetFile.iter_batches
 
@@ -422,9 +442,8 @@ class TestTargets:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pq.ParquetFile, "iter_batches", spy)
-            pieces = [(start, len(y)) for start, y, _ in source.iter_targets()]
+            assert [y for _, part, _ in source.iter_targets() for y in plain(part)] == columns["y"].tolist()
         assert opened == [["y"]]
-        assert pieces == [(0, n)]
 
 
 class TestNulls:
@@ -478,7 +497,7 @@ class TestReading:
         monkeypatch.setattr(
             pq.ParquetFile, "iter_batches", lambda self, *a, **k: calls.append(1) or real(self, *a, **k)
         )
-        source = ParquetSource(write(tmp_path / "a.parquet", {"x": ramp(1000)}))
+        source = ParquetSource(write(tmp_path / "a.parquet", {"x": ramp(1000, "int8")}))
         read_block(source, 0, sizes=(10,))
         assert len(calls) == 1
 
@@ -507,12 +526,14 @@ class TestReading:
         columns["y"] = np.array([f"label {i}" for i in range(50)])[np.arange(n) % 50]
         source = ParquetSource(write(tmp_path / "a.parquet", columns, **({"row_group_size": n} | writer)), "y")
         before = pa.total_allocated_bytes()
-        with source.open_block(0, piece_rows=1024) as reader:
+        tracemalloc.start()
+        with contextlib.closing(source.open_block(0, piece_rows=1024)) as reader:
             most = 0
             for _ in range(int(source.block_rows[0]) // 1024 - 1):
                 piece = reader.read(1024)
                 assert len(piece.X) == width
-                most = max(most, pa.total_allocated_bytes() - before)
+                most = max(most, pa.total_allocated_bytes() - before + tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
         assert most <= source.open_block_bytes  # the slice included, which the promise leaves out
         assert source.open_block_bytes < 3 * most + 1_000_000
 

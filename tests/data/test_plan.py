@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamgd.data.placing import permute, raw_numbers
 from streamgd.data.plan import (
     EpochPlan,
     Layout,
@@ -249,9 +250,17 @@ class TestOrder:
         def reference(n, seed, *spawn_key):
             raw = np.random.Philox(np.random.SeedSequence(seed, spawn_key=spawn_key)).random_raw(n)
             order = list(range(n))
-            for k, i in enumerate(range(n - 1, 0, -1)):
-                j = int(raw[k]) * (i + 1) >> 64
-                order[i], order[j] = order[j], order[i]
+            i, paired = n - 1, 1 << 20
+            for number in map(int, raw):
+                if i > 0:
+                    product = number * (i + 1)
+                    j, rest = product >> 64, product % 2**64
+                    order[i], order[j] = order[j], order[i]
+                    i -= 1
+                if 0 < i < paired:
+                    j = rest * (i + 1) >> 64
+                    order[i], order[j] = order[j], order[i]
+                    i -= 1
             return order
 
         layout = layout_of(FakeSource([10] * 20), window_rows=45)
@@ -318,5 +327,25 @@ def test_importing_the_plan_does_not_import_numba():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-GOLDEN_SLICES = [((0, 0, 2), (2, 0, 2)), ((0, 2, 2), (2, 2, 2)), ((1, 0, 2), (2, 4, 1), (1, 2, 1))]
-GOLDEN_PLACES = [[2, 1, 0, 3], [2, 1, 0, 3], [1, 2, 3, 0]]
+GOLDEN_SLICES = [((2, 0, 2), (0, 0, 2)), ((2, 2, 2), (0, 2, 2), (2, 4, 1)), ((1, 0, 2), (1, 2, 1))]
+GOLDEN_PLACES = [[1, 2, 0, 3], [2, 1, 3, 0, 4], [1, 2, 0]]
+
+
+def test_long_permutations_take_one_step_from_each_raw_number_until_they_are_short():
+    key, n = np.array([3, 4], np.uint64), (1 << 20) + 3
+    found = np.empty(n, np.int32)
+    permute(key, found)
+    assert np.array_equal(np.sort(found), np.arange(n))
+    raw = np.empty(n, np.uint64)
+    raw_numbers(key, raw)
+    order, i = np.arange(n), n - 1
+    for number in map(int, raw.tolist()):
+        product = number * (i + 1)
+        j = product >> 64
+        order[i], order[j], i = order[j], order[i], i - 1
+        if 0 < i < 1 << 20:
+            j = (product % 2**64) * (i + 1) >> 64
+            order[i], order[j], i = order[j], order[i], i - 1
+        if i <= 0:
+            break
+    assert np.array_equal(found, order)

@@ -158,6 +158,13 @@ class BlockReader(abc.ABC):
             If the storage ends early or cannot be decoded; names the file and the block.
         """
 
+    def read_some(self, n_rows: int) -> tuple[int, Slice]:
+        """Return the next rows that can be had without copying: at least one, at most `n_rows`; and their number.
+
+        Otherwise as `read`.
+        """
+        return n_rows, self.read(n_rows)
+
     def close(self) -> None:  # noqa: B027 - most readers hold nothing
         """Release what the reader holds. Idempotent."""
 

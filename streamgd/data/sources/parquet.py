@@ -11,34 +11,30 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from streamgd.data.sources.arrow_columns import BatchLayout
-from streamgd.data.sources.base import Array, BlockReader, Columns, Slice, Source, TargetInfo, choose_row_dtype
+from streamgd.data.sources.base import Array, BlockReader, Source, TargetInfo, choose_row_dtype
+from streamgd.data.sources.buffers import Buffers
 from streamgd.data.sources.files import FileSet, data_files
 from streamgd.data.sources.parquet_columns import Roles
-from streamgd.data.sources.parquet_footer import Layout, OpenFiles
-from streamgd.data.sources.parquet_pages import STREAM_BYTES, chunk_of, open_bytes
+from streamgd.data.sources.parquet_footer import Leaf, OpenFiles
+from streamgd.data.sources.parquet_pages import chunk_of, open_bytes
+from streamgd.data.sources.parquet_rows import open_rows
 from streamgd.data.sources.parquet_table import ParquetTable
-from streamgd.data.sources.parquet_types import ColumnType, to_numbers
-from streamgd.errors import CorruptDataError, DataError, NonFiniteError, SchemaError
+from streamgd.data.sources.parquet_types import ColumnType
+from streamgd.errors import SchemaError
 
 #: Rows of target and weights read at once.
 _TARGET_ROWS = 65536
 #: Row groups whose page headers are looked at: the biggest of each writer, of so many writers.
 _SAMPLED_WRITERS = 8
-#: Blocks that cost at least this much give their memory back to the system when closed: Arrow's allocator keeps it
-#: else, and the next block may not fit into the pieces (measured, one block open: a peak of 123 MB instead of 159 MB).
-_RELEASED_BYTES = 8 << 20
 #: Up to so many files the fingerprint lists each, so that a message can name the one that changed.
 _LISTED_FILES = 256
 #: Decoded bytes of a row group that mixes well and still is read at full speed, for `ParquetSource.mixing_hint`.
 _GOOD_BLOCK_BYTES = 2 << 20
-_READ_ERRORS = (OSError, RuntimeError, ValueError, pa.ArrowException)
 
 
 class ParquetSource(Source):
@@ -110,6 +106,7 @@ class ParquetSource(Source):
         self.has_weight = roles.weight is not None
         self.dropped = roles.dropped
         self._opened: dict[int, OpenFiles] = {}
+        self._scratch = Buffers()
         self.open_block_bytes = self._open_bytes(table)
         self.fingerprint = self._make_fingerprint(table)
         self.origin = {
@@ -146,22 +143,21 @@ class ParquetSource(Source):
             biggest[info.writer] = max(biggest.get(info.writer, (-1, -1, -1)), (size, file, group))
         most = 0
         for _, file, group in sorted(biggest.values(), reverse=True)[:_SAMPLED_WRITERS]:
-            handle, metadata = self.open_file(file)
+            handle, metadata, leaves = self.open_file(file)
             row_group = metadata.row_group(group)
-            leaves = Layout(metadata).leaves
             chunks = [chunk_of(row_group.column(leaves[name].number)) for name in table.file_columns]
             most = max(most, open_bytes(handle, chunks))
         self.close()
         return most
 
-    def open_file(self, file: int) -> tuple[Any, Any]:
-        """Open a file in this process; return its handle and its metadata."""
+    def open_file(self, file: int) -> tuple[Any, Any, dict[str, Leaf]]:
+        """Open a file in this process; return its handle, its metadata, and its columns by name."""
         # Keyed by process: a forked child must not wait for a lock whose holder was not forked. `setdefault` is atomic.
         return self._opened.setdefault(os.getpid(), OpenFiles()).get(self._paths[file], self._digests[file])
 
     def open_block(self, block: int, start: int = 0, *, piece_rows: int = 16384) -> BlockReader:
-        """Open a row group; `start` costs the decoding of the rows before it."""
-        return _Reader(self, block, start, piece_rows, self._roles.features)
+        """Open a row group; `start` costs the decoding of the rows before it, in the page that it lies in at least."""
+        return open_rows(self, block, start, piece_rows, self._roles.features, self._scratch)
 
     def iter_targets(self) -> Iterator[tuple[int, Any, Array | None]]:
         """Read the target and weight columns alone, 65,536 rows at a time."""
@@ -169,10 +165,12 @@ class ParquetSource(Source):
             return
         first = 0
         for block, n_rows in enumerate(self.block_rows.tolist()):
-            with _Reader(self, block, 0, _TARGET_ROWS, ()) as reader:
-                for start in range(0, n_rows, _TARGET_ROWS):
-                    piece = reader.read(min(_TARGET_ROWS, n_rows - start))
-                    yield first + start, piece.y, piece.weight
+            with open_rows(self, block, 0, _TARGET_ROWS, (), self._scratch) as reader:
+                done = 0
+                while done < n_rows:
+                    n, piece = reader.read_some(min(_TARGET_ROWS, n_rows - done))
+                    yield first + done, piece.y, piece.weight
+                    done += n
             first += n_rows
 
     def locate(self, block: int, row: int) -> str:
@@ -203,10 +201,15 @@ class ParquetSource(Source):
         if opened is not None:
             opened.close()
             pa.default_memory_pool().release_unused()
+        self._scratch.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave open files behind."""
-        return {**self.__dict__, "_opened": {}}
+        """Leave open files and memory behind."""
+        return {**self.__dict__, "_opened": {}, "_scratch": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin with none."""
+        self.__dict__.update(state, _scratch=Buffers())
 
     def _make_fingerprint(self, table: ParquetTable) -> dict[str, Any]:
         several = len(self._paths) > 1
@@ -227,167 +230,6 @@ class ParquetSource(Source):
             "n_files": len(files),
             "files": files if len(files) <= _LISTED_FILES else digest,
         }
-
-
-class _Reader(BlockReader):
-    """One row group, or some columns of it, as slices."""
-
-    def __init__(
-        self, source: ParquetSource, block: int, start: int, piece_rows: int, features: tuple[str, ...]
-    ) -> None:
-        self._source = source
-        self._block = block
-        self._features = features
-        roles = source._roles
-        self._names = (*features, *roles.outputs, *(() if roles.weight is None else (roles.weight,)))
-        self._from_file = [name for name in self._names if name in source._file_columns]
-        self._values = source._values[int(source._block_file[block])]
-        self._n_rows = int(source.block_rows[block])
-        self._piece_rows = max(1, min(piece_rows, self._n_rows))
-        self._batches: Iterator[Any] | None = self._open() if self._from_file else None
-        self._features_read: Columns | None = None
-        self._rest: list[Any] = []  # target and weight columns
-        self._have = self._at = 0  # rows that are decoded, and how many of them are handed out
-        self._next = 0  # row of the block with which the next batch begins
-        self._skip = start
-        self._layout: BatchLayout | Literal[False] | None = None  # known with the first batch; False: not in the file
-
-    def _open(self) -> Iterator[Any]:
-        source = self._source
-        handle, metadata = source.open_file(int(source._block_file[self._block]))
-        text = [name for name in source._dictionary_columns if name in self._from_file]
-        try:
-            file = pq.ParquetFile(
-                handle,
-                metadata=metadata,
-                buffer_size=STREAM_BYTES,
-                pre_buffer=False,  # else the whole row group is read at once
-                read_dictionary=text,
-                page_checksum_verification=True,  # where a writer left checksums; damage may pass unnoticed else
-            )
-            group = int(source._block_group[self._block])
-            found: Iterator[Any] = file.iter_batches(
-                self._piece_rows, row_groups=[group], columns=self._from_file, use_threads=False
-            )
-        except _READ_ERRORS as err:
-            raise self._read_error(err, 0) from err
-        return found
-
-    def read(self, n_rows: int) -> Slice:
-        """Return the next rows; views of Arrow's memory where they lie in one batch, as in pieces of `piece_rows`."""
-        parts: list[tuple[Columns | None, list[Any]]] = []
-        while n_rows:
-            if self._at == self._have:
-                self._load()
-            take = min(n_rows, self._have - self._at)
-            if take == self._have:
-                parts.append((self._features_read, self._rest))
-            else:
-                first, stop = self._at, self._at + take
-                features = None if self._features_read is None else self._features_read.rows(first, stop)
-                parts.append((features, [column[first:stop] for column in self._rest]))
-            self._at += take
-            n_rows -= take
-        if len(parts) == 1:
-            return self._slice(*parts[0])
-        joined = [_joined(pieces) for pieces in zip(*(part[0] or () for part in parts), strict=True)]
-        return self._slice(
-            Columns(joined) if joined else None,
-            [_joined(pieces) for pieces in zip(*(part[1] for part in parts), strict=True)],
-        )
-
-    def _slice(self, features: Columns | None, rest: list[Any]) -> Slice:
-        info = self._source.target
-        rest = list(rest)
-        weight = rest.pop() if self._source.has_weight else None
-        X: Sequence[Array] = () if features is None else features
-        if info is None:
-            return Slice(X, None, weight)
-        return Slice(X, rest[0] if info.is_vector else np.column_stack(rest), weight)
-
-    def _load(self) -> None:
-        """Decode the next batch; rows to be skipped are dropped before they are converted."""
-        self._features_read, self._rest = None, []
-        while True:
-            batch, n = self._next_batch()
-            self._next += n
-            if self._next > self._skip:
-                break
-        before = max(0, self._skip - (self._next - n))
-        if batch is not None and before:
-            batch = batch.slice(before)
-        self._have, self._at = n - before, 0
-        n = len(self._features)
-        self._rest = [self._column(name, batch) for name in self._names[n:]]
-        self._features_read = self._columns_of(batch) if n else None
-
-    def _columns_of(self, batch: Any) -> Columns:
-        """Return the features of a batch: all at once where they are plain numbers, else one by one."""
-        if self._layout is None:
-            in_file = batch is not None and self._source._file_columns.issuperset(self._features)
-            self._layout = BatchLayout(batch.schema, self._features) if in_file else False
-        found = self._layout.find(batch) if self._layout and self._layout.plain else None
-        return Columns([self._column(name, batch) for name in self._features]) if found is None else found
-
-    def _next_batch(self) -> tuple[Any, int]:
-        if not self._from_file:  # partition columns only
-            return None, min(self._piece_rows, self._n_rows - self._next)
-        if self._batches is None:
-            raise ValueError("read from a closed block")
-        try:
-            batch = next(self._batches)
-        except StopIteration:
-            raise CorruptDataError(
-                f"{self._source.locate(self._block, 0)}: the row group ends after {self._next:,} of {self._n_rows:,} "
-                "rows; the file is damaged, write it again or leave it out"
-            ) from None
-        except _READ_ERRORS as err:
-            raise self._read_error(err, self._next) from err
-        return batch, batch.num_rows
-
-    def _column(self, name: str, batch: Any) -> Any:
-        source = self._source
-        if name not in source._file_columns:
-            value, kind = self._values[name], source._types[name]
-            if kind.number is None:
-                return pa.DictionaryArray.from_arrays(pa.array(np.zeros(self._have, np.int32)), pa.array([value]))
-            return np.full(self._have, value, kind.number)
-        values = batch.column(batch.schema.get_field_index(name))
-        if values.null_count:
-            row = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
-            place = source.locate(self._block, self._next - self._have + row)
-            raise NonFiniteError(
-                f"column {name!r} has a missing value (null) in {place}; leave such rows or the column out, or fill "
-                "them in before writing the file"
-            )
-        return values if source._types[name].number is None else to_numbers(values)
-
-    def _read_error(self, err: BaseException, row: int) -> DataError:
-        place = self._source.locate(self._block, row)
-        path = self._source._paths[int(self._source._block_file[self._block])]
-        if isinstance(err, pa.ArrowNotImplementedError):
-            return DataError(
-                f"{path!r} cannot be read by this pyarrow: {err}. Write it again with another codec (zstd)"
-            )
-        if "crypt" in str(err).lower():
-            return DataError(f"{path!r} is encrypted, which streamgd does not support; write it again without: {err}")
-        last = min(row + self._piece_rows, self._n_rows) - row - 1
-        return CorruptDataError(
-            f"{path!r} cannot be decoded at {place}, or in the {last:,} rows after it: {err}. The file is damaged; "
-            "copy or write it again, or leave it out"
-        )
-
-    def close(self) -> None:
-        """Let go of the row group."""
-        if self._batches is None and not self._have:
-            return
-        self._batches, self._features_read, self._rest, self._have, self._at = None, None, [], 0, 0
-        if self._source.open_block_bytes >= _RELEASED_BYTES:
-            pa.default_memory_pool().release_unused()
-
-
-def _joined(pieces: Sequence[Any]) -> Any:
-    return np.concatenate(pieces) if isinstance(pieces[0], np.ndarray) else pa.concat_arrays(pieces)
 
 
 def _number(kind: ColumnType) -> np.dtype[Any]:

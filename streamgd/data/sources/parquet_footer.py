@@ -248,10 +248,10 @@ class OpenFiles:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._held: OrderedDict[str, tuple[Any, Any]] = OrderedDict()
+        self._held: OrderedDict[str, tuple[Any, Any, dict[str, Leaf]]] = OrderedDict()
 
-    def get(self, path: str, digest: str) -> tuple[Any, Any]:
-        """Return the open file and its metadata.
+    def get(self, path: str, digest: str) -> tuple[Any, Any, dict[str, Leaf]]:
+        """Return the open file, its metadata, and its columns by name.
 
         Raises
         ------
@@ -266,7 +266,7 @@ class OpenFiles:
                         f"{path!r} has changed since the source was opened; open it again (a run that was training on "
                         "it cannot go on)"
                     )
-                self._held[path] = (self._open(path), footer.metadata)
+                self._held[path] = (self._open(path), footer.metadata, Layout(footer.metadata).leaves)
                 self._let_go()
             self._held.move_to_end(path)
             return self._held[path]
@@ -285,7 +285,7 @@ class OpenFiles:
             raise DataError(f"cannot open {path!r}: {err}") from err
 
     def _let_go(self) -> None:
-        footer_bytes = sum(metadata.serialized_size for _, metadata in self._held.values())
+        footer_bytes = sum(metadata.serialized_size for _, metadata, _ in self._held.values())
         while len(self._held) > 1 and (len(self._held) > _OPEN_FILES or footer_bytes > _OPEN_FOOTER_BYTES):
-            _, (_, metadata) = self._held.popitem(last=False)
+            _, (_, metadata, _) = self._held.popitem(last=False)
             footer_bytes -= metadata.serialized_size

@@ -135,8 +135,8 @@ def _page(header: dict[int, Any]) -> _Page:
     if uncompressed < 0 or compressed < 0:
         raise _DamagedHeader
     detail = header.get({0: 5, 2: 7, 3: 8}.get(kind, -1), {})
-    n_values = detail.get(1, 0) if isinstance(detail, dict) else 0
-    return _Page(kind, compressed, uncompressed, n_values)
+    n_values = detail.get(1) if isinstance(detail, dict) else None
+    return _Page(kind, compressed, uncompressed, n_values if isinstance(n_values, int) else 0)
 
 
 def _varint(raw: bytes, at: int) -> tuple[int, int]:

@@ -1,0 +1,403 @@
+"""All compiled code of Parquet: page headers, definition levels, and values that a dictionary stands for.
+
+One file, because Numba's cache notices only changes of the file that holds the compiled function. Whoever calls says
+what is wrong with a page by leaving it to Arrow; here, it is only noticed.
+
+References
+----------
+Apache Parquet format, ``parquet.thrift`` (PageHeader and the headers within), "Encodings" (RLE / bit-packing hybrid,
+dictionary); Apache Thrift, "Thrift compact protocol encoding".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+#: Members of a column's row in the table of `read_pages`. First what is known of the column: where its next page begins
+#: in the file, where its chunk ends, bytes of a value, its highest definition level, and bytes to read at once; then
+#: its page: where the memory it was read to has its bytes, and what its header says.
+AT, END, WIDTH, MAX_LEVEL, GUESS = range(5)
+BEGIN, STORED, DECODED, KIND, N_VALUES, ENCODING, N_NULLS, LEVELS, COMPRESSED, CRC, HAS_CRC = range(5, 16)
+LEVEL_ENCODING, N_ROWS, REPETITIONS = range(16, 19)
+#: … and last where its next value lies decoded, and how many values of the page are left.
+ADDRESS, LEFT = 19, 20
+N_MEMBERS = 21
+#: Kinds of pages.
+DATA_PAGE, INDEX_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = range(4)
+#: Encodings of values that are known here.
+PLAIN, PLAIN_DICTIONARY, RLE_DICTIONARY = 0, 2, 8
+_RLE = 3
+#: What `read_pages` returns where it cannot go on: the file cannot be read, or a header makes no sense.
+UNREADABLE, SENSELESS = -1, -2
+_MOST_DEPTH = 8
+_FIRST_HEADER_BYTES = 512
+#: No run of a page is longer, in values: their number is a 32-bit one.
+_MOST_RUN = 1 << 32
+
+_pread: Any = types.ExternalFunction("pread", types.intp(types.intc, types.intp, types.uintp, types.int64))
+
+
+def _compiled(function: Any) -> Any:
+    """Compile without the interpreter lock, and keep the machine code on disk."""
+    return numba.njit(nogil=True, cache=True)(function)
+
+
+def _reader_of(kind: Any) -> Any:
+    """Make a function of an address that reads one number from memory, aligned or not."""
+
+    @intrinsic
+    def read(_context: Any, _address: Any) -> Any:
+        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+            pointer = builder.inttoptr(arguments[0], context.get_data_type(kind).as_pointer())
+            return builder.load(pointer, align=1)
+
+        return kind(types.int64), generate
+
+    return read
+
+
+def _writer_of(kind: Any) -> Any:
+    """Make a function of (address, number) that writes the number."""
+
+    @intrinsic
+    def write(_context: Any, _address: Any, _value: Any) -> Any:
+        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+            pointer = builder.inttoptr(arguments[0], context.get_data_type(kind).as_pointer())
+            builder.store(arguments[1], pointer, align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, kind), generate
+
+    return write
+
+
+_byte_at, _word_at, _half_at = _reader_of(types.uint8), _reader_of(types.uint64), _reader_of(types.uint32)
+_put_word, _put_half = _writer_of(types.uint64), _writer_of(types.uint32)
+
+
+@_compiled
+def _varint(at: int, end: int) -> Any:
+    """Read a number of any length; return it and where it ends, 0 if it does not end in time."""
+    found, shift = np.uint64(0), np.uint64(0)
+    while at < end and shift < np.uint64(64):
+        byte = np.uint64(_byte_at(at))
+        at += 1
+        found |= (byte & np.uint64(0x7F)) << shift
+        if byte < np.uint64(0x80):
+            return np.int64(found), at
+        shift += np.uint64(7)
+    return 0, 0
+
+
+@_compiled
+def _whole(value: int) -> Any:
+    """Undo the zigzag of a number."""
+    return np.int64(np.uint64(value) >> np.uint64(1)) ^ -(value & 1)
+
+
+@_compiled
+def _keep(page: NDArray[np.int64], where: int, field: int, value: int) -> None:
+    """Take one number of a header: `where` is the field of the page header that holds it, 0 for itself."""
+    if where == 0:
+        if field == 1:
+            page[KIND] = value
+        elif field == 2:
+            page[DECODED] = value
+        elif field == 3:
+            page[STORED] = value
+        elif field == 4:
+            page[CRC], page[HAS_CRC] = value & 0xFFFFFFFF, 1
+    elif where == 5 or where == 7:
+        if field == 1:
+            page[N_VALUES] = value
+        elif field == 2:
+            page[ENCODING] = value
+        elif field == 3:
+            page[LEVEL_ENCODING] = value
+    elif where == 8:
+        if field == 1:
+            page[N_VALUES] = value
+        elif field == 2:
+            page[N_NULLS] = value
+        elif field == 3:
+            page[N_ROWS] = value
+        elif field == 4:
+            page[ENCODING] = value
+        elif field == 5:
+            page[LEVELS] = value
+        elif field == 6:
+            page[REPETITIONS] = value
+        elif field == 7:
+            page[COMPRESSED] = value
+
+
+@_compiled
+def read_header(at: int, end: int, page: NDArray[np.int64]) -> int:
+    """Read a page's header from memory; return its bytes, 0 if it goes on after `end`, or `SENSELESS`."""
+    begin, depth = at, 0
+    where, numbers = np.zeros(_MOST_DEPTH, np.int64), np.zeros(_MOST_DEPTH, np.int64)
+    page[KIND], page[DECODED], page[STORED], page[N_VALUES], page[ENCODING] = -1, -1, -1, -1, -1
+    page[N_NULLS], page[LEVELS], page[COMPRESSED], page[HAS_CRC] = -1, 0, 1, 0
+    page[LEVEL_ENCODING], page[N_ROWS], page[REPETITIONS] = -1, -1, 0
+    while at < end:
+        byte = np.int64(_byte_at(at))
+        at += 1
+        if byte == 0:
+            if depth == 0:
+                sane = page[DECODED] >= 0 and page[STORED] >= 0
+                return at - begin if sane else SENSELESS
+            depth -= 1
+            continue
+        kind = byte & 15
+        if byte >> 4:
+            numbers[depth] += byte >> 4
+        else:
+            value, at = _varint(at, end)
+            if at == 0:
+                return 0
+            numbers[depth] = _whole(value)
+        field = numbers[depth]
+        if kind == 1 or kind == 2:  # a boolean, whose value is its type
+            _keep(page, where[depth], field, np.int64(kind == 1))
+        elif kind == 3:
+            at += 1
+        elif kind == 4 or kind == 5 or kind == 6:
+            value, at = _varint(at, end)
+            if at == 0:
+                return 0
+            _keep(page, where[depth], field, _whole(value))
+        elif kind == 7:
+            at += 8
+        elif kind == 8:
+            value, at = _varint(at, end)
+            if at == 0:
+                return 0
+            if value < 0 or value > end - at:
+                return SENSELESS if value < 0 else 0
+            at += value
+        elif kind == 12:
+            if depth + 1 == _MOST_DEPTH:
+                return SENSELESS
+            inner = field if depth == 0 else -1
+            depth += 1
+            where[depth], numbers[depth] = inner, 0
+        else:  # lists, sets and maps do not occur in page headers
+            return SENSELESS
+    return 0
+
+
+@_compiled
+def _read(fd: int, target: int, n_bytes: int, offset: int) -> bool:
+    """Read so many bytes of a file to an address."""
+    done = 0
+    while done < n_bytes:
+        got = _pread(np.int32(fd), target + done, np.uint64(n_bytes - done), offset + done)
+        if got <= 0:
+            return False
+        done += got
+    return True
+
+
+@_compiled
+def read_pages(
+    fd: int, table: NDArray[np.int64], wanted: NDArray[np.int64], memory: NDArray[np.uint8], skipped: NDArray[np.int64]
+) -> tuple[int, int]:
+    """Read the next pages of some columns, one after the other, as long as there is memory for them.
+
+    Parameters
+    ----------
+    fd : int
+        Descriptor of the file.
+    table : ndarray of shape (n_columns, `N_MEMBERS`), int64
+        What is known of each column; its page is described there, and the next one comes after it.
+    wanted : ndarray of int64
+        Which columns.
+    memory : ndarray of uint8
+        Where pages are read to, as they are stored.
+    skipped : ndarray of shape (n_columns,), int64
+        Values of each column to pass over; pages that have no others are not read, but for their headers.
+
+    Returns
+    -------
+    n_read, needed : int
+        How many of `wanted` have been read, or `UNREADABLE` or `SENSELESS`; and if there was not enough memory for the
+        first of them, how many bytes it takes, else 0.
+    """
+    base, used = memory.ctypes.data, 0
+    for number in range(len(wanted)):
+        column = wanted[number]
+        page = table[column]
+        while True:
+            room = min(len(memory) - used, page[END] - page[AT])
+            ahead = min(max(page[GUESS], _FIRST_HEADER_BYTES), page[END] - page[AT])
+            if ahead <= 0:
+                return SENSELESS, 0
+            if ahead > room:
+                return number, 0 if number else ahead
+            if not _read(fd, base + used, ahead, page[AT]):
+                return UNREADABLE, 0
+            header = read_header(base + used, base + used + ahead, page)
+            if header == 0 and ahead < page[END] - page[AT]:
+                page[GUESS] = 2 * ahead
+                continue
+            if header <= 0:
+                return SENSELESS, 0
+            total = header + page[STORED]
+            if total > page[END] - page[AT]:
+                return SENSELESS, 0
+            is_data = page[KIND] == DATA_PAGE or page[KIND] == DATA_PAGE_V2
+            if page[KIND] == INDEX_PAGE or (is_data and 0 <= page[N_VALUES] <= skipped[column]):
+                skipped[column] -= page[N_VALUES] if is_data else 0
+                page[AT] += total
+                continue
+            if total > ahead:
+                if total > len(memory) - used:
+                    page[GUESS] = total
+                    return number, 0 if number else total
+                if not _read(fd, base + used + ahead, total - ahead, page[AT] + ahead):
+                    return UNREADABLE, 0
+            page[BEGIN] = used + header
+            page[AT] += total
+            page[GUESS] = total + 64
+            used += total
+            break
+    return len(wanted), 0
+
+
+@_compiled
+def _all_defined(at: int, end: int, n_values: int) -> bool:
+    """Tell whether definition levels of one bit are 1 throughout."""
+    n = 0
+    while n < n_values:
+        header, at = _varint(at, end)
+        if at == 0 or header <= 0 or header > _MOST_RUN:
+            return False
+        if header & 1:
+            n_bytes = header >> 1
+            if n_bytes > end - at:
+                return False
+            for i in range(n_bytes):
+                left = n_values - n
+                if left <= 0:
+                    break
+                mask = np.uint8(0xFF) if left >= 8 else np.uint8((1 << left) - 1)
+                if _byte_at(at + i) & mask != mask:
+                    return False
+                n += 8
+            at += n_bytes
+        else:
+            if at >= end or _byte_at(at) != 1:
+                return False
+            n += header >> 1
+            at += 1
+    return True
+
+
+@_compiled
+def find_values(page: NDArray[np.int64], stored: int, decoded: int) -> Any:
+    """Return where a data page's values begin among its decompressed bytes; -1 if one may be null, or all is not well.
+
+    Parameters
+    ----------
+    page : ndarray of shape (`N_MEMBERS`,), int64
+        The page.
+    stored, decoded : int
+        Addresses of its bytes in the file, and of those decompressed. The levels of `DATA_PAGE_V2` are not compressed,
+        and only among the former.
+    """
+    if page[N_VALUES] < 0:
+        return -1
+    if page[KIND] == DATA_PAGE_V2:
+        whole = page[N_NULLS] == 0 and page[N_ROWS] == page[N_VALUES] and page[REPETITIONS] == 0
+        if page[MAX_LEVEL] == 0:
+            return 0 if whole and page[LEVELS] == 0 else -1
+        return 0 if whole and _all_defined(stored, stored + page[LEVELS], page[N_VALUES]) else -1
+    if page[MAX_LEVEL] == 0:
+        return 0
+    if page[DECODED] < 4 or page[LEVEL_ENCODING] != _RLE:
+        return -1
+    n_bytes: Any = np.int64(_half_at(decoded))
+    if 4 + n_bytes > page[DECODED] or not _all_defined(decoded + 4, decoded + 4 + n_bytes, page[N_VALUES]):
+        return -1
+    return 4 + n_bytes
+
+
+@_compiled
+def _look_up(address: int, index: int, width: int, target: int) -> None:
+    if width == 4:
+        _put_half(target, _half_at(address + 4 * index))
+    else:
+        _put_word(target, _word_at(address + 8 * index))
+
+
+@_compiled
+def decode_dictionary(at: Any, end: int, n_values: int, dictionary: int, n_entries: int, width: int, out: int) -> bool:
+    """Write the values that indices stand for; False if they make no sense.
+
+    Parameters
+    ----------
+    at, end : int
+        Addresses of the first byte and after the last one: a byte that says how wide indices are, then the indices as
+        runs of equal ones and of bit-packed ones.
+    n_values : int
+        How many.
+    dictionary, n_entries : int
+        Address of the dictionary, and its entries.
+    width : int
+        Bytes of a value: 4 or 8.
+    out : int
+        Address to write to.
+    """
+    if at >= end:
+        return n_values == 0
+    bits: Any = np.int64(_byte_at(at))
+    at += 1
+    if bits > 32:
+        return False
+    mask, n = np.uint64((1 << bits) - 1), 0
+    while n < n_values:
+        header, at = _varint(at, end)
+        if at == 0 or header <= 0 or header > _MOST_RUN:
+            return False
+        if header & 1:
+            packed, count = (header >> 1) * bits, min(8 * (header >> 1), n_values - n)
+            needed = (count * bits + 7) >> 3  # writers may leave out the end of the last group
+            if needed > end - at:
+                return False
+            biggest, bit = np.uint64(0), 0
+            for i in range(count):
+                byte = at + (bit >> 3)
+                if byte + 8 <= end:
+                    word = _word_at(byte)
+                else:
+                    word = np.uint64(0)
+                    for k in range(end - byte):
+                        word |= np.uint64(_byte_at(byte + k)) << np.uint64(8 * k)
+                index = (word >> np.uint64(bit & 7)) & mask
+                bit += bits
+                biggest = max(biggest, index)
+                if index < np.uint64(n_entries):
+                    _look_up(dictionary, np.int64(index), width, out + (n + i) * width)
+            if count and biggest >= np.uint64(n_entries):
+                return False
+            at += min(packed, end - at)
+        else:
+            count, n_bytes = min(header >> 1, n_values - n), (bits + 7) >> 3
+            if n_bytes > end - at:
+                return False
+            index = 0
+            for k in range(n_bytes):
+                index |= np.int64(_byte_at(at + k)) << (8 * k)
+            at += n_bytes
+            if index >= n_entries:
+                return False
+            for i in range(count):
+                _look_up(dictionary, index, width, out + (n + i) * width)
+        n += count
+    return True

@@ -1,0 +1,318 @@
+"""Row groups of plain numbers, decoded page by page: values stay where decompression put them.
+
+Arrow assembles columns with their nulls out of pages, in memory of its own, which takes longer than to decompress them.
+Where every value is there, as in most tables of numbers, a page's values can go straight to their places. Whatever is
+not known here, and what turns out to be damaged or to hold a null, is left to Arrow, which reads it or says what is
+wrong with it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from streamgd.data.sources import parquet_codecs as codecs
+from streamgd.data.sources.base import Array, Columns
+from streamgd.data.sources.buffers import Buffers, Bytes
+from streamgd.data.sources.parquet_pages import Chunk, chunk_of
+from streamgd.data.sources.parquet_types import ColumnType
+
+#: Physical types whose values lie in pages as NumPy has them.
+_DTYPES = {"FLOAT": "float32", "DOUBLE": "float64", "INT32": "int32", "INT64": "int64"}
+#: Smaller numbers are stored as bigger ones, and are what Arrow makes of them.
+_LEAST_BYTES = 4
+_ENCODINGS = frozenset({"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY", "BIT_PACKED"})
+#: Codecs by their names in footers: those whose data says how much it decompresses to.
+_CODECS = {"UNCOMPRESSED": None, "SNAPPY": "snappy", "GZIP": "gzip", "ZSTD": "zstd"}
+#: Pages are read to so much memory at first, one after the other: decompression finds them in the second cache.
+_PAGES_BYTES = 1 << 18
+#: Bytes read at once for a column's first page.
+_FIRST_BYTES = 1 << 14
+
+
+class UndecodableError(Exception):
+    """A page that this module cannot make sense of."""
+
+
+@dataclass(frozen=True)
+class DirectColumn:
+    """A column chunk that can be read without Arrow."""
+
+    chunk: Chunk
+    dtype: np.dtype[Any]
+    max_level: int
+    codec: str | None
+
+
+def direct_column(metadata: Any, row_group: Any, leaf: int, kind: ColumnType) -> DirectColumn | None:
+    """Describe a column of a row group, or return None if it cannot be read here.
+
+    Parameters
+    ----------
+    metadata : pyarrow.parquet.FileMetaData
+        Of the file.
+    row_group : pyarrow.parquet.RowGroupMetaData
+        The row group.
+    leaf : int
+        The column's number.
+    kind : ColumnType
+        What it holds.
+    """
+    if kind.number is None or kind.family not in ("f", "i", "u") or kind.number.itemsize < _LEAST_BYTES:
+        return None
+    column, schema = row_group.column(leaf), metadata.schema.column(leaf)
+    stored = _DTYPES.get(column.physical_type)
+    known = stored is not None and column.compression in _CODECS and _ENCODINGS.issuperset(column.encodings)
+    if not known or schema.max_repetition_level or schema.max_definition_level > 1:
+        return None
+    dtype = np.dtype(stored)
+    if kind.family == "u":
+        dtype = np.dtype(f"uint{8 * dtype.itemsize}")
+    if (kind.family == "f") != (dtype.kind == "f"):
+        return None
+    return DirectColumn(chunk_of(column), dtype, schema.max_definition_level, _CODECS[column.compression])
+
+
+class DirectRows:
+    """The rows of one row group from a row on, decoded as they are asked for.
+
+    Parameters
+    ----------
+    file : pyarrow.NativeFile
+        The file; kept open.
+    columns : sequence of DirectColumn
+        What is read.
+    start : int
+        Row to begin with; pages before it are passed over.
+    scratch : Buffers
+        Memory to work in.
+
+    Attributes
+    ----------
+    n_columns : int
+        Columns.
+
+    Notes
+    -----
+    For one consumer. Holds a decompressed page of every column, and its dictionary if it has one.
+    """
+
+    def __init__(self, file: Any, columns: Sequence[DirectColumn], start: int, scratch: Buffers) -> None:
+        self._file, self._fd, self._scratch = file, file.fileno(), scratch
+        n = self.n_columns = len(columns)
+        self._table = np.zeros((n, codecs.N_MEMBERS), np.int64)
+        for page, column in zip(self._table, columns, strict=True):
+            page[codecs.AT] = column.chunk.start
+            page[codecs.END] = column.chunk.start + column.chunk.compressed_bytes
+            page[codecs.WIDTH], page[codecs.MAX_LEVEL] = column.dtype.itemsize, column.max_level
+            page[codecs.GUESS] = _FIRST_BYTES
+        known = {name: None if name is None else (pa.Codec(name), _SIZES[name]) for name in _CODECS.values()}
+        self._codecs = [known[column.codec] for column in columns]
+        self._dtypes = tuple(column.dtype for column in columns)
+        self._names = tuple(dtype.name for dtype in self._dtypes)
+        self._widths = np.array([dtype.itemsize for dtype in self._dtypes], np.int64)
+        self._ones = np.ones(n, np.int64)
+        self._skipped = np.full(n, start, np.int64)
+        self._held: list[Any] = [None] * n  # what each column's values lie in
+        self._dictionaries: list[Any] = [None] * n
+
+    def read(self, most: int) -> tuple[int, _Held]:
+        """Return the next rows, as many of `most` as lie together in every column.
+
+        Returns
+        -------
+        n_rows : int
+            At least 1.
+        columns : _Held
+            Of which `columns` makes `Columns`. Valid until more is read.
+
+        Raises
+        ------
+        UndecodableError
+            If a page cannot be made sense of, the row group ends, or the file cannot be read. Rows that were returned
+            before are right.
+        """
+        table = self._table
+        if (table[:, codecs.LEFT] == 0).any():
+            self._next_pages()
+        n_rows = int(min(most, table[:, codecs.LEFT].min()))
+        addresses = table[:, codecs.ADDRESS].copy()
+        table[:, codecs.ADDRESS] += n_rows * self._widths
+        table[:, codecs.LEFT] -= n_rows
+        return n_rows, _Held(n_rows, addresses, self._widths, self._ones, self._names, tuple(self._held))
+
+    def _next_pages(self) -> None:
+        """Go on to the next page of every column that has no values left."""
+        wanted, n_bytes = np.flatnonzero(self._table[:, codecs.LEFT] == 0), _PAGES_BYTES
+        while len(wanted):
+            memory = self._scratch.take(n_bytes)
+            try:
+                n_read, needed = codecs.read_pages(self._fd, self._table, wanted, memory, self._skipped)
+                if n_read < 0:
+                    raise UndecodableError("a page cannot be read, or its header makes no sense")
+                n_bytes = needed + needed // 8 if needed else n_bytes
+                again = [column for column in wanted[:n_read].tolist() if not self._take(column, memory)]
+            finally:
+                self._scratch.give(memory)
+            wanted = np.concatenate([np.array(again, np.int64), wanted[n_read:]])
+
+    def _take(self, column: int, memory: Bytes) -> bool:
+        """Decompress the page that was read of a column; False if it was a dictionary, and values are still to come."""
+        page = self._table[column]
+        begin, stored, decoded, kind, n_values = page[codecs.BEGIN : codecs.N_VALUES + 1].tolist()
+        data = memory[begin : begin + stored]
+        if page[codecs.HAS_CRC] and zlib.crc32(data.data) != page[codecs.CRC]:
+            raise UndecodableError("a page does not match its checksum")
+        as_stored = _address(data)
+        if kind == codecs.DATA_PAGE_V2:  # its levels are not compressed
+            levels = int(page[codecs.LEVELS])
+            if not 0 <= levels <= min(stored, decoded):
+                raise UndecodableError("levels are longer than their page")
+            data, decoded = data[levels:], decoded - levels
+        held = self._decompressed(column, data, decoded, bool(page[codecs.COMPRESSED]))
+        if kind == codecs.DICTIONARY_PAGE:
+            if page[codecs.ENCODING] not in (codecs.PLAIN, codecs.PLAIN_DICTIONARY):
+                raise UndecodableError("a dictionary is encoded in a way that is not known here")
+            n_bytes = n_values * self._dtypes[column].itemsize
+            if not 0 <= n_bytes <= decoded:
+                raise UndecodableError("a dictionary has fewer values than it says")
+            self._dictionaries[column] = (held, n_values)
+            return False
+        if kind not in (codecs.DATA_PAGE, codecs.DATA_PAGE_V2):
+            raise UndecodableError(f"a page of kind {kind}")
+        first = codecs.find_values(page, as_stored, _address(held))
+        if first < 0:
+            raise UndecodableError("a value is missing")
+        address, end = _address(held) + first, _address(held) + decoded
+        if page[codecs.ENCODING] == codecs.PLAIN:
+            if n_values * self._dtypes[column].itemsize > end - address:
+                raise UndecodableError("a page has fewer values than it says")
+        else:
+            held = self._looked_up(column, address, end, n_values)
+            address = _address(held)
+        skipped = int(self._skipped[column])  # fewer than there are: other pages are passed over
+        self._skipped[column] = 0
+        self._held[column] = held
+        page[codecs.ADDRESS] = address + skipped * self._dtypes[column].itemsize
+        page[codecs.LEFT] = n_values - skipped
+        return True
+
+    def _decompressed(self, column: int, data: Array, decoded: int, compressed: bool) -> Any:
+        found = self._codecs[column]
+        if found is None or not compressed or decoded == 0:
+            if len(data) != decoded:
+                raise UndecodableError("a page that is not compressed has another size than it says")
+            return data.copy()  # what is read next comes to the same place
+        codec, size_of = found
+        if size_of(data[:_HEAD_BYTES].tobytes().ljust(_HEAD_BYTES, b"\0"), data) != decoded:
+            raise UndecodableError("a page decompresses to another size than it says")
+        try:
+            return codec.decompress(data, decoded)
+        except (OSError, ValueError, pa.ArrowException) as err:
+            raise UndecodableError(f"a page cannot be decompressed: {err}") from err
+
+    def _looked_up(self, column: int, at: int, end: int, n_values: int) -> Array:
+        page, found = self._table[column], self._dictionaries[column]
+        if page[codecs.ENCODING] not in (codecs.PLAIN_DICTIONARY, codecs.RLE_DICTIONARY) or found is None:
+            raise UndecodableError("values are encoded in a way that is not known here")
+        dictionary, n_entries = found
+        values = np.empty(n_values, self._dtypes[column])
+        width = values.itemsize
+        if not codecs.decode_dictionary(at, end, n_values, _address(dictionary), n_entries, width, values.ctypes.data):
+            raise UndecodableError("indices into a dictionary make no sense")
+        return values.view(np.uint8)
+
+
+def _snappy_size(head: bytes, _: Bytes) -> int:
+    """Read the number that snappy's data begins with."""
+    found = 0
+    for i in range(5):
+        found |= (head[i] & 0x7F) << 7 * i
+        if head[i] < 0x80:
+            return found
+    return -1
+
+
+def _gzip_size(_: bytes, data: Bytes) -> int:
+    """Read the last four bytes; right for data of one member, as writers make it."""
+    return int.from_bytes(data[-4:].tobytes(), "little")
+
+
+def _zstd_size(head: bytes, _: Bytes) -> int:
+    """Read the content size in a frame's header (RFC 8878, 3.1.1.1); -1 if it is not there."""
+    flags = head[4]
+    n_bytes = (flags >> 5 & 1, 2, 4, 8)[flags >> 6]
+    first = 5 + (flags >> 5 & 1 ^ 1) + (0, 1, 2, 4)[flags & 3]  # after the window's size and the dictionary's number
+    if head[:4] != b"\x28\xb5\x2f\xfd" or n_bytes == 0:
+        return -1
+    return int.from_bytes(head[first : first + n_bytes], "little") + 256 * (n_bytes == 2)
+
+
+#: How much compressed data says that it decompresses to, given its first bytes, and all of it. Decompression itself
+#: would leave the rest of the memory as it is.
+_SIZES: dict[str | None, Callable[[bytes, Bytes], int]] = {
+    "snappy": _snappy_size,
+    "gzip": _gzip_size,
+    "zstd": _zstd_size,
+}
+#: As long as what says so can be.
+_HEAD_BYTES = 18
+
+
+def _address(memory: Any) -> int:
+    """Where memory lies."""
+    found: int = memory.ctypes.data if isinstance(memory, np.ndarray) else memory.address
+    return found
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Columns of consecutive rows, and the memory that they lie in."""
+
+    n_rows: int
+    addresses: NDArray[np.int64]
+    widths: NDArray[np.int64]
+    strides: NDArray[np.int64]
+    names: tuple[str, ...]
+    memory: tuple[Any, ...]
+
+    @property
+    def n_columns(self) -> int:
+        """Number of columns."""
+        return len(self.memory)
+
+    def columns(self, first: int, stop: int) -> Columns:
+        """Return some of the columns."""
+        located = self.addresses[first:stop], self.widths[first:stop], self.strides[first:stop], self.names[first:stop]
+        return Columns(_HeldArrays(self, first, stop), 0, self.n_rows, located=located)
+
+    def array(self, column: int) -> Array:
+        """Return one column; a view."""
+        memory = np.frombuffer(self.memory[column], np.uint8)
+        first = int(self.addresses[column]) - memory.ctypes.data
+        return memory[first : first + self.n_rows * int(self.widths[column])].view(self.names[column])
+
+
+class _HeldArrays(Sequence[Array]):
+    """The columns as arrays, for whoever asks for one."""
+
+    def __init__(self, held: _Held, first: int, stop: int) -> None:
+        self._held, self._columns = held, range(first, stop)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    @overload
+    def __getitem__(self, index: int) -> Array: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Array]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._held.array(self._columns[index])
