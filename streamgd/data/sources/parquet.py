@@ -20,6 +20,7 @@ from streamgd.data.sources.base import Array, BlockReader, Source, TargetInfo, c
 from streamgd.data.sources.buffers import Buffers
 from streamgd.data.sources.files import FileSet, data_files
 from streamgd.data.sources.parquet_columns import Roles
+from streamgd.data.sources.parquet_direct import direct_column
 from streamgd.data.sources.parquet_footer import Leaf, OpenFiles
 from streamgd.data.sources.parquet_pages import chunk_of, open_bytes
 from streamgd.data.sources.parquet_rows import open_rows
@@ -146,7 +147,11 @@ class ParquetSource(Source):
             handle, metadata, leaves = self.open_file(file)
             row_group = metadata.row_group(group)
             chunks = [chunk_of(row_group.column(leaves[name].number)) for name in table.file_columns]
-            most = max(most, open_bytes(handle, chunks))
+            found = [
+                direct_column(metadata, row_group, leaves[name].number, table.types[name])
+                for name in table.file_columns
+            ]
+            most = max(most, open_bytes(handle, chunks, direct=None not in found))
         self.close()
         return most
 

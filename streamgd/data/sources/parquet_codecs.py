@@ -329,11 +329,51 @@ def find_values(page: NDArray[np.int64], stored: int, decoded: int) -> Any:
 
 
 @_compiled
-def _look_up(address: int, index: int, width: int, target: int) -> None:
+def _index(at: int, end: int, bit: int, mask: Any) -> Any:
+    """Read a bit-packed number that ends less than eight bytes before the memory does."""
+    byte, word = at + (bit >> 3), np.uint64(0)
+    for k in range(min(end - byte, 8)):
+        word |= np.uint64(_byte_at(byte + k)) << np.uint64(8 * k)
+    return (word >> np.uint64(bit & 7)) & mask
+
+
+@_compiled
+def _look_up_packed(
+    at: int, end: int, bits: int, count: int, dictionary: int, n_entries: int, width: int, out: int
+) -> bool:
+    """Write the values that bit-packed indices stand for; False if there is none for one of them."""
+    mask, entries, bit = np.uint64((1 << bits) - 1), np.uint64(n_entries), 0
+    n_whole = min(count, max(0, ((end - at - 8) * 8) // bits)) if bits else 0  # where eight bytes can be read
     if width == 4:
-        _put_half(target, _half_at(address + 4 * index))
+        for i in range(n_whole):
+            index = (_word_at(at + (bit >> 3)) >> np.uint64(bit & 7)) & mask
+            bit += bits
+            if index >= entries:
+                return False
+            _put_half(out + 4 * i, _half_at(dictionary + 4 * np.int64(index)))
     else:
-        _put_word(target, _word_at(address + 8 * index))
+        for i in range(n_whole):
+            index = (_word_at(at + (bit >> 3)) >> np.uint64(bit & 7)) & mask
+            bit += bits
+            if index >= entries:
+                return False
+            _put_word(out + 8 * i, _word_at(dictionary + 8 * np.int64(index)))
+    for i in range(n_whole, count):
+        index = _index(at, end, bit, mask)
+        bit += bits
+        if index >= entries:
+            return False
+        _look_up(dictionary, np.int64(index), width, out + i * width)
+    return True
+
+
+@_compiled
+def _look_up(dictionary: int, index: int, width: int, target: int) -> None:
+    """Copy one value of a dictionary."""
+    if width == 4:
+        _put_half(target, _half_at(dictionary + 4 * index))
+    else:
+        _put_word(target, _word_at(dictionary + 8 * index))
 
 
 @_compiled
@@ -360,7 +400,7 @@ def decode_dictionary(at: Any, end: int, n_values: int, dictionary: int, n_entri
     at += 1
     if bits > 32:
         return False
-    mask, n = np.uint64((1 << bits) - 1), 0
+    n = 0
     while n < n_values:
         header, at = _varint(at, end)
         if at == 0 or header <= 0 or header > _MOST_RUN:
@@ -370,28 +410,14 @@ def decode_dictionary(at: Any, end: int, n_values: int, dictionary: int, n_entri
             needed = (count * bits + 7) >> 3  # writers may leave out the end of the last group
             if needed > end - at:
                 return False
-            biggest, bit = np.uint64(0), 0
-            for i in range(count):
-                byte = at + (bit >> 3)
-                if byte + 8 <= end:
-                    word = _word_at(byte)
-                else:
-                    word = np.uint64(0)
-                    for k in range(end - byte):
-                        word |= np.uint64(_byte_at(byte + k)) << np.uint64(8 * k)
-                index = (word >> np.uint64(bit & 7)) & mask
-                bit += bits
-                biggest = max(biggest, index)
-                if index < np.uint64(n_entries):
-                    _look_up(dictionary, np.int64(index), width, out + (n + i) * width)
-            if count and biggest >= np.uint64(n_entries):
+            if not _look_up_packed(at, end, bits, count, dictionary, n_entries, width, out + n * width):
                 return False
             at += min(packed, end - at)
         else:
             count, n_bytes = min(header >> 1, n_values - n), (bits + 7) >> 3
             if n_bytes > end - at:
                 return False
-            index = 0
+            index: Any = 0
             for k in range(n_bytes):
                 index |= np.int64(_byte_at(at + k)) << (8 * k)
             at += n_bytes

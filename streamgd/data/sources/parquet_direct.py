@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from streamgd.data.sources import parquet_codecs as codecs
 from streamgd.data.sources.base import Array, Columns
 from streamgd.data.sources.buffers import Buffers, Bytes
-from streamgd.data.sources.parquet_pages import Chunk, chunk_of
+from streamgd.data.sources.parquet_pages import SCRATCH_BYTES, Chunk, chunk_of
 from streamgd.data.sources.parquet_types import ColumnType
 
 #: Physical types whose values lie in pages as NumPy has them.
@@ -30,8 +30,6 @@ _LEAST_BYTES = 4
 _ENCODINGS = frozenset({"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY", "BIT_PACKED"})
 #: Codecs by their names in footers: those whose data says how much it decompresses to.
 _CODECS = {"UNCOMPRESSED": None, "SNAPPY": "snappy", "GZIP": "gzip", "ZSTD": "zstd"}
-#: Pages are read to so much memory at first, one after the other: decompression finds them in the second cache.
-_PAGES_BYTES = 1 << 18
 #: Bytes read at once for a column's first page.
 _FIRST_BYTES = 1 << 14
 
@@ -149,7 +147,7 @@ class DirectRows:
 
     def _next_pages(self) -> None:
         """Go on to the next page of every column that has no values left."""
-        wanted, n_bytes = np.flatnonzero(self._table[:, codecs.LEFT] == 0), _PAGES_BYTES
+        wanted, n_bytes = np.flatnonzero(self._table[:, codecs.LEFT] == 0), SCRATCH_BYTES
         while len(wanted):
             memory = self._scratch.take(n_bytes)
             try:

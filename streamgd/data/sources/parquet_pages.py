@@ -18,6 +18,9 @@ from typing import Any, BinaryIO
 
 #: Bytes that Arrow buffers of each open column, given to it as ``buffer_size``.
 STREAM_BYTES = 1 << 16
+#: Pages that are not left to Arrow are read to so much memory at first, one after the other: decompression finds them
+#: in the second cache.
+SCRATCH_BYTES = 1 << 18
 #: Page headers looked at in one row group, all columns together, and at least in each column.
 _MOST_HEADERS = 512
 _LEAST_PAGES = 4
@@ -32,6 +35,8 @@ _DECODER_BYTES = 40_000
 #: Resident bytes to a byte that Arrow has allocated, at worst: size classes and freed pages of the allocator. Measured
 #: over the default, dictionary-free and huge-page writers, 28 and 300 columns, 1 to 8 open row groups, 1 and 2 threads.
 _ALLOCATOR_SLACK = 1.5
+#: The same where pages are read one by one.
+_DIRECT_SLACK = 1.25
 
 
 class _DamagedHeader(Exception):
@@ -65,7 +70,7 @@ def chunk_of(column: Any) -> Chunk:
     return Chunk(start, column.total_compressed_size, column.total_uncompressed_size, column.physical_type)
 
 
-def open_bytes(file: BinaryIO, chunks: list[Chunk]) -> int:
+def open_bytes(file: BinaryIO, chunks: list[Chunk], *, direct: bool = False) -> int:
     """Estimate, from above, the memory that keeping a row group open costs.
 
     Parameters
@@ -74,25 +79,32 @@ def open_bytes(file: BinaryIO, chunks: list[Chunk]) -> int:
         Unbuffered, so that a header costs one small read.
     chunks : list of Chunk
         The columns of the row group that are read.
+    direct : bool, default=False
+        Whether they are read page by page (`streamgd.data.sources.parquet_direct`) rather than by Arrow.
     """
     n_pages = max(_LEAST_PAGES, _MOST_HEADERS // max(1, len(chunks)))
     held, transient = 0.0, 0
     for chunk in chunks:
-        column, page = _column_bytes(chunk, _pages(file, chunk, n_pages))
-        # Never more than everything twice: decompressed and decoded.
-        fixed = (min(STREAM_BYTES, chunk.compressed_bytes) + _DECODER_BYTES) * _ALLOCATOR_SLACK
-        held += min(column * _ALLOCATOR_SLACK, 2 * chunk.uncompressed_bytes + fixed)
-        transient = max(transient, page)
-    return int(held) + transient
+        page, dictionary, stored = _column_bytes(chunk, _pages(file, chunk, n_pages), by_value=direct)
+        if direct:
+            held += (page + dictionary) * _DIRECT_SLACK
+        else:
+            # Never more than everything twice: decompressed and decoded.
+            fixed = min(STREAM_BYTES, chunk.compressed_bytes) + _DECODER_BYTES
+            most = 2 * chunk.uncompressed_bytes + fixed * _ALLOCATOR_SLACK
+            held += min((page + dictionary + fixed) * _ALLOCATOR_SLACK, most)
+        transient = max(transient, stored + (page if direct else 0))
+    return int(held) + max(transient, SCRATCH_BYTES if direct else 0)
 
 
-def _column_bytes(chunk: Chunk, pages: Iterator[_Page]) -> tuple[int, int]:
-    """Return what a column holds while it is open, and its largest page as compressed."""
+def _column_bytes(chunk: Chunk, pages: Iterator[_Page], *, by_value: bool) -> tuple[int, int, int]:
+    """Return a column's largest page, decompressed or (by value) decoded; its dictionary; its largest page as stored."""
     width = _WIDTHS.get(chunk.physical_type, 8)
     largest = dictionary = most_values = compressed = seen = 0
     for page in pages:
         seen += page.uncompressed_bytes
-        largest = max(largest, page.uncompressed_bytes)
+        if not (by_value and page.kind == _DICTIONARY_PAGE):
+            largest = max(largest, page.uncompressed_bytes)
         compressed = max(compressed, page.compressed_bytes)
         if page.kind == _DICTIONARY_PAGE:
             dictionary = page.uncompressed_bytes
@@ -103,8 +115,8 @@ def _column_bytes(chunk: Chunk, pages: Iterator[_Page]) -> tuple[int, int]:
     # Pages not looked at: a writer that gives up its dictionary half-way goes on with as many values, but plain ones.
     unseen = max(0, chunk.uncompressed_bytes - seen)
     largest = max(largest, min(unseen, most_values * width) if most_values else min(unseen, chunk.uncompressed_bytes))
-    buffered = min(STREAM_BYTES, chunk.compressed_bytes)
-    return largest + dictionary + buffered + _DECODER_BYTES, max(compressed, min(largest, chunk.compressed_bytes))
+    decoded = max(largest, most_values * width) if by_value and dictionary else largest
+    return decoded, dictionary, max(compressed, min(largest, chunk.compressed_bytes))
 
 
 def _pages(file: BinaryIO, chunk: Chunk, n_pages: int) -> Iterator[_Page]:
