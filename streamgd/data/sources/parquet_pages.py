@@ -36,7 +36,7 @@ _DECODER_BYTES = 40_000
 #: over the default, dictionary-free and huge-page writers, 28 and 300 columns, 1 to 8 open row groups, 1 and 2 threads.
 _ALLOCATOR_SLACK = 1.5
 #: The same where pages are read one by one.
-_DIRECT_SLACK = 1.25
+_DIRECT_SLACK = 1.4
 
 
 class _DamagedHeader(Exception):
@@ -98,7 +98,7 @@ def open_bytes(file: BinaryIO, chunks: list[Chunk], *, direct: bool = False) -> 
 
 
 def _column_bytes(chunk: Chunk, pages: Iterator[_Page], *, by_value: bool) -> tuple[int, int, int]:
-    """Return a column's largest page, decompressed or (by value) decoded; its dictionary; its largest page as stored."""
+    """Return a column's largest page, decompressed or (by value) decoded; its dictionary; its largest stored page."""
     width = _WIDTHS.get(chunk.physical_type, 8)
     largest = dictionary = most_values = compressed = seen = 0
     for page in pages:
