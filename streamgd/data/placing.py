@@ -262,6 +262,12 @@ def _multiply_high(_context: Any, _a: Any, _b: Any) -> Any:
 
 
 @_compiled
+def _address(array: NDArray[Any]) -> Any:
+    """Return where an array lies, as a number that others can be added to; NumPy's own would make floats of them."""
+    return np.int64(array.ctypes.data)
+
+
+@_compiled
 def _philox(counter: np.uint64, key_0: np.uint64, key_1: np.uint64) -> tuple[np.uint64, ...]:
     """Return four raw numbers: those that `numpy.random.Philox` with this key gives at this counter."""
     c0, c1, c2, c3 = counter, np.uint64(0), np.uint64(0), np.uint64(0)
@@ -505,8 +511,8 @@ def _spread(
     by value they would miss the cache, or the table of pages, for every column.
     """
     size = out.itemsize
-    source = tile.ctypes.data
-    target = out.ctypes.data + left * size
+    source = _address(tile)
+    target = _address(out) + left * size
     step = out.shape[1] * size
     for i in range(n_rows):
         if i + _AHEAD < n_rows:  # places are random: their lines are fetched while the rows before are written
@@ -578,28 +584,28 @@ def place_columns(
     if n_features < 8:
         return _place_narrow(addresses, codes, strides, shift, factor, places, out)
     size = out.itemsize
-    target, step = out.ctypes.data, out.shape[1] * size
+    target, step = _address(out), out.shape[1] * size
     loaded = np.empty((8, _TILE_ROWS), np.float64)
     ours, nowhere = np.empty(8, np.int64), np.empty(n_features, out.dtype)
     rows = np.empty(_TILE_ROWS + 8, np.int64)
     odd = np.int64(0)
     for k in range(8):
-        ours[k] = loaded[k].ctypes.data
+        ours[k] = _address(loaded[k])
     for first in range(0, n_rows, _TILE_ROWS):
         n = min(_TILE_ROWS, n_rows - first)
         for i in range(n):
             rows[i] = target + np.int64(places[first + i]) * step
         for i in range(n, n + 7):
-            rows[i] = nowhere.ctypes.data  # the last rows are filled up to eight
+            rows[i] = _address(nowhere)  # the last rows are filled up to eight
         for k in range(0, n_features, 8):
             left = min(k, n_features - 8)  # the last eight columns overlap those before
-            shifts, factors = shift.ctypes.data + 8 * left, factor.ctypes.data + 8 * left
+            shifts, factors = _address(shift) + 8 * left, _address(factor) + 8 * left
             code = codes[left]
             direct = code < 2
             for j in range(left, left + 8):
                 direct &= codes[j] == code and strides[j] == 1
             whole = n // 8 * 8 if direct else 0  # rows that are read where they lie
-            at, row = addresses[left:].ctypes.data, rows.ctypes.data
+            at, row = _address(addresses[left:]), _address(rows)
             if whole and code == 0:
                 odd |= _scale_float32_columns(out, at, 4 * first, whole, shifts, factors, row, left * size)
             elif whole:
@@ -613,7 +619,7 @@ def place_columns(
                     column[i] = column[n - whole - 1]
             rest = (n - whole + 7) // 8 * 8
             odd |= _scale_float64_columns(
-                out, ours.ctypes.data, 0, rest, shifts, factors, rows[whole:].ctypes.data, left * size
+                out, _address(ours), 0, rest, shifts, factors, _address(rows[whole:]), left * size
             )
     return bool(odd == 0)
 
@@ -725,7 +731,7 @@ def place_rows(
         addresses = address + size * np.arange(n_features)
         codes, strides = np.full(n_features, code), np.full(n_features, stride)
         return _place_narrow(addresses, codes, strides, shift, factor, places, out)
-    target, width = out.ctypes.data, out.itemsize
+    target, width = _address(out), out.itemsize
     loaded = np.empty((_SCALED_ROWS, n_features if code > 1 else 0), np.float64)
     odd = np.int64(0)
     for first in range(0, n_rows, _SCALED_ROWS):
@@ -734,11 +740,11 @@ def place_rows(
         if code > 1:
             for i in range(n):
                 _load(address, code, (first + i) * stride, 1, n_features, loaded[i])
-            begin, step = loaded.ctypes.data, 8 * n_features
-        places_at = places[first:].ctypes.data
+            begin, step = _address(loaded), 8 * n_features
+        places_at = _address(places[first:])
         for k in range(0, n_features, 8):
             left = min(k, n_features - 8)  # the last eight columns overlap those before
-            shifts, factors = shift.ctypes.data + 8 * left, factor.ctypes.data + 8 * left
+            shifts, factors = _address(shift) + 8 * left, _address(factor) + 8 * left
             place = target + left * width
             if code == 0:
                 odd |= _scale_float32_rows(
@@ -968,7 +974,7 @@ def place_flat(
     n_features = X.shape[1]
     addresses, codes = np.empty(n_features, np.int64), np.empty(n_features, np.int64)
     strides = np.empty(n_features, np.int64)
-    memory = (scratch.ctypes.data + 63) // 64 * 64
+    memory = (_address(scratch) + 63) // 64 * 64
     room = len(scratch) - 64 * (strips.shape[1] + 1)
     placed = 0
     for k in range(len(slices)):

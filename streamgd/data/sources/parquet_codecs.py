@@ -16,25 +16,32 @@ from typing import Any
 import numba
 import numpy as np
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-#: Members of a column's row in the table of `read_pages`. First what is known of the column: where its next page begins
-#: in the file, where its chunk ends, bytes of a value, its highest definition level, and bytes to read at once; then
-#: its page: where the memory it was read to has its bytes, and what its header says.
-AT, END, WIDTH, MAX_LEVEL, GUESS = range(5)
-BEGIN, STORED, DECODED, KIND, N_VALUES, ENCODING, N_NULLS, LEVELS, COMPRESSED, CRC, HAS_CRC = range(5, 16)
-LEVEL_ENCODING, N_ROWS, REPETITIONS = range(16, 19)
-#: … and last where its next value lies decoded, and how many values of the page are left.
-ADDRESS, LEFT = 19, 20
-N_MEMBERS = 21
+#: Members of a column's row in the table of `next_pages`. First what is known of the column: where its next page begins
+#: in the file, where its chunk ends, bytes of a value, its highest definition level, how it is compressed, bytes to
+#: read at once, and values to pass over.
+AT, END, WIDTH, MAX_LEVEL, CODEC, GUESS, SKIPPED = range(7)
+#: Then memory for its page's values and for its dictionary: addresses and bytes; and how many entries there are.
+MEMORY, ROOM, DICTIONARY, DICTIONARY_ROOM, N_ENTRIES = range(7, 12)
+#: Then what the header of its page says,
+STORED, DECODED, KIND, N_VALUES, ENCODING, N_NULLS, LEVELS, COMPRESSED, CRC, HAS_CRC = range(12, 22)
+LEVEL_ENCODING, N_ROWS, REPETITIONS = range(22, 25)
+#: where the page begins in the scratch memory, where its next value lies decoded, and how many of its values are left.
+BEGIN, ADDRESS, LEFT = range(25, 28)
+N_MEMBERS = 28
+#: How a chunk is compressed: not at all, by snappy, or by something that is not known here.
+UNCOMPRESSED, SNAPPY, OTHER_CODEC = range(3)
 #: Kinds of pages.
 DATA_PAGE, INDEX_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = range(4)
 #: Encodings of values that are known here.
 PLAIN, PLAIN_DICTIONARY, RLE_DICTIONARY = 0, 2, 8
 _RLE = 3
-#: What `read_pages` returns where it cannot go on: the file cannot be read, or a header makes no sense.
-UNREADABLE, SENSELESS = -1, -2
+#: How `next_pages` ended: all columns have values; more memory is needed (scratch, for values, for a dictionary); a
+#: page was read that somebody else has to decompress or check; or the file cannot be read, or makes no sense.
+DONE, NEEDS_SCRATCH, NEEDS_ROOM, NEEDS_DICTIONARY, FOREIGN, SENSELESS = range(6)
 _MOST_DEPTH = 8
 _FIRST_HEADER_BYTES = 512
 #: No run of a page is longer, in values: their number is a 32-bit one.
@@ -78,7 +85,13 @@ def _writer_of(kind: Any) -> Any:
 
 
 _byte_at, _word_at, _half_at = _reader_of(types.uint8), _reader_of(types.uint64), _reader_of(types.uint32)
-_put_word, _put_half = _writer_of(types.uint64), _writer_of(types.uint32)
+_put_word, _put_half, _put_byte = _writer_of(types.uint64), _writer_of(types.uint32), _writer_of(types.uint8)
+
+
+@_compiled
+def _address(array: NDArray[Any]) -> Any:
+    """Return where an array lies, as a number that others can be added to; NumPy's own would make floats of them."""
+    return np.int64(array.ctypes.data)
 
 
 @_compiled
@@ -139,7 +152,7 @@ def _keep(page: NDArray[np.int64], where: int, field: int, value: int) -> None:
 
 @_compiled
 def read_header(at: int, end: int, page: NDArray[np.int64]) -> int:
-    """Read a page's header from memory; return its bytes, 0 if it goes on after `end`, or `SENSELESS`."""
+    """Read a page's header from memory; return its bytes, 0 if it goes on after `end`, -1 if it makes no sense."""
     begin, depth = at, 0
     where, numbers = np.zeros(_MOST_DEPTH, np.int64), np.zeros(_MOST_DEPTH, np.int64)
     page[KIND], page[DECODED], page[STORED], page[N_VALUES], page[ENCODING] = -1, -1, -1, -1, -1
@@ -151,7 +164,7 @@ def read_header(at: int, end: int, page: NDArray[np.int64]) -> int:
         if byte == 0:
             if depth == 0:
                 sane = page[DECODED] >= 0 and page[STORED] >= 0
-                return at - begin if sane else SENSELESS
+                return at - begin if sane else -1
             depth -= 1
             continue
         kind = byte & 15
@@ -179,16 +192,16 @@ def read_header(at: int, end: int, page: NDArray[np.int64]) -> int:
             if at == 0:
                 return 0
             if value < 0 or value > end - at:
-                return SENSELESS if value < 0 else 0
+                return -1 if value < 0 else 0
             at += value
         elif kind == 12:
             if depth + 1 == _MOST_DEPTH:
-                return SENSELESS
+                return -1
             inner = field if depth == 0 else -1
             depth += 1
             where[depth], numbers[depth] = inner, 0
         else:  # lists, sets and maps do not occur in page headers
-            return SENSELESS
+            return -1
     return 0
 
 
@@ -204,70 +217,232 @@ def _read(fd: int, target: int, n_bytes: int, offset: int) -> bool:
     return True
 
 
+@intrinsic
+def _copy_bytes(_context: Any, _target: Any, _source: Any, _n_bytes: Any) -> Any:
+    """Copy memory from address to address."""
+
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        target, source, n_bytes = arguments
+        pointer = cgutils.voidptr_t
+        cgutils.raw_memcpy(builder, builder.inttoptr(target, pointer), builder.inttoptr(source, pointer), n_bytes, 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
 @_compiled
-def read_pages(
-    fd: int, table: NDArray[np.int64], wanted: NDArray[np.int64], memory: NDArray[np.uint8], skipped: NDArray[np.int64]
-) -> tuple[int, int]:
-    """Read the next pages of some columns, one after the other, as long as there is memory for them.
+def expand_snappy(at: Any, end: int, target: int, n_bytes: int) -> bool:
+    """Decompress snappy's raw format to exactly `n_bytes` at an address; False if it cannot be.
+
+    Two bits of each tag tell bytes that follow as they are from copies of bytes that came before, which may overlap
+    with those they become.
+    """
+    size, at = _varint(at, end)
+    if at == 0 or size != n_bytes:
+        return False
+    out: Any = target
+    limit = target + n_bytes
+    while at < end:
+        tag: Any = np.int64(_byte_at(at))
+        at += 1
+        if tag & 3 == 0:
+            length = tag >> 2
+            if length >= 60:
+                n = length - 59
+                if n > end - at:
+                    return False
+                length = tag & 0
+                for k in range(n):
+                    length |= np.int64(_byte_at(at + k)) << (8 * k)
+                at += n
+            length += 1
+            if length > end - at or length > limit - out:
+                return False
+            if length <= 16 and end - at >= 16 and limit - out >= 16:  # more than needed: a known length is fast
+                _put_word(out, _word_at(at))
+                _put_word(out + 8, _word_at(at + 8))
+            else:
+                _copy_bytes(out, at, length)
+            at += length
+            out += length
+            continue
+        n = 1 if tag & 3 == 1 else 2 if tag & 3 == 2 else 4
+        if n > end - at:
+            return False
+        distance = np.int64(0)
+        for k in range(n):
+            distance |= np.int64(_byte_at(at + k)) << (8 * k)
+        at += n
+        length = (tag >> 2) + 1
+        if n == 1:
+            length, distance = 4 + (tag >> 2 & 7), distance | (tag >> 5) << 8
+        if distance == 0 or distance > out - target or length > limit - out:
+            return False
+        if distance >= 8 and limit - out >= length + 8:
+            for k in range(0, length, 8):
+                _put_word(out + k, _word_at(out + k - distance))
+        else:
+            for k in range(length):
+                _put_byte(out + k, _byte_at(out + k - distance))
+        out += length
+    return bool(out == limit)
+
+
+@_compiled
+def next_pages(fd: int, table: NDArray[np.int64], scratch: NDArray[np.uint8]) -> Any:
+    """Read and decode the next page of every column that has no values left.
 
     Parameters
     ----------
     fd : int
         Descriptor of the file.
     table : ndarray of shape (n_columns, `N_MEMBERS`), int64
-        What is known of each column; its page is described there, and the next one comes after it.
-    wanted : ndarray of int64
-        Which columns.
-    memory : ndarray of uint8
-        Where pages are read to, as they are stored.
-    skipped : ndarray of shape (n_columns,), int64
-        Values of each column to pass over; pages that have no others are not read, but for their headers.
+        What is known of each column. Of pages whose values are all to be passed over only headers are read.
+    scratch : ndarray of uint8
+        Memory to work in.
 
     Returns
     -------
-    n_read, needed : int
-        How many of `wanted` have been read, or `UNREADABLE` or `SENSELESS`; and if there was not enough memory for the
-        first of them, how many bytes it takes, else 0.
+    status, column, n_bytes : int
+        `DONE`, or what is wrong or missing with a column, and how many bytes that takes. Called again, it goes on with
+        that page; after `FOREIGN`, which leaves the page's bytes in the scratch memory, with the one after it.
     """
-    base, used = memory.ctypes.data, 0
-    for number in range(len(wanted)):
-        column = wanted[number]
+    for column in range(len(table)):
         page = table[column]
-        while True:
-            room = min(len(memory) - used, page[END] - page[AT])
-            ahead = min(max(page[GUESS], _FIRST_HEADER_BYTES), page[END] - page[AT])
-            if ahead <= 0:
-                return SENSELESS, 0
-            if ahead > room:
-                return number, 0 if number else ahead
-            if not _read(fd, base + used, ahead, page[AT]):
-                return UNREADABLE, 0
-            header = read_header(base + used, base + used + ahead, page)
-            if header == 0 and ahead < page[END] - page[AT]:
-                page[GUESS] = 2 * ahead
+        while page[LEFT] == 0:
+            status, n_bytes = _read_page(fd, page, scratch)
+            if status != DONE:
+                return status, column, n_bytes
+            if page[KIND] < 0:  # passed over
                 continue
-            if header <= 0:
-                return SENSELESS, 0
-            total = header + page[STORED]
-            if total > page[END] - page[AT]:
-                return SENSELESS, 0
-            is_data = page[KIND] == DATA_PAGE or page[KIND] == DATA_PAGE_V2
-            if page[KIND] == INDEX_PAGE or (is_data and 0 <= page[N_VALUES] <= skipped[column]):
-                skipped[column] -= page[N_VALUES] if is_data else 0
+            total = page[BEGIN] + page[STORED]
+            if page[HAS_CRC] or (page[CODEC] == OTHER_CODEC and page[COMPRESSED]):
                 page[AT] += total
-                continue
-            if total > ahead:
-                if total > len(memory) - used:
-                    page[GUESS] = total
-                    return number, 0 if number else total
-                if not _read(fd, base + used + ahead, total - ahead, page[AT] + ahead):
-                    return UNREADABLE, 0
-            page[BEGIN] = used + header
+                return FOREIGN, column, 0
+            status, n_bytes = _decode(page, scratch)
+            if status != DONE:
+                return status, column, n_bytes
             page[AT] += total
-            page[GUESS] = total + 64
-            used += total
-            break
-    return len(wanted), 0
+    return DONE, 0, 0
+
+
+@_compiled
+def _read_page(fd: int, page: NDArray[np.int64], scratch: NDArray[np.uint8]) -> Any:
+    """Read a page to the scratch memory; its kind becomes -1 if all of it is to be passed over."""
+    base = _address(scratch)
+    while True:
+        left = page[END] - page[AT]
+        ahead = min(max(page[GUESS], _FIRST_HEADER_BYTES), left)
+        if ahead <= 0:
+            return SENSELESS, 0
+        if ahead > len(scratch):
+            return NEEDS_SCRATCH, ahead
+        if not _read(fd, base, ahead, page[AT]):
+            return SENSELESS, 0
+        header = read_header(base, base + ahead, page)
+        if header == 0 and ahead < left:
+            page[GUESS] = 2 * ahead
+            continue
+        if header <= 0 or header + page[STORED] > left:
+            return SENSELESS, 0
+        break
+    total = header + page[STORED]
+    is_data = page[KIND] == DATA_PAGE or page[KIND] == DATA_PAGE_V2
+    if page[KIND] == INDEX_PAGE or (is_data and 0 <= page[N_VALUES] <= page[SKIPPED]):
+        page[SKIPPED] -= page[N_VALUES] if is_data else 0
+        page[AT] += total
+        page[KIND] = -1
+        return DONE, 0
+    page[GUESS] = total + 64
+    if total > ahead:
+        if total > len(scratch):
+            return NEEDS_SCRATCH, total
+        if not _read(fd, base + ahead, total - ahead, page[AT] + ahead):
+            return SENSELESS, 0
+    page[BEGIN] = header
+    return DONE, 0
+
+
+@_compiled
+def _decode(page: NDArray[np.int64], scratch: NDArray[np.uint8]) -> Any:
+    """Decompress a page that lies in the scratch memory, and find or look up its values."""
+    stored = _address(scratch) + page[BEGIN]
+    end, decoded, levels = stored + page[STORED], page[DECODED], 0
+    if page[KIND] == DATA_PAGE_V2:  # its levels are not compressed
+        levels = page[LEVELS]
+        if levels < 0 or levels > min(page[STORED], decoded):
+            return SENSELESS, 0
+        decoded -= levels
+    indexed = page[KIND] != DICTIONARY_PAGE and page[ENCODING] != PLAIN
+    if page[KIND] == DICTIONARY_PAGE:
+        if decoded > page[DICTIONARY_ROOM]:
+            return NEEDS_DICTIONARY, decoded
+        target = page[DICTIONARY]
+    elif indexed:
+        if page[BEGIN] + page[STORED] + decoded > len(scratch):
+            return NEEDS_SCRATCH, page[BEGIN] + page[STORED] + decoded
+        target = end
+    else:
+        if decoded > page[ROOM]:
+            return NEEDS_ROOM, decoded
+        target = page[MEMORY]
+    if page[CODEC] == UNCOMPRESSED or not page[COMPRESSED] or decoded == 0:
+        if end - stored - levels != decoded:
+            return SENSELESS, 0
+        _copy_bytes(target, stored + levels, decoded)
+    elif not expand_snappy(stored + levels, end, target, decoded):
+        return SENSELESS, 0
+    return take_values(page, stored, target, decoded)
+
+
+@_compiled
+def take_values(page: NDArray[np.int64], stored: int, target: int, decoded: int) -> Any:
+    """Go on with a page that is decompressed: take its dictionary, or find its values, or look them up.
+
+    Parameters
+    ----------
+    page : ndarray of shape (`N_MEMBERS`,), int64
+        The page.
+    stored, target : int
+        Addresses of its bytes as stored, and of those decompressed.
+    decoded : int
+        How many of the latter there are.
+
+    Returns
+    -------
+    status, n_bytes : int
+        As of `next_pages`.
+    """
+    if page[N_VALUES] < 0:
+        return SENSELESS, 0
+    if page[KIND] == DICTIONARY_PAGE:
+        known = page[ENCODING] == PLAIN or page[ENCODING] == PLAIN_DICTIONARY
+        if not known or page[N_VALUES] > decoded // page[WIDTH] or target != page[DICTIONARY]:
+            return SENSELESS, 0
+        page[N_ENTRIES] = page[N_VALUES]
+        return DONE, 0
+    if page[KIND] != DATA_PAGE and page[KIND] != DATA_PAGE_V2:
+        return SENSELESS, 0
+    first = find_values(page, stored, target)
+    if first < 0:
+        return SENSELESS, 0
+    values = target + first
+    if page[ENCODING] == PLAIN:
+        if page[N_VALUES] > (decoded - first) // page[WIDTH]:
+            return SENSELESS, 0
+    else:
+        if (page[ENCODING] != PLAIN_DICTIONARY and page[ENCODING] != RLE_DICTIONARY) or page[DICTIONARY] == 0:
+            return SENSELESS, 0
+        if page[N_VALUES] > page[ROOM] // page[WIDTH]:
+            return NEEDS_ROOM, page[N_VALUES] * page[WIDTH]
+        dictionary, entries, width = page[DICTIONARY], page[N_ENTRIES], page[WIDTH]
+        if not decode_dictionary(values, target + decoded, page[N_VALUES], dictionary, entries, width, page[MEMORY]):
+            return SENSELESS, 0
+        values = page[MEMORY]
+    page[ADDRESS] = values + page[SKIPPED] * page[WIDTH]
+    page[LEFT] = page[N_VALUES] - page[SKIPPED]
+    page[SKIPPED] = 0
+    return DONE, 0
 
 
 @_compiled

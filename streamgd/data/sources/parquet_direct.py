@@ -30,6 +30,7 @@ _LEAST_BYTES = 4
 _ENCODINGS = frozenset({"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY", "BIT_PACKED"})
 #: Codecs by their names in footers: those whose data says how much it decompresses to.
 _CODECS = {"UNCOMPRESSED": None, "SNAPPY": "snappy", "GZIP": "gzip", "ZSTD": "zstd"}
+_CODES = {None: codecs.UNCOMPRESSED, "snappy": codecs.SNAPPY}
 #: Bytes read at once for a column's first page.
 _FIRST_BYTES = 1 << 14
 
@@ -109,16 +110,15 @@ class DirectRows:
             page[codecs.AT] = column.chunk.start
             page[codecs.END] = column.chunk.start + column.chunk.compressed_bytes
             page[codecs.WIDTH], page[codecs.MAX_LEVEL] = column.dtype.itemsize, column.max_level
-            page[codecs.GUESS] = _FIRST_BYTES
-        known = {name: None if name is None else (pa.Codec(name), _SIZES[name]) for name in _CODECS.values()}
-        self._codecs = [known[column.codec] for column in columns]
-        self._dtypes = tuple(column.dtype for column in columns)
-        self._names = tuple(dtype.name for dtype in self._dtypes)
-        self._widths = np.array([dtype.itemsize for dtype in self._dtypes], np.int64)
+            page[codecs.CODEC] = _CODES.get(column.codec, codecs.OTHER_CODEC)
+            page[codecs.GUESS], page[codecs.SKIPPED] = _FIRST_BYTES, start
+        self._codecs = tuple(column.codec for column in columns)
+        self._names = tuple(column.dtype.name for column in columns)
+        self._widths = self._table[:, codecs.WIDTH].copy()
         self._ones = np.ones(n, np.int64)
-        self._skipped = np.full(n, start, np.int64)
-        self._held: list[Any] = [None] * n  # what each column's values lie in
-        self._dictionaries: list[Any] = [None] * n
+        #: What each column's values lie in, and the values of its dictionary.
+        self._held: list[Bytes | None] = [None] * n
+        self._dictionaries: list[Bytes | None] = [None] * n
 
     def read(self, most: int) -> tuple[int, _Held]:
         """Return the next rows, as many of `most` as lie together in every column.
@@ -147,84 +147,88 @@ class DirectRows:
 
     def _next_pages(self) -> None:
         """Go on to the next page of every column that has no values left."""
-        wanted, n_bytes = np.flatnonzero(self._table[:, codecs.LEFT] == 0), SCRATCH_BYTES
-        while len(wanted):
-            memory = self._scratch.take(n_bytes)
-            try:
-                n_read, needed = codecs.read_pages(self._fd, self._table, wanted, memory, self._skipped)
-                if n_read < 0:
-                    raise UndecodableError("a page cannot be read, or its header makes no sense")
-                n_bytes = needed + needed // 8 if needed else n_bytes
-                again = [column for column in wanted[:n_read].tolist() if not self._take(column, memory)]
-            finally:
-                self._scratch.give(memory)
-            wanted = np.concatenate([np.array(again, np.int64), wanted[n_read:]])
+        memory = self._scratch.take(SCRATCH_BYTES)
+        try:
+            while True:
+                status, column, n_bytes = codecs.next_pages(self._fd, self._table, memory)
+                if status == codecs.NEEDS_SCRATCH:
+                    self._scratch.give(memory)
+                    memory = self._scratch.take(n_bytes + n_bytes // 8)
+                elif status == codecs.FOREIGN:
+                    self._decompress(column, memory)
+                elif status != codecs.DONE:
+                    self._provide(status, column, n_bytes)
+                else:
+                    return
+        finally:
+            self._scratch.give(memory)
 
-    def _take(self, column: int, memory: Bytes) -> bool:
-        """Decompress the page that was read of a column; False if it was a dictionary, and values are still to come."""
+    def _provide(self, status: int, column: int, n_bytes: int) -> None:
+        """Give a column the memory that its page takes; and those like it as much, which will need it too."""
+        if status not in (codecs.NEEDS_ROOM, codecs.NEEDS_DICTIONARY):
+            raise UndecodableError("a page cannot be read, or makes no sense")
+        values = status == codecs.NEEDS_ROOM
+        address, room = (codecs.MEMORY, codecs.ROOM) if values else (codecs.DICTIONARY, codecs.DICTIONARY_ROOM)
+        held = self._held if values else self._dictionaries
+        alike = (self._table[:, room] == 0) & (self._widths == self._widths[column]) & values
+        for each in {column, *np.flatnonzero(alike).tolist()}:
+            self._give_back(held[each])
+            found = self._scratch.take(n_bytes)
+            held[each] = found
+            self._table[each, address], self._table[each, room] = found.ctypes.data, len(found)
+
+    def _decompress(self, column: int, memory: Bytes) -> None:
+        """Check and decompress a page that was read to the scratch memory, and go on with it."""
         page = self._table[column]
-        begin, stored, decoded, kind, n_values = page[codecs.BEGIN : codecs.N_VALUES + 1].tolist()
+        begin, stored, decoded = int(page[codecs.BEGIN]), int(page[codecs.STORED]), int(page[codecs.DECODED])
         data = memory[begin : begin + stored]
         if page[codecs.HAS_CRC] and zlib.crc32(data.data) != page[codecs.CRC]:
             raise UndecodableError("a page does not match its checksum")
-        as_stored = _address(data)
-        if kind == codecs.DATA_PAGE_V2:  # its levels are not compressed
-            levels = int(page[codecs.LEVELS])
-            if not 0 <= levels <= min(stored, decoded):
-                raise UndecodableError("levels are longer than their page")
-            data, decoded = data[levels:], decoded - levels
-        held = self._decompressed(column, data, decoded, bool(page[codecs.COMPRESSED]))
-        if kind == codecs.DICTIONARY_PAGE:
-            if page[codecs.ENCODING] not in (codecs.PLAIN, codecs.PLAIN_DICTIONARY):
-                raise UndecodableError("a dictionary is encoded in a way that is not known here")
-            n_bytes = n_values * self._dtypes[column].itemsize
-            if not 0 <= n_bytes <= decoded:
-                raise UndecodableError("a dictionary has fewer values than it says")
-            self._dictionaries[column] = (held, n_values)
-            return False
-        if kind not in (codecs.DATA_PAGE, codecs.DATA_PAGE_V2):
-            raise UndecodableError(f"a page of kind {kind}")
-        first = codecs.find_values(page, as_stored, _address(held))
-        if first < 0:
-            raise UndecodableError("a value is missing")
-        address, end = _address(held) + first, _address(held) + decoded
-        if page[codecs.ENCODING] == codecs.PLAIN:
-            if n_values * self._dtypes[column].itemsize > end - address:
-                raise UndecodableError("a page has fewer values than it says")
+        levels = int(page[codecs.LEVELS]) if page[codecs.KIND] == codecs.DATA_PAGE_V2 else 0
+        if not 0 <= levels <= min(stored, decoded):
+            raise UndecodableError("levels are longer than their page")
+        found = _decompressed(
+            self._codecs[column] if page[codecs.COMPRESSED] else None, data[levels:], decoded - levels
+        )
+        if page[codecs.KIND] == codecs.DICTIONARY_PAGE or page[codecs.ENCODING] == codecs.PLAIN:
+            is_dictionary = page[codecs.KIND] == codecs.DICTIONARY_PAGE
+            self._provide(codecs.NEEDS_DICTIONARY if is_dictionary else codecs.NEEDS_ROOM, column, len(found))
+            kept = self._dictionaries[column] if is_dictionary else self._held[column]
+            assert kept is not None
+            kept[: len(found)] = found
         else:
-            held = self._looked_up(column, address, end, n_values)
-            address = _address(held)
-        skipped = int(self._skipped[column])  # fewer than there are: other pages are passed over
-        self._skipped[column] = 0
-        self._held[column] = held
-        page[codecs.ADDRESS] = address + skipped * self._dtypes[column].itemsize
-        page[codecs.LEFT] = n_values - skipped
-        return True
+            kept = found
+        while True:
+            at = data.ctypes.data, kept.ctypes.data
+            status, n_bytes = codecs.take_values(page, *at, len(found))
+            if status == codecs.DONE:
+                return
+            self._provide(status, column, n_bytes)
 
-    def _decompressed(self, column: int, data: Array, decoded: int, compressed: bool) -> Any:
-        found = self._codecs[column]
-        if found is None or not compressed or decoded == 0:
-            if len(data) != decoded:
-                raise UndecodableError("a page that is not compressed has another size than it says")
-            return data.copy()  # what is read next comes to the same place
-        codec, size_of = found
-        if size_of(data[:_HEAD_BYTES].tobytes().ljust(_HEAD_BYTES, b"\0"), data) != decoded:
-            raise UndecodableError("a page decompresses to another size than it says")
-        try:
-            return codec.decompress(data, decoded)
-        except (OSError, ValueError, pa.ArrowException) as err:
-            raise UndecodableError(f"a page cannot be decompressed: {err}") from err
+    def _give_back(self, memory: Bytes | None) -> None:
+        if memory is not None:
+            self._scratch.give(memory)
 
-    def _looked_up(self, column: int, at: int, end: int, n_values: int) -> Array:
-        page, found = self._table[column], self._dictionaries[column]
-        if page[codecs.ENCODING] not in (codecs.PLAIN_DICTIONARY, codecs.RLE_DICTIONARY) or found is None:
-            raise UndecodableError("values are encoded in a way that is not known here")
-        dictionary, n_entries = found
-        values = np.empty(n_values, self._dtypes[column])
-        width = values.itemsize
-        if not codecs.decode_dictionary(at, end, n_values, _address(dictionary), n_entries, width, values.ctypes.data):
-            raise UndecodableError("indices into a dictionary make no sense")
-        return values.view(np.uint8)
+    def close(self) -> None:
+        """Give the memory back; what was read last is no longer valid."""
+        for memory in (*self._held, *self._dictionaries):
+            self._give_back(memory)
+        self._held, self._dictionaries = [None] * self.n_columns, [None] * self.n_columns
+        self._table[:, codecs.LEFT] = 0
+        self._file = None
+
+
+def _decompressed(codec: str | None, data: Bytes, decoded: int) -> Bytes:
+    if codec is None or decoded == 0:
+        if len(data) != decoded:
+            raise UndecodableError("a page that is not compressed has another size than it says")
+        return data
+    if _SIZES[codec](data[:_HEAD_BYTES].tobytes().ljust(_HEAD_BYTES, b"\0"), data) != decoded:
+        raise UndecodableError("a page decompresses to another size than it says")
+    try:
+        return np.frombuffer(pa.Codec(codec).decompress(data, decoded), np.uint8)
+    except (OSError, ValueError, pa.ArrowException) as err:
+        raise UndecodableError(f"a page cannot be decompressed: {err}") from err
 
 
 def _snappy_size(head: bytes, _: Bytes) -> int:
@@ -254,19 +258,13 @@ def _zstd_size(head: bytes, _: Bytes) -> int:
 
 #: How much compressed data says that it decompresses to, given its first bytes, and all of it. Decompression itself
 #: would leave the rest of the memory as it is.
-_SIZES: dict[str | None, Callable[[bytes, Bytes], int]] = {
+_SIZES: dict[str, Callable[[bytes, Bytes], int]] = {
     "snappy": _snappy_size,
     "gzip": _gzip_size,
     "zstd": _zstd_size,
 }
 #: As long as what says so can be.
 _HEAD_BYTES = 18
-
-
-def _address(memory: Any) -> int:
-    """Where memory lies."""
-    found: int = memory.ctypes.data if isinstance(memory, np.ndarray) else memory.address
-    return found
 
 
 @dataclass(frozen=True)
@@ -292,9 +290,10 @@ class _Held:
 
     def array(self, column: int) -> Array:
         """Return one column; a view."""
-        memory = np.frombuffer(self.memory[column], np.uint8)
+        memory: Bytes = self.memory[column]
         first = int(self.addresses[column]) - memory.ctypes.data
-        return memory[first : first + self.n_rows * int(self.widths[column])].view(self.names[column])
+        values: Array = memory[first : first + self.n_rows * int(self.widths[column])].view(self.names[column])
+        return values
 
 
 class _HeldArrays(Sequence[Array]):

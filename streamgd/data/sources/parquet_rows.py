@@ -131,7 +131,9 @@ class DirectReader(BlockReader):
 
     def close(self) -> None:
         """Let go of the row group."""
-        self._rows = None
+        if self._rows is not None:
+            self._rows.close()
+            self._rows = None
         for reader in (self._rest, self._arrow):
             if reader is not None:
                 reader.close()
