@@ -24,7 +24,7 @@ MAX_READERS = 8
 _WHOLE_BLOCKS_PER_WINDOW = 8
 #: Where blocks are big, windows draw on so many at least if they fit, and take this share of the buffer each, or all
 #: that is left by fewer blocks; blocks are opened only as long as this leaves windows of so many bytes.
-_BLOCKS_PER_WINDOW, _WINDOW_SHARE, _LEAST_WINDOW_BYTES = 8, 6, 12 << 20
+_BLOCKS_PER_WINDOW, _WINDOW_SHARE, _LEAST_WINDOW_BYTES = 8, 10, 12 << 20
 #: Windows of many small blocks are not made bigger than this for its own sake: memory is slow when it is new.
 _AMPLE_WINDOW_BYTES = 32 << 20
 #: Slices shorter than this cost more in calls than they bring in mixing.
@@ -292,6 +292,7 @@ def plan_layout(
             else:
                 slice_rows = min(max(1, window_rows // _WHOLE_BLOCKS_PER_WINDOW), costs.max_block_rows)
             if slice_rows < costs.max_block_rows:
+                slice_rows = _in_step(slice_rows, source.slice_cost_rows)
                 n_pieces = -(-9 * slice_rows // (10 * piece_rows))  # rather a tenth less than half-empty pieces
                 piece_rows = min(piece_rows, slice_rows // n_pieces)
                 slice_rows = piece_rows * n_pieces
@@ -319,6 +320,13 @@ def plan_layout(
         n_windows=n_windows,
         **parts,
     )
+
+
+def _in_step(slice_rows: int, cost_rows: int) -> int:
+    """Shorten slices so that they end with what is decoded at once, or several of them do; a little is no matter."""
+    if slice_rows >= cost_rows:
+        return slice_rows // cost_rows * cost_rows
+    return cost_rows // -(-cost_rows // slice_rows)
 
 
 def _share_big_blocks(costs: _Costs) -> tuple[int, int]:

@@ -108,7 +108,7 @@ class ParquetSource(Source):
         self.dropped = roles.dropped
         self._opened: dict[int, OpenFiles] = {}
         self._scratch = Buffers()
-        self.open_block_bytes = self._open_bytes(table)
+        self.open_block_bytes, self.slice_cost_rows = self._open_bytes(table)
         self.fingerprint = self._make_fingerprint(table)
         self.origin = {
             "kind": self.kind,
@@ -136,13 +136,13 @@ class ParquetSource(Source):
         self._block_file = np.repeat(np.arange(len(infos)), [len(info.groups) for info in infos])
         self.stored_bytes = sum(info.stored_bytes for info in infos)
 
-    def _open_bytes(self, table: ParquetTable) -> int:
-        """Estimate what an open row group costs from the pages of the biggest one of each writer."""
+    def _open_bytes(self, table: ParquetTable) -> tuple[int, int]:
+        """Estimate what an open row group costs, and the rows of a page, from the biggest one of each writer."""
         biggest: dict[str, tuple[int, int, int]] = {}
         for file, (_, info) in enumerate(table.kept):
             size, group = info.biggest
             biggest[info.writer] = max(biggest.get(info.writer, (-1, -1, -1)), (size, file, group))
-        most = 0
+        most, page_rows = 0, 1
         for _, file, group in sorted(biggest.values(), reverse=True)[:_SAMPLED_WRITERS]:
             handle, metadata, leaves = self.open_file(file)
             row_group = metadata.row_group(group)
@@ -151,9 +151,10 @@ class ParquetSource(Source):
                 direct_column(metadata, row_group, leaves[name].number, table.types[name])
                 for name in table.file_columns
             ]
-            most = max(most, open_bytes(handle, chunks, direct=None not in found))
+            n_bytes, n_rows = open_bytes(handle, chunks, direct=None not in found)
+            most, page_rows = max(most, n_bytes), max(page_rows, n_rows)
         self.close()
-        return most
+        return most, min(page_rows, int(self.block_rows.max()))
 
     def open_file(self, file: int) -> tuple[Any, Any, dict[str, Leaf]]:
         """Open a file in this process; return its handle, its metadata, and its columns by name."""

@@ -70,8 +70,8 @@ def chunk_of(column: Any) -> Chunk:
     return Chunk(start, column.total_compressed_size, column.total_uncompressed_size, column.physical_type)
 
 
-def open_bytes(file: BinaryIO, chunks: list[Chunk], *, direct: bool = False) -> int:
-    """Estimate, from above, the memory that keeping a row group open costs.
+def open_bytes(file: BinaryIO, chunks: list[Chunk], *, direct: bool = False) -> tuple[int, int]:
+    """Estimate, from above, the memory that keeping a row group open costs; and find the rows of its pages.
 
     Parameters
     ----------
@@ -81,11 +81,18 @@ def open_bytes(file: BinaryIO, chunks: list[Chunk], *, direct: bool = False) -> 
         The columns of the row group that are read.
     direct : bool, default=False
         Whether they are read page by page (`streamgd.data.sources.parquet_direct`) rather than by Arrow.
+
+    Returns
+    -------
+    n_bytes : int
+        The estimate.
+    page_rows : int
+        Rows of the longest page that was looked at, or 1.
     """
     n_pages = max(_LEAST_PAGES, _MOST_HEADERS // max(1, len(chunks)))
-    held, transient = 0.0, 0
+    held, transient, page_rows = 0.0, 0, 1
     for chunk in chunks:
-        page, dictionary, stored = _column_bytes(chunk, _pages(file, chunk, n_pages), by_value=direct)
+        page, dictionary, stored, n_values = _column_bytes(chunk, _pages(file, chunk, n_pages), by_value=direct)
         if direct:
             held += (page + dictionary) * _DIRECT_SLACK
         else:
@@ -94,11 +101,15 @@ def open_bytes(file: BinaryIO, chunks: list[Chunk], *, direct: bool = False) -> 
             most = 2 * chunk.uncompressed_bytes + fixed * _ALLOCATOR_SLACK
             held += min((page + dictionary + fixed) * _ALLOCATOR_SLACK, most)
         transient = max(transient, stored + (page if direct else 0))
-    return int(held) + max(transient, SCRATCH_BYTES if direct else 0)
+        page_rows = max(page_rows, n_values)
+    return int(held) + max(transient, SCRATCH_BYTES if direct else 0), page_rows
 
 
-def _column_bytes(chunk: Chunk, pages: Iterator[_Page], *, by_value: bool) -> tuple[int, int, int]:
-    """Return a column's largest page, decompressed or (by value) decoded; its dictionary; its largest stored page."""
+def _column_bytes(chunk: Chunk, pages: Iterator[_Page], *, by_value: bool) -> tuple[int, int, int, int]:
+    """Return a column's largest page, decompressed or (by value) decoded; its dictionary; its largest stored page.
+
+    Last come the values of its longest page.
+    """
     width = _WIDTHS.get(chunk.physical_type, 8)
     largest = dictionary = most_values = compressed = seen = 0
     for page in pages:
@@ -116,7 +127,7 @@ def _column_bytes(chunk: Chunk, pages: Iterator[_Page], *, by_value: bool) -> tu
     unseen = max(0, chunk.uncompressed_bytes - seen)
     largest = max(largest, min(unseen, most_values * width) if most_values else min(unseen, chunk.uncompressed_bytes))
     decoded = max(largest, most_values * width) if by_value and dictionary else largest
-    return decoded, dictionary, max(compressed, min(largest, chunk.compressed_bytes))
+    return decoded, dictionary, max(compressed, min(largest, chunk.compressed_bytes)), most_values
 
 
 def _pages(file: BinaryIO, chunk: Chunk, n_pages: int) -> Iterator[_Page]:
