@@ -133,6 +133,11 @@ class Layout:
     piece_bytes: int
     carry_bytes: int
 
+    @property
+    def spare_bytes(self) -> int:
+        """What the plan leaves of the buffer."""
+        return self.buffer_bytes - self.planned_bytes
+
     def to_json(self) -> dict[str, Any]:
         """Return the layout as JSON values."""
         return asdict(self)

@@ -306,6 +306,12 @@ class Source(abc.ABC):
     def announce(self, blocks: Sequence[int]) -> None:  # noqa: B027 - only sources that compute can use it
         """Tell which blocks will be opened next, in order, so that a source that computes may begin. Only a hint."""
 
+    def lend(self, n_bytes: int) -> None:  # noqa: B027 - only sources that decode whole what is asked for in parts can
+        """Let the source take so much memory, in this process, for what it would have to decode again; 0 takes it back.
+
+        What a plan leaves of the buffer. Only a hint: rows are the same.
+        """
+
     def mixing_hint(self) -> str | None:
         """Say what the user could change so that the blocks mix better, or return None."""
         return None

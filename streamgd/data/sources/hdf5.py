@@ -199,6 +199,11 @@ class Hdf5Source(Source):
             column += each.width
         return found
 
+    def lend(self, n_bytes: int) -> None:
+        """Let this process keep decoded targets and weights; see `Source.lend`."""
+        if not self.is_flat:
+            self._open_files().kept.allow(n_bytes)
+
     def place(self, block: int) -> tuple[int, int, int]:
         """Return file, first row and row after the last of a block."""
         start = int(self._block_start[block])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import h5py
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamgd.data.sources.base import Array
-from streamgd.data.sources.buffers import Buffers, Bytes
+from streamgd.data.sources.buffers import Buffers, Bytes, Kept
 from streamgd.data.sources.hdf5_codecs import expand_lzf, fletcher32, put_rows
 from streamgd.data.sources.hdf5_inflate import inflate_to
 
@@ -107,6 +107,10 @@ class ChunkReader:
         What chunks hold that were never written; None if there are none.
     descriptor : Descriptor
         The file.
+    kept : Kept or None, default=None
+        Where decoded chunks are kept, as far as it has room.
+    name : hashable, default=None
+        What tells the dataset from others there.
     """
 
     def __init__(
@@ -116,8 +120,11 @@ class ChunkReader:
         table: ChunkTable,
         fill: Array | None,
         descriptor: Descriptor,
+        kept: Kept | None = None,
+        name: Hashable = None,
     ) -> None:
         self._table = table
+        self._kept, self._name = kept, name
         self._descriptor = descriptor
         self._dtype = np.dtype(dataset.dtype)
         self._tail = tuple(dataset.shape[1:])
@@ -204,6 +211,7 @@ class ChunkReader:
             for left in range(0, self._columns, width):
                 n_columns = min(width, self._columns - left)
                 offset, size, mask = offsets[number], sizes[number], masks[number]
+                key = (self._name, span.start + number)
                 number += 1
                 at = row * step + left * column_step
                 if offset < 0:
@@ -216,8 +224,23 @@ class ChunkReader:
                 elif self._may_be_unfiltered(run, n_columns, size, mask):
                     raise UndecodableError("whether a chunk at the edge was filtered cannot be told")
                 else:
-                    chunk, shuffled, skipped = self._chunk(offset, size, mask, work, top, n_rows)
+                    kept = None if self._kept is None else self._kept.get(key)
+                    if kept is not None:
+                        chunk, shuffled, skipped = kept, False, 0
+                    else:
+                        chunk, shuffled, skipped = self._chunk(offset, size, mask, work, top, n_rows)
+                        self._keep(key, chunk, shuffled)
                     put_rows(chunk, shuffled, item, width, top - skipped, n_rows, n_columns, address + at, step)
+
+    def _keep(self, key: Hashable, chunk: Bytes, shuffled: bool) -> None:
+        """Keep a chunk as rows, if it is whole and there is room."""
+        if self._kept is None or len(chunk) < self._chunk_bytes or not self._kept.has_room(len(chunk)):
+            return
+        item, rows = self._dtype.itemsize, np.empty(len(chunk), np.uint8)
+        address = rows.__array_interface__["data"][0]
+        step = self._width * item
+        put_rows(chunk, shuffled, item, self._width, 0, self._height, self._width, address, step)
+        self._kept.put(key, rows)
 
     def _may_be_unfiltered(self, run: int, n_columns: int, size: int, mask: int) -> bool:
         sticks_out = n_columns < self._width or (run + 1) * self._height > self._n_rows
