@@ -40,7 +40,7 @@ from streamgd.data.sources.hdf5_rows import OpenFiles
 from streamgd.errors import CorruptDataError, EmptySourceError, OptionError, SchemaError
 
 #: Rows of target and weights read at once, and how many times as many are decoded ahead of whoever consumes them.
-_TARGET_ROWS, _TARGETS_AHEAD = 65536, 2
+_TARGET_ROWS, _TARGETS_AHEAD = 131_072, 2
 
 
 class Hdf5Source(Source):
