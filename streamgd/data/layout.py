@@ -25,8 +25,9 @@ _WHOLE_BLOCKS_PER_WINDOW = 8
 #: Where blocks are big, windows draw on so many at least if they fit, and take this share of the buffer each, or all
 #: that is left by fewer blocks; blocks are opened only as long as this leaves windows of so many bytes.
 _BLOCKS_PER_WINDOW, _WINDOW_SHARE, _LEAST_WINDOW_BYTES = 8, 10, 12 << 20
-#: Windows of many small blocks are not made bigger than this for its own sake: memory is slow when it is new.
-_AMPLE_WINDOW_BYTES = 32 << 20
+#: Windows of small blocks draw on so many if that takes no fewer and no more bytes than these, or take this share of a
+#: big buffer: memory is slow when it is new, and beyond the caches.
+_AMPLE_BLOCKS, _AMPLE_BYTES_FROM, _AMPLE_BYTES_TO, _AMPLE_SHARE = 16, 8 << 20, 32 << 20, 14
 #: Slices shorter than this cost more in calls than they bring in mixing.
 _MIN_SLICE_ROWS = 256
 _MIN_WINDOW_ROWS = 256
@@ -132,6 +133,11 @@ class Layout:
     open_bytes: int
     piece_bytes: int
     carry_bytes: int
+
+    @property
+    def spare_bytes(self) -> int:
+        """What the plan leaves of the buffer."""
+        return self.buffer_bytes - self.planned_bytes
 
     def to_json(self) -> dict[str, Any]:
         """Return the layout as JSON values."""
@@ -283,7 +289,8 @@ def plan_layout(
     else:
         n_open = min(MAX_READERS, costs.most_open(0.25, costs.min_window_rows))
         window_rows, slice_rows = costs.window_rows(n_open), costs.max_block_rows
-        enough = max(_AMPLE_WINDOW_BYTES, costs.available() // _WINDOW_SHARE) // costs.row
+        ample = min(max(_AMPLE_BLOCKS * slice_rows * costs.row, _AMPLE_BYTES_FROM), _AMPLE_BYTES_TO)
+        enough = max(ample, costs.available() // _AMPLE_SHARE) // costs.row
         window_rows = min(window_rows, max(enough, _WHOLE_BLOCKS_PER_WINDOW * slice_rows))
         if window_rows < _WHOLE_BLOCKS_PER_WINDOW * slice_rows:
             if shuffle:

@@ -742,6 +742,10 @@ def place_rows(
                 _load(address, code, (first + i) * stride, 1, n_features, loaded[i])
             begin, step = _address(loaded), 8 * n_features
         places_at = _address(places[first:])
+        for i in range(first + n, min(first + n + _SCALED_ROWS, n_rows)):  # places are random: of the rows after these
+            ahead = target + np.int64(places[i]) * n_features * width
+            for line in range(0, min(n_features * width, _AHEAD_BYTES), 64):
+                _prefetch(ahead + line)
         for k in range(0, n_features, 8):
             left = min(k, n_features - 8)  # the last eight columns overlap those before
             shifts, factors = _address(shift) + 8 * left, _address(factor) + 8 * left

@@ -58,12 +58,21 @@ def make_filler(
     n_threads: int,
     check: bool = True,
     keep: CacheWriter | None = None,
+    spare_bytes: int = 0,
 ) -> WindowFiller | FlatFiller:
     """Return what fills windows from a source the fastest; the parameters are those of `WindowFiller`."""
     rows = source.flat_rows() if keep is None and reads_flat(source, codec) else None
     if rows is None:
         return WindowFiller(
-            source, layout, codec, shift=shift, factor=factor, n_threads=n_threads, check=check, keep=keep
+            source,
+            layout,
+            codec,
+            shift=shift,
+            factor=factor,
+            n_threads=n_threads,
+            check=check,
+            keep=keep,
+            spare_bytes=spare_bytes,
         )
     return FlatFiller(source, rows, layout, codec, shift=shift, factor=factor, n_threads=n_threads, check=check)
 
@@ -133,7 +142,15 @@ class WindowStream:
         small = whole and source.kind == "memory" and layout.row_bytes * source.n_rows <= _SMALL_BYTES
         n_threads = 1 if small else default_threads() if n_threads is None else n_threads
         reader = make_filler(
-            source, layout, codec, shift=shift, factor=factor, n_threads=n_threads, check=check, keep=keep
+            source,
+            layout,
+            codec,
+            shift=shift,
+            factor=factor,
+            n_threads=n_threads,
+            check=check,
+            keep=keep,
+            spare_bytes=layout.spare_bytes if n_lanes == 1 else 0,  # lanes share a source, and are not all here
         )
         again = n_epochs is None or n_epochs - first[0] > 1
         # What is in memory anyway is not copied, unless it is so small that calling its reader costs more.

@@ -36,6 +36,12 @@ def _codes_of(dtypes: tuple[str, ...]) -> NDArray[np.int64]:
     return np.array([DTYPE_CODES[name] for name in dtypes], np.int64)
 
 
+@lru_cache(maxsize=64)
+def _code_of(dtype: np.dtype[Any]) -> int:
+    """Return what compiled code calls a dtype; NumPy makes up its name anew whenever it is asked."""
+    return DTYPE_CODES[dtype.name]
+
+
 class Window:
     """Rows in memory, allocated once and refilled.
 
@@ -163,11 +169,13 @@ class RowPlacer:
             X = readable(X)
             self._expect_rows(len(X), len(places), block)
             row_step, step = X.strides
-            if X.shape[1] == out.shape[1] and (step == X.itemsize or X.shape[1] == 1):
-                code, stride = DTYPE_CODES[X.dtype.name], row_step // X.itemsize
-                return place_rows(
-                    X.__array_interface__["data"][0], code, stride, self._shift, self._factor, places, out
-                )
+            width = X.shape[1]
+            if width == out.shape[1]:
+                address, code, stride = X.__array_interface__["data"][0], _code_of(X.dtype), row_step // X.itemsize
+                if step == X.itemsize or width == 1:
+                    return place_rows(address, code, stride, self._shift, self._factor, places, out)
+                addresses, codes = address + step * np.arange(width), np.full(width, code)
+                return place_columns(addresses, codes, np.full(width, stride), self._shift, self._factor, places, out)
             X = Columns(list(X.T))
         columns = X if isinstance(X, Columns) else Columns(X)
         if len(columns) != out.shape[1]:

@@ -83,6 +83,8 @@ class WindowFiller:
         Whether features, targets and weights that are not finite, and negative weights, are errors.
     keep : CacheWriter or None, default=None
         Is given every row that is read, as it is stored.
+    spare_bytes : int, default=0
+        Memory beside the plan that the source may keep what it decoded in, until the filler is closed.
 
     Notes
     -----
@@ -101,9 +103,13 @@ class WindowFiller:
         n_threads: int = 1,
         check: bool = True,
         keep: CacheWriter | None = None,
+        spare_bytes: int = 0,
     ) -> None:
         self._source = source
         self._layout = layout
+        self._spare_bytes = spare_bytes
+        if spare_bytes:
+            source.lend(spare_bytes)
         self._keep = keep
         self._placer = RowPlacer(source, codec, shift, factor, check=check)
         self._places = np.empty(layout.window_rows, np.int32)
@@ -179,6 +185,8 @@ class WindowFiller:
             self._pool.shutdown(wait=True)
             self._pool = None
         self._close_readers()
+        if self._spare_bytes:
+            self._source.lend(0)
 
     def __enter__(self) -> WindowFiller:
         """Return the filler itself."""

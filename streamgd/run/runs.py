@@ -196,6 +196,8 @@ def prepare(
         If the survey finds data that cannot be used.
     """
     layout = plan_for(source, config)
+    if config.n_lanes == 1:
+        source.lend(layout.spare_bytes)  # what the survey decodes, the first epoch will want again
     survey = survey or take_survey(source, config, classes=classes)
     return Run(source, config, survey, layout, first_state(source, config, survey))
 

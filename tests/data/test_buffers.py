@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from streamgd.data.sources.buffers import Buffers
+from streamgd.data.sources.buffers import Buffers, Kept
 
 
 def test_memory_is_handed_out_again() -> None:
@@ -62,3 +62,44 @@ def test_no_memory_is_given_to_two() -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(use, range(2_000)))
+
+
+def piece(n_bytes: int = 1000) -> np.ndarray:
+    return np.zeros(n_bytes, np.uint8)
+
+
+def test_nothing_is_kept_unless_it_is_allowed() -> None:
+    kept = Kept()
+    kept.put("a", piece())
+    assert kept.get("a") is None
+    assert not kept.has_room(1)
+
+
+def test_kept_as_far_as_memory_is_allowed() -> None:
+    kept = Kept()
+    kept.allow(4000)
+    first = piece()
+    for name in "abc":
+        kept.put(name, first if name == "a" else piece())
+    kept.put("a", piece())  # by a thread that was slower
+    assert kept.get("a") is first
+    assert kept.get("b") is not None
+    assert kept.get("c") is None  # each costs a little beside its bytes
+    assert kept.has_room(400)
+    assert not kept.has_room(500)
+
+
+def test_kept_no_longer_than_allowed() -> None:
+    kept = Kept()
+    kept.allow(4000)
+    kept.put("a", piece())
+    kept.allow(3000)
+    assert kept.get("a") is not None
+    kept.allow(0)
+    assert kept.get("a") is None
+    kept.allow(1512)
+    kept.put("b", piece())
+    assert kept.get("b") is not None
+    kept.clear()
+    assert kept.get("b") is None
+    assert kept.has_room(1000)

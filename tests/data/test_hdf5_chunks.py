@@ -20,6 +20,7 @@ import pytest
 from streamgd.data.sources import hdf5_places, hdf5_rows
 from streamgd.data.sources.buffers import Buffers
 from streamgd.data.sources.hdf5 import Hdf5Source
+from streamgd.data.sources.hdf5_chunks import ChunkReader
 from streamgd.errors import CorruptDataError, SchemaError
 from tests.data.contract import make_rows, make_target, open_files_in
 
@@ -186,6 +187,56 @@ def test_damaged_big_chunks(tmp_path: Path, change: str) -> None:
         reader = hdf5_places.ChunkTables().open(0, [file["X"]])[0]
     assert reader is not None
     assert reader.read(0, 30_000, np.empty(reader.n_bytes(30_000), np.uint8), Buffers()) is None
+
+
+# What stays decoded
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Note the places of chunks that are decoded."""
+    offsets: list[int] = []
+    decode = ChunkReader._chunk
+
+    def noted(self: ChunkReader, offset: int, *args: Any) -> Any:
+        offsets.append(offset)
+        return decode(self, offset, *args)
+
+    monkeypatch.setattr(ChunkReader, "_chunk", noted)
+    return offsets
+
+
+@pytest.mark.parametrize("dtype", ["f4", ">f8", "i2", "u1", "S5"])
+@pytest.mark.parametrize("filters", ["gzip shuffle", "gzip shuffle fletcher32", "lzf", "lzf shuffle fletcher32"])
+@pytest.mark.parametrize("columns", [None, 3])
+def test_targets_stay_decoded_as_far_as_memory_is_lent(
+    tmp_path: Path, decoded: list[int], filters: str, dtype: str, columns: int | None
+) -> None:
+    """Their chunks are taller than those of the features, and stick out at the end."""
+    y = smooth(1000, columns, dtype)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("X", data=smooth(1000, 4, "f4"), chunks=(50, 4), **GZIP)
+        file.create_dataset("y", data=y, chunks=(170, 2)[: y.ndim], **FILTERS[filters])
+    source = Hdf5Source(tmp_path / "a.h5", block_bytes=50 * 16)
+    n_chunks = 6 * (1 if columns is None else 2)
+    n_bytes = 170 * (1 if columns is None else 2) * y.itemsize
+
+    def times() -> int:
+        decoded.clear()
+        assert_as_h5py(source, tmp_path / "a.h5", sizes=(7, 30))
+        with h5py.File(tmp_path / "a.h5") as file:
+            X_places = {file["X"].id.get_chunk_info(i).byte_offset for i in range(20)}
+        return len([offset for offset in decoded if offset not in X_places])
+
+    often = times()
+    assert often > 2 * n_chunks
+    source.lend(1 << 20)
+    assert times() == n_chunks
+    assert times() == 0
+    source.lend(2 * (n_bytes + 512))  # less than is kept: all is forgotten, and some of it kept anew
+    assert n_chunks < times() < often
+    source.lend(0)
+    assert times() == often
 
 
 def test_text_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ import h5py
 import numpy as np
 import pytest
 
-from streamgd.data.sources.hdf5_codecs import expand_lzf, fletcher32, put_rows
+from streamgd.data.sources import hdf5_inflate
+from streamgd.data.sources.hdf5_codecs import adler32, expand_lzf, fletcher32, put_rows
+from streamgd.data.sources.hdf5_inflate import inflate_to
 
 
 def stored_chunk(path: Path, values: np.ndarray, **how: Any) -> np.ndarray:
@@ -97,3 +101,75 @@ def test_damaged_lzf_stays_within_its_memory(tmp_path: Path) -> None:
     assert expand_lzf(stored, room[:-1]) == -1
     assert expand_lzf(np.array([0, 65, 32, 5], np.uint8), room) == -1  # refers to before the beginning
     assert expand_lzf(np.array([224], np.uint8), room) == -1
+
+
+# zlib's format
+
+
+@pytest.mark.parametrize("n_bytes", [*range(130), 1407, 1408, 1409, 1471, 1472, 5552, 65_521, 300_001])
+@pytest.mark.parametrize("content", ["random", "zeros", "ones"])
+def test_adlers_checksum_is_zlibs(n_bytes: int, content: str) -> None:
+    """Sixty-four bytes are taken at once, twenty-two times before the sums are put together."""
+    values = np.random.default_rng(n_bytes).integers(0, 256, n_bytes + 3, dtype=np.uint8)
+    if content != "random":
+        values[:] = 0 if content == "zeros" else 255
+    for first in (0, 3):  # wherever they begin
+        assert adler32(values[first : first + n_bytes]) == zlib.adler32(values[first : first + n_bytes])
+
+
+@pytest.fixture(params=["library", "package", "another library"])
+def way_to_inflate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Decompress by ISA-L's own functions; by what the package offers; and so because the functions are others."""
+    hdf5_inflate._functions.cache_clear()
+    if request.param == "package":
+        monkeypatch.setattr(hdf5_inflate, "_functions", lambda: None)
+    elif request.param == "another library":
+        monkeypatch.setattr(hdf5_inflate, "inflate", lambda *_: 5000)  # as if nothing had been written
+        assert hdf5_inflate._functions() is None
+    else:
+        assert hdf5_inflate._functions() is not None
+    yield request.param
+    monkeypatch.undo()
+    hdf5_inflate._functions.cache_clear()
+
+
+def values_that_shrink(n_bytes: int) -> np.ndarray:
+    values = np.random.default_rng(n_bytes).binomial(255, 0.1, n_bytes).astype(np.uint8)
+    values[n_bytes // 3 : n_bytes // 2] = 7
+    return values
+
+
+@pytest.mark.parametrize("n_bytes", [0, 1, 7, 64, 4_000, 70_000, 700_000])
+@pytest.mark.parametrize("level", [0, 1, 4, 9])
+def test_inflating_undoes_zlib(way_to_inflate: str, n_bytes: int, level: int) -> None:
+    values = values_that_shrink(n_bytes)
+    data = np.frombuffer(zlib.compress(values.tobytes(), level) + b"what comes after", np.uint8)
+    for room in (n_bytes, n_bytes + 64):
+        out = np.full(room + 8, 77, np.uint8)
+        found = inflate_to(data, out[:room])
+        assert found is not None
+        np.testing.assert_array_equal(found, values)
+        assert (out[room:] == 77).all()
+
+
+@pytest.mark.parametrize("n_bytes", [1, 4_000, 700_000])
+def test_what_is_damaged_is_not_inflated(way_to_inflate: str, n_bytes: int) -> None:
+    values = values_that_shrink(n_bytes)
+    data = np.frombuffer(zlib.compress(values.tobytes()), np.uint8)
+    out = np.empty(n_bytes + 64, np.uint8)
+    for n in {0, 1, 2, 5, len(data) // 2, len(data) - 1}:  # ends early
+        assert inflate_to(data[:n], out) is None
+    for at in {0, 1, 2, len(data) // 2, len(data) - 4, len(data) - 1}:
+        changed = data.copy()
+        changed[at] ^= 0x41
+        assert inflate_to(changed, out) is None
+    assert inflate_to(data, out[: n_bytes - 1]) is None  # more than there is room for
+    noise = np.random.default_rng(1).integers(0, 256, 3_000, dtype=np.uint8)
+    noise[:2] = data[:2]
+    assert inflate_to(noise, out) is None
+
+
+def test_a_dictionary_is_not_known(way_to_inflate: str) -> None:
+    packer = zlib.compressobj(zdict=b"abcabcabc")
+    data = np.frombuffer(packer.compress(b"abcabcabcabc") + packer.flush(), np.uint8)
+    assert inflate_to(data, np.empty(100, np.uint8)) is None

@@ -349,3 +349,14 @@ def test_long_permutations_take_one_step_from_each_raw_number_until_they_are_sho
         if i <= 0:
             break
     assert np.array_equal(found, order)
+
+
+@pytest.mark.parametrize(("block_rows", "n_blocks"), [(8192, 16), (500, 127), (30_000, 8)])
+def test_windows_of_small_blocks_mix_well_and_stay_small(block_rows, n_blocks):
+    """Sixteen blocks, or eight megabytes if they are more, or eight blocks if these are more than 32."""
+    source = FakeSource(
+        [block_rows] * (1_000_000 // block_rows), X=np.zeros((1_000_000 // block_rows * block_rows, 28), np.float32)
+    )
+    layout = plan_layout(source, parse_bytes("100MB"))
+    assert layout.slice_rows == block_rows
+    assert layout.window_rows // block_rows == n_blocks

@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -233,3 +234,23 @@ print("done")
 """
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
         assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\n", "")
+
+
+class Borrower(FakeSource):
+    """Notes the memory that it is lent."""
+
+    def lend(self, n_bytes):
+        self.__dict__.setdefault("lent", []).append(n_bytes)
+
+
+@pytest.mark.parametrize("n_lanes", [1, 2])
+def test_the_source_may_take_what_the_plan_leaves_until_all_is_read(n_lanes):
+    source = Borrower([9, 4, 12, 7, 1, 8])
+    layout = replace(layout_of(source, window_rows=15), buffer_bytes=10_000, planned_bytes=7_000)
+    with WindowStream(source, layout, TargetCodec(None, 1), seed=0, n_lanes=n_lanes) as stream:
+        assert source.__dict__.get("lent", [])[:1] == ([3_000] if n_lanes == 1 else [])
+        for _ in stream:
+            pass
+    lent = source.__dict__.get("lent", [])
+    assert lent[1:] == [0] * (len(lent) - 1)
+    assert (len(lent) >= 2) == (n_lanes == 1)

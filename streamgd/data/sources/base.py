@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, overload
 
@@ -89,9 +90,15 @@ class Columns(Sequence[Array]):
         return np.array(addresses), np.array(steps), np.array(strides), names
 
 
+@lru_cache(maxsize=64)
+def _is_readable(dtype: np.dtype[Any]) -> bool:
+    """Tell whether compiled code can read a dtype; NumPy makes up the name anew whenever it is asked."""
+    return dtype.name in FLAT_DTYPES and dtype.isnative
+
+
 def readable(values: Array) -> Array:
     """Return values that compiled code can read by address: a known dtype, aligned, with strides of whole values."""
-    if values.dtype.name not in FLAT_DTYPES or not values.dtype.isnative:
+    if not _is_readable(values.dtype):
         values = values.astype(np.float32 if values.dtype.kind == "f" and values.itemsize < 4 else np.float64)
     if not values.flags.aligned or any(step % values.itemsize for step in values.strides):
         values = np.ascontiguousarray(values)
@@ -305,6 +312,12 @@ class Source(abc.ABC):
 
     def announce(self, blocks: Sequence[int]) -> None:  # noqa: B027 - only sources that compute can use it
         """Tell which blocks will be opened next, in order, so that a source that computes may begin. Only a hint."""
+
+    def lend(self, n_bytes: int) -> None:  # noqa: B027 - only sources that decode whole what is asked for in parts can
+        """Let the source take so much memory, in this process, for what it would have to decode again; 0 takes it back.
+
+        What a plan leaves of the buffer. Only a hint: rows are the same.
+        """
 
     def mixing_hint(self) -> str | None:
         """Say what the user could change so that the blocks mix better, or return None."""

@@ -1,8 +1,9 @@
-"""Memory that readers use again and again."""
+"""Memory that readers use again and again, and what they keep decoded."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Hashable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,8 @@ Bytes = NDArray[np.uint8]
 
 #: Pieces smaller than this are used for each other, whatever their sizes.
 _SMALL_BYTES = 4096
+#: What keeping a piece costs beside its bytes.
+_KEPT_BYTES = 512
 
 
 class Buffers:
@@ -54,3 +57,43 @@ class Buffers:
     def _shrink(self) -> None:
         while self._free and self._idle + self._in_use > self._most:
             self._idle -= len(self._free.pop(0))
+
+
+class Kept:
+    """What was decoded, kept as far as memory is allowed: nothing at first. Safe for several threads.
+
+    What is kept stays: where pieces are asked for in a new random order again and again, replacing them by others
+    would not find more of them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pieces: dict[Hashable, Bytes] = {}
+        self._allowed = self._taken = 0
+
+    def allow(self, n_bytes: int) -> None:
+        """Set how much memory may be taken; what is kept is forgotten if it takes more."""
+        with self._lock:
+            self._allowed = n_bytes
+            if self._taken > n_bytes:
+                self._pieces, self._taken = {}, 0
+
+    def get(self, key: Hashable) -> Bytes | None:
+        """Return what was kept; nobody writes to it."""
+        return self._pieces.get(key)
+
+    def has_room(self, n_bytes: int) -> bool:
+        """Tell whether a piece would be kept, as far as can be known."""
+        return self._taken + n_bytes + _KEPT_BYTES <= self._allowed
+
+    def put(self, key: Hashable, memory: Bytes) -> None:
+        """Keep a piece if there is room."""
+        with self._lock:
+            if key not in self._pieces and self.has_room(len(memory)):
+                self._taken += len(memory) + _KEPT_BYTES
+                self._pieces[key] = memory
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._pieces, self._taken = {}, 0

@@ -40,7 +40,7 @@ from streamgd.data.sources.hdf5_rows import OpenFiles
 from streamgd.errors import CorruptDataError, EmptySourceError, OptionError, SchemaError
 
 #: Rows of target and weights read at once, and how many times as many are decoded ahead of whoever consumes them.
-_TARGET_ROWS, _TARGETS_AHEAD = 65536, 2
+_TARGET_ROWS, _TARGETS_AHEAD = 131_072, 2
 
 
 class Hdf5Source(Source):
@@ -198,6 +198,11 @@ class Hdf5Source(Source):
             found.append(Strip(part, handles[i].file.filename, offset, each.row_bytes, each.dtype, first, each.width))
             column += each.width
         return found
+
+    def lend(self, n_bytes: int) -> None:
+        """Let this process keep decoded targets and weights; see `Source.lend`."""
+        if not self.is_flat:
+            self._open_files().kept.allow(n_bytes)
 
     def place(self, block: int) -> tuple[int, int, int]:
         """Return file, first row and row after the last of a block."""

@@ -9,28 +9,23 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import h5py
 import numpy as np
-from isal import igzip_lib, isal_zlib
 from numpy.typing import NDArray
 
 from streamgd.data.sources.base import Array
-from streamgd.data.sources.buffers import Buffers, Bytes
+from streamgd.data.sources.buffers import Buffers, Bytes, Kept
 from streamgd.data.sources.hdf5_codecs import expand_lzf, fletcher32, put_rows
+from streamgd.data.sources.hdf5_inflate import inflate_to
 
 #: Numbers by which HDF5 knows filters.
 DEFLATE, SHUFFLE, FLETCHER32, LZF = 1, 2, 3, 32000
-#: Room beyond what a chunk should decompress to: isal doubles its memory when that is filled to the last byte.
-_SLACK = 64
-#: Bigger chunks are decompressed in pieces, from and to so many bytes: of what isal allocates in one piece, the system
-#: keeps as much again for every thread that ever did.
-_WHOLE_BYTES, _PIECE_BYTES, _PIECE_ROOM = 1 << 19, 1 << 16, 1 << 18
 _CHECKSUM_BYTES = 4
-_INFLATE_ERROR = cast("type[Exception]", isal_zlib.error)
+#: Room beyond what a chunk should decompress to: for a checksum, and to notice if there is more.
+_SLACK = 64
 
 
 class UndecodableError(Exception):
@@ -112,6 +107,10 @@ class ChunkReader:
         What chunks hold that were never written; None if there are none.
     descriptor : Descriptor
         The file.
+    kept : Kept or None, default=None
+        Where decoded chunks are kept, as far as it has room.
+    name : hashable, default=None
+        What tells the dataset from others there.
     """
 
     def __init__(
@@ -121,8 +120,11 @@ class ChunkReader:
         table: ChunkTable,
         fill: Array | None,
         descriptor: Descriptor,
+        kept: Kept | None = None,
+        name: Hashable = None,
     ) -> None:
         self._table = table
+        self._kept, self._name = kept, name
         self._descriptor = descriptor
         self._dtype = np.dtype(dataset.dtype)
         self._tail = tuple(dataset.shape[1:])
@@ -145,7 +147,7 @@ class ChunkReader:
         self._doubtful = filtered and not {DEFLATE, FLETCHER32}.intersection(filters)
         self._n_rows = int(dataset.shape[0])
         if filtered:
-            in_work = LZF in filters or (DEFLATE in filters and self._chunk_bytes > _WHOLE_BYTES)
+            in_work = bool({LZF, DEFLATE}.intersection(filters))
             self._work_bytes = self._most_stored + (self._chunk_bytes + _SLACK if in_work else 0)
         else:
             self._work_bytes = 0 if self._by_column or self._width == self._columns else self._chunk_bytes
@@ -209,6 +211,7 @@ class ChunkReader:
             for left in range(0, self._columns, width):
                 n_columns = min(width, self._columns - left)
                 offset, size, mask = offsets[number], sizes[number], masks[number]
+                key = (self._name, span.start + number)
                 number += 1
                 at = row * step + left * column_step
                 if offset < 0:
@@ -221,8 +224,23 @@ class ChunkReader:
                 elif self._may_be_unfiltered(run, n_columns, size, mask):
                     raise UndecodableError("whether a chunk at the edge was filtered cannot be told")
                 else:
-                    chunk, shuffled, skipped = self._chunk(offset, size, mask, work, top, n_rows)
+                    kept = None if self._kept is None else self._kept.get(key)
+                    if kept is not None:
+                        chunk, shuffled, skipped = kept, False, 0
+                    else:
+                        chunk, shuffled, skipped = self._chunk(offset, size, mask, work, top, n_rows)
+                        self._keep(key, chunk, shuffled)
                     put_rows(chunk, shuffled, item, width, top - skipped, n_rows, n_columns, address + at, step)
+
+    def _keep(self, key: Hashable, chunk: Bytes, shuffled: bool) -> None:
+        """Keep a chunk as rows, if it is whole and there is room."""
+        if self._kept is None or len(chunk) < self._chunk_bytes or not self._kept.has_room(len(chunk)):
+            return
+        item, rows = self._dtype.itemsize, np.empty(len(chunk), np.uint8)
+        address = rows.__array_interface__["data"][0]
+        step = self._width * item
+        put_rows(chunk, shuffled, item, self._width, 0, self._height, self._width, address, step)
+        self._kept.put(key, rows)
 
     def _may_be_unfiltered(self, run: int, n_columns: int, size: int, mask: int) -> bool:
         sticks_out = n_columns < self._width or (run + 1) * self._height > self._n_rows
@@ -250,10 +268,11 @@ class ChunkReader:
             elif code == LZF:
                 room = work[self._most_stored :]
                 data = room[: expand_lzf(data, room)]  # all but the last byte if it cannot be expanded
-            elif self._chunk_bytes > _WHOLE_BYTES:
-                data = _inflated_by_piece(data, work[self._most_stored :])
             else:
-                data = _inflated(data, self._chunk_bytes + _SLACK)
+                inflated = inflate_to(data, work[self._most_stored :][: self._chunk_bytes + _SLACK])
+                if inflated is None:
+                    raise UndecodableError("a chunk cannot be decompressed")
+                data = inflated
         if len(data) != self._chunk_bytes:
             raise UndecodableError(f"a chunk of {self._chunk_bytes:,} bytes decompresses to {len(data):,}")
         return data, shuffled, 0
@@ -269,31 +288,3 @@ def _checked(data: Bytes) -> Bytes:
     if stored not in (found, (found & 0xFF00FF) << 8 | found >> 8 & 0xFF00FF):
         raise UndecodableError(f"a chunk's checksum is {stored:08x}, but its bytes give {found:08x}")
     return data
-
-
-def _inflated(data: Bytes, room: int) -> Bytes:
-    try:
-        return np.frombuffer(isal_zlib.decompress(data, isal_zlib.MAX_WBITS, room), np.uint8)
-    except _INFLATE_ERROR as err:
-        raise UndecodableError(f"a chunk cannot be decompressed: {err}") from err
-
-
-def _inflated_by_piece(data: Bytes, room: Bytes) -> Bytes:
-    """Decompress to memory that is there already; costs a tenth more time."""
-    inflating = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_ZLIB)
-    done, target = 0, room.data
-    try:
-        for at in range(0, len(data), _PIECE_BYTES):
-            piece: Bytes | bytes = data[at : at + _PIECE_BYTES]
-            while not inflating.eof and (len(piece) or not inflating.needs_input):
-                found = inflating.decompress(piece, _PIECE_ROOM)
-                if done + len(found) > len(target):
-                    raise UndecodableError("a chunk decompresses to more than it should")
-                target[done : done + len(found)] = found
-                done += len(found)
-                piece = b""
-    except _INFLATE_ERROR as err:
-        raise UndecodableError(f"a chunk cannot be decompressed: {err}") from err
-    if not inflating.eof:
-        raise UndecodableError("a chunk's compressed bytes end early")
-    return room[:done]

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamgd.data.sources.base import Array
+from streamgd.data.sources.buffers import Kept
 from streamgd.data.sources.hdf5_blocks import MOST_CHUNKS
 from streamgd.data.sources.hdf5_chunks import DEFLATE, FLETCHER32, LZF, SHUFFLE, ChunkReader, ChunkTable, Descriptor
 
@@ -26,12 +27,21 @@ class ChunkTables:
     """Makes the chunk readers of a source, and keeps what HDF5 said of its files. Not for several threads at once.
 
     A file that was closed to make room for others is not asked again, unless it has changed.
+
+    Parameters
+    ----------
+    kept : Kept or None, default=None
+        Where decoded chunks of targets and weights are kept. They are few bytes and asked for again and again: by the
+        survey, and by every block, whose ends lie within chunks that are taller than those of the features.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Kept | None = None) -> None:
+        self._kept = kept
         self._tables: dict[tuple[int, int], ChunkTable] = {}
 
-    def open(self, file: int, datasets: Sequence[h5py.Dataset]) -> tuple[ChunkReader | None, ...]:
+    def open(
+        self, file: int, datasets: Sequence[h5py.Dataset], n_features: int | None = None
+    ) -> tuple[ChunkReader | None, ...]:
         """Make a reader of each of a file's datasets, None for those that only h5py can read.
 
         Parameters
@@ -40,12 +50,18 @@ class ChunkTables:
             The number of the file in the source.
         datasets : sequence of h5py.Dataset
             Always the same ones. Needed only while this function runs.
+        n_features : int, optional
+            How many of them, the first ones, hold features; default: all.
         """
         descriptors: dict[int, Descriptor] = {}
-        return tuple(self._open((file, number), dataset, descriptors) for number, dataset in enumerate(datasets))
+        n_features = len(datasets) if n_features is None else n_features
+        return tuple(
+            self._open((file, number), dataset, descriptors, None if number < n_features else self._kept)
+            for number, dataset in enumerate(datasets)
+        )
 
     def _open(
-        self, key: tuple[int, int], dataset: h5py.Dataset, descriptors: dict[int, Descriptor]
+        self, key: tuple[int, int], dataset: h5py.Dataset, descriptors: dict[int, Descriptor], kept: Kept | None
     ) -> ChunkReader | None:
         try:
             filters = _known_filters(dataset) if _stores_values_as_they_are(dataset) else None
@@ -57,7 +73,8 @@ class ChunkTables:
             table = self._table(key, dataset, descriptors[handle])
             if table is None:
                 return None
-            return ChunkReader(dataset, filters, table, _fill_value(dataset, table), descriptors[handle])
+            fill, name = _fill_value(dataset, table), (key, table.identity)
+            return ChunkReader(dataset, filters, table, fill, descriptors[handle], kept, name)
         except (OSError, RuntimeError, ValueError, KeyError):
             return None  # damaged: h5py says so as rows are read
 

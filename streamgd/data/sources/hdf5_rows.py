@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 
 from streamgd.data.sources.base import Array
-from streamgd.data.sources.buffers import Buffers, Bytes
+from streamgd.data.sources.buffers import Buffers, Bytes, Kept
 from streamgd.data.sources.hdf5_files import open_file
 from streamgd.data.sources.hdf5_layout import FileInfo, find_datasets
 from streamgd.errors import CorruptDataError, DataError, SchemaError
@@ -51,6 +51,7 @@ class OpenFiles:
         self._readers: dict[int, tuple[ChunkReader | None, ...]] = {}
         self._tables: ChunkTables | None = None
         self._rows, self._scratch = Buffers(), Buffers()
+        self.kept = Kept()
 
     def read(
         self, file: int, datasets: Sequence[int], first: int, stop: int, lent: list[Bytes] | None = None
@@ -124,6 +125,7 @@ class OpenFiles:
                 self._close_oldest()
             self._rows.clear()
             self._scratch.clear()
+            self.kept.clear()
 
     def _close_oldest(self) -> None:
         file, (handle, _) = self._files.popitem(last=False)
@@ -141,8 +143,8 @@ class OpenFiles:
                     if self._tables is None:
                         from streamgd.data.sources.hdf5_places import ChunkTables  # imports Numba
 
-                        self._tables = ChunkTables()
-                    found = self._tables.open(file, datasets)
+                        self._tables = ChunkTables(self.kept)
+                    found = self._tables.open(file, datasets, len(self._infos[file].features))
                 self._readers[file] = found
         return found
 
