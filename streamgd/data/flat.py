@@ -92,6 +92,7 @@ class FlatFiller:
         self._n_parts = n_threads if shared else 1
         self._pool: ThreadPoolExecutor | None = None
         self._files = _Files(rows)
+        self._one_file = bool((rows.block_file == rows.block_file[0]).all())
         self._ahead = ReadAhead(self._ranges_of, layout.n_open, source.stored_bytes)
         self._local = threading.local()
         self._stopped = False
@@ -134,6 +135,9 @@ class FlatFiller:
         """Read and place slices, those of a bounded number of files at a time."""
         if self._rows.check is not None:
             self._rows.check(slices[:, 4], slices[:, 2])
+        if self._one_file:
+            self._place_few(window, slices, places, slices[:1, 3], np.zeros(len(slices), np.intp))
+            return
         files, of_slice = np.unique(slices[:, 3], return_inverse=True)
         for first in range(0, len(files), _OPEN_FILES):
             if self._stopped:

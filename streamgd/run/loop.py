@@ -30,8 +30,8 @@ __all__ = ["Watcher", "train"]
 _CALL_S = 0.25
 #: How long to wait for a reader before looking whether somebody asked to stop.
 _POLL_S = 0.1
-#: Window records in ``metrics.jsonl`` per epoch, about; an epoch's end always has one.
-_RECORDS_PER_EPOCH = 200
+#: The most window records in ``metrics.jsonl`` per epoch; an epoch's end always has one.
+_RECORDS_PER_EPOCH = 100
 _EMPTY = np.zeros(0)
 
 
@@ -181,6 +181,6 @@ class _Training(Training):
     def _record(self, window: Window) -> None:
         """Write a metrics record of a window; which windows have one depends on their number alone."""
         if self.folder is not None:
-            every = max(1, -(-self.run.source.n_rows // self.run.layout_now.window_rows) // _RECORDS_PER_EPOCH)
-            if window.index % every == 0:
+            n_windows = -(-self.run.source.n_rows // self.run.layout_now.window_rows)
+            if window.index % -(-n_windows // _RECORDS_PER_EPOCH) == 0:
                 self.folder.append_metrics(self._metrics(window.index, self.run.state.progressive_loss))

@@ -104,6 +104,7 @@ def _compiled(name: str, kind: str) -> Any:
     return numba.njit(nogil=True, cache=True, **options)(call)
 
 
+@cache
 def consume(dtype: np.dtype[Any]) -> Any:
     """Return the compiled `consume` for one type of rows."""
     return _compiled("consume", dtype.name)
