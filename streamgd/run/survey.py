@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streamgd.data.rows import RowPlacer
 from streamgd.data.sources.base import Source
 from streamgd.data.targets import ClassCounter, TargetCodec
 from streamgd.errors import DataError, NonFiniteError, OptionError, SchemaError
@@ -329,12 +330,15 @@ def _survey_features(source: Source, *, everything: bool, centred: bool) -> tupl
     moments = Moments(source.n_features)
     offsets = np.cumsum(source.block_rows) - source.block_rows
     n_rows = 0
+    placer = RowPlacer(source, None, None, None, check=False)
     for block, start, n in sample_runs(source, everything=everything):
         piece = max(1, min(n, (1 << 22) // (8 * source.n_features)))
         with source.open_block(block, start, piece_rows=piece) as reader:
             for done in range(0, n, piece):
                 rows, first = reader.read(min(piece, n - done)), int(offsets[block]) + start + done
-                X = _as_matrix(rows.X)
+                places = np.arange(min(piece, n - done), dtype=np.int32)
+                X = np.empty((len(places), source.n_features))
+                placer.place_features(rows.X, places, X, block)
                 _require_finite(source, first, X, None)
                 moments.add(X, _checked_weights(source, first, rows.weight))
         n_rows += n
@@ -375,12 +379,6 @@ def _divide(wanted: int, available: NDArray[np.int64]) -> list[int]:
         shares[i] = min(int(available[i]), -(-wanted // (len(available) - n_before)))
         wanted -= shares[i]
     return shares
-
-
-def _as_matrix(X: Any) -> Floats:
-    if isinstance(X, np.ndarray):
-        return np.ascontiguousarray(X, np.float64)
-    return np.ascontiguousarray(np.stack([np.asarray(column, np.float64) for column in X], axis=1))
 
 
 def _checked_weights(source: Source, first: int, weight: Any) -> Floats:

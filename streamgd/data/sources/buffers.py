@@ -24,18 +24,20 @@ class Buffers:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._free: list[Bytes] = []
+        self._free: dict[int, list[Bytes]] = {}  # by the bits that their sizes take
         self._in_use = self._idle = self._most = 0
 
     def take(self, n_bytes: int) -> Bytes:
         """Return memory of at least `n_bytes`, and of not much more than twice as much, for `give` later."""
+        wanted = n_bytes.bit_length()
         with self._lock:
-            for i in range(len(self._free) - 1, -1, -1):  # the last used is in the processor's caches
-                size = len(self._free[i])
-                if n_bytes <= size <= 2 * n_bytes + _SMALL_BYTES:
-                    self._idle -= size
-                    self._in_use += size
-                    return self._free.pop(i)
+            for bits in range(wanted, max(wanted + 1, _SMALL_BYTES.bit_length()) + 1):
+                few = self._free.get(bits)
+                if few and n_bytes <= len(few[-1]) <= 2 * n_bytes + _SMALL_BYTES:
+                    found = few.pop()  # the last used is in the processor's caches
+                    self._idle -= len(found)
+                    self._in_use += len(found)
+                    return found
             self._in_use += n_bytes
             self._most = max(self._most, self._in_use)
             self._shrink()
@@ -46,17 +48,19 @@ class Buffers:
         with self._lock:
             self._in_use -= len(memory)
             self._idle += len(memory)
-            self._free.append(memory)
+            self._free.setdefault(len(memory).bit_length(), []).append(memory)
             self._shrink()
 
     def clear(self) -> None:
         """Forget what is not in use."""
         with self._lock:
-            self._free, self._idle, self._most = [], 0, self._in_use
+            self._free, self._idle, self._most = {}, 0, self._in_use
 
     def _shrink(self) -> None:
-        while self._free and self._idle + self._in_use > self._most:
-            self._idle -= len(self._free.pop(0))
+        """Let go of idle memory until no more is held than was in use at some moment."""
+        for few in self._free.values():
+            while few and self._idle + self._in_use > self._most:
+                self._idle -= len(few.pop(0))
 
 
 class Kept:
