@@ -9,6 +9,9 @@ A cache is a folder, named by a hash of what it holds, inside the folder that th
 ``cache.json`` comes last, once all else is on disk: where it is, the cache was whole once, and the sums tell whether it
 still is. The content follows from the data alone, so that any number of runs may share it, and a run that loses its
 cache may write it again and go on with the same bits. `streamgd.data.cache_writer` writes it.
+
+The name follows from the fingerprint, which takes samples. ``cache.json`` also has the source's stamp, which misses no
+change: a cache of data that was changed since counts as damaged, and is written anew.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +40,7 @@ if TYPE_CHECKING:
     from streamgd.data.cache_writer import CacheWriter
 
 #: Version of the files. Another one gives another name.
-FORMAT = 1
+FORMAT = 2
 #: Parts are as big, unless this makes them too few to mix well: then so many of them, but not smaller than this.
 _PART_BYTES, _MANY_PARTS, _LEAST_PART_BYTES = 1 << 20, 4096, 1 << 14
 _MANIFEST, _SUMS, LOCK = "cache.json", "parts.npy", "lock"
@@ -51,10 +56,13 @@ class Written:
         What each part sums up to so far.
     n_rows : int
         Rows.
+    stamp : dict
+        What the source was; see `Source.stamp`.
     """
 
     sums: NDArray[np.uint64]
     n_rows: int
+    stamp: dict[str, Any]
 
 
 class Cache:
@@ -119,6 +127,18 @@ class Cache:
         """Whether there is a cache that was written to its end."""
         return (self.path / _MANIFEST).exists()
 
+    @cached_property
+    def stamp(self) -> dict[str, Any]:
+        """What the source is; looked up once, and before a row is read."""
+        found: dict[str, Any] = json.loads(json.dumps(self.source.stamp()))
+        return found
+
+    def changed_since(self, then: Mapping[str, Any]) -> str | None:
+        """Say what has changed since the source had a stamp; None if nothing has."""
+        changed = [name for name, value in then.items() if self.stamp.get(name, value) != value]
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        return f"{self.source.name} has changed since it was written ({changed[0]}{more})" if changed else None
+
     def free_bytes(self) -> int:
         """Return the room on the disk where it lies or would lie."""
         folder = self.path.absolute()
@@ -144,7 +164,7 @@ class Cache:
         CacheError
             If it holds other data.
         CorruptDataError
-            If it is damaged; it then counts as not there any more.
+            If it is damaged, or the data has changed since; it then counts as not there any more.
         """
         try:
             manifest = json.loads((self.path / _MANIFEST).read_text())
@@ -154,7 +174,7 @@ class Cache:
                 raise ValueError(f"{_SUMS} does not belong to it")
             if sizes != [file.row_bytes * self.source.n_rows for file in self.files]:
                 raise ValueError(f"its files have {sizes} bytes")
-            found = manifest["definition"]
+            found, stamp = manifest["definition"], dict(manifest["stamp"])
         except (OSError, ValueError, KeyError, TypeError, EOFError) as err:
             self.forget()
             raise CorruptDataError(f"the cache in {self.path} is damaged: {err}. It is not used any more") from err
@@ -164,6 +184,10 @@ class Cache:
                 f"the cache in {self.path} holds other data than {self.source.name}: {', '.join(names)} differ. "
                 "Remove that folder, or choose another one for the cache"
             )
+        changed = self.changed_since(stamp)
+        if changed is not None:
+            self.forget()
+            raise CorruptDataError(f"the cache in {self.path} is of other data: {changed}. It is not used any more")
         return self.view(sums, trusted=False, as_source=as_source)
 
     def begin(self, written: Written | None = None) -> CacheWriter | None:
@@ -203,7 +227,8 @@ class Cache:
             np.save(file, sums)
             file.flush()
             os.fsync(file.fileno())
-        manifest = json.dumps({"definition": self.definition, "sums": _digest_of(sums)}, indent=2, sort_keys=True)
+        content = {"definition": self.definition, "stamp": self.stamp, "sums": _digest_of(sums)}
+        manifest = json.dumps(content, indent=2, sort_keys=True)
         temporary = self.path / f"{_MANIFEST}.tmp"
         with temporary.open("w") as text:
             text.write(manifest + "\n")

@@ -58,6 +58,7 @@ class CacheWriter:
         self._cache, self._lock = cache, lock
         self._placer = RowPlacer(cache.source, None, None, None, check=False)
         self._starts = np.cumsum(cache.source.block_rows) - cache.source.block_rows
+        self._stamp = cache.stamp  # before a row is read: what changes later is noticed by whoever opens the cache
         n_parts = len(cache.parts.rows)
         self._own = written is None
         self._sums = np.zeros(n_parts, np.uint64) if written is None else written.sums.copy()
@@ -160,7 +161,7 @@ class CacheWriter:
                 for part, value in added.items():
                     self._sums[part] = (int(self._sums[part]) + value) % 2**64
                 self._n_rows += n_rows
-            return Written(self._sums.copy(), self._n_rows)
+            return Written(self._sums.copy(), self._n_rows, self._stamp)
 
     def finish(self, last_window: int) -> CacheSource | None:
         """End the epoch: return the rows that are written, or None if they are not all there.

@@ -211,6 +211,9 @@ class RunWindows:
 
     def _begin(self, cache: Cache, written: Written | None) -> CacheWriter | None:
         """Begin to write the cache; None if somebody else is at it, or it has to be given up."""
+        if written is not None and (changed := cache.changed_since(written.stamp)) is not None:
+            self._report(f"what there is of the cache in {cache.path} is not used: {changed}. It is written anew")
+            return None
         try:
             if written is None and cache.free_bytes() < cache.needed_bytes:
                 self._drop(f"{cache.path.parent} has {format_bytes(cache.free_bytes())} free")

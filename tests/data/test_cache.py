@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import pickle
@@ -260,6 +261,115 @@ def test_a_cache_of_other_data_is_refused(tmp_path: Path) -> None:
     (cache.path / "cache.json").write_text(json.dumps(manifest))
     with pytest.raises(CacheError, match="holds other data than fake: fingerprint differ"):
         cache.open()
+
+
+N_LONG = 50_000
+
+
+def long(*, changed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """More rows than fingerprints look at, some of them others in the middle; extremes stay."""
+    rng = np.random.default_rng(RNG_SEED)
+    X, y = rng.normal(size=(N_LONG, 10)), rng.normal(size=N_LONG)
+    if changed:
+        y[20_100:20_110] = y[20_100:20_110] * 0.5
+    return X, y
+
+
+def long_hdf5(folder: Path, *, changed: bool) -> Source:
+    X, y = long(changed=changed)
+    if changed:
+        with h5py.File(folder / "long.h5", "r+") as file:
+            file["y"][...] = y
+    else:
+        with h5py.File(folder / "long.h5", "w") as file:
+            file["X"], file["y"] = X, y
+    return open_source(str(folder / "long.h5"), "y")
+
+
+def long_virtual(folder: Path, *, changed: bool) -> Source:
+    """A file that never changes, over one that does."""
+    long_hdf5(folder, changed=changed).close()
+    if not changed:
+        with h5py.File(folder / "virtual.h5", "w") as file:
+            for name, shape in (("X", (N_LONG, 10)), ("y", (N_LONG,))):
+                layout = h5py.VirtualLayout(shape, "f8")
+                layout[...] = h5py.VirtualSource("long.h5", name, shape)
+                file.create_virtual_dataset(name, layout)
+    return open_source(str(folder / "virtual.h5"), "y")
+
+
+def long_parquet(folder: Path, *, changed: bool) -> Source:
+    X, y = long(changed=changed)
+    table = pa.table({f"x{j}": column for j, column in enumerate(X.T)} | {"y": y})
+    pq.write_table(table, folder / "long.parquet", compression="none", use_dictionary=False)
+    return open_source(str(folder / "long.parquet"), "y")
+
+
+def long_memory(folder: Path, *, changed: bool) -> Source:
+    X, y = long(changed=changed)
+    return open_source(np.asfortranarray(X), y)
+
+
+def long_memmap(folder: Path, *, changed: bool) -> Source:
+    X, y = long(changed=changed)
+    np.save(folder / "X.npy", X)
+    np.save(folder / "y.npy", y)
+    return open_source(str(folder / "X.npy"), str(folder / "y.npy"))
+
+
+def long_dask(folder: Path, *, changed: bool) -> Source:
+    import dask.array as da
+
+    X, y = long(changed=changed)
+    return open_source(da.from_array(X, chunks=(9000, -1)), da.from_array(y, chunks=9000))
+
+
+LONG = (long_hdf5, long_virtual, long_parquet, long_memory, long_memmap, long_dask)
+
+
+@pytest.mark.parametrize("make", LONG)
+def test_data_that_has_changed_is_not_read_from_its_old_cache(tmp_path: Path, make: Callable[..., Source]) -> None:
+    """Also where the fingerprint looks elsewhere; and what was not changed is."""
+    source = make(tmp_path, changed=False)
+    cache = Cache(tmp_path / "cache", source, TargetCodec(None))
+    fill(cache, TargetCodec(None), window_rows=20_000)
+    source.close()
+    del cache.source, source
+    gc.collect()
+    if make in (long_memory, long_dask):  # files are written again, which changes their time
+        Cache(tmp_path / "cache", make(tmp_path, changed=False), TargetCodec(None)).open()
+    source = make(tmp_path, changed=True)
+    again = Cache(tmp_path / "cache", source, TargetCodec(None))
+    assert again.path == cache.path
+    with pytest.raises(CorruptDataError, match=r"is of other data: .* has changed since it was written"):
+        again.open()
+    assert not again.is_whole
+    fill(again, TargetCodec(None), window_rows=20_000)
+    found = Cache(tmp_path / "cache", source, TargetCodec(None)).open()
+    assert (found.read_rows(0, N_LONG).y == long(changed=True)[1]).all()
+
+
+def test_data_that_changes_while_it_is_written_down_is_written_down_again(tmp_path: Path) -> None:
+    cache, codec = small(tmp_path)
+    source = cache.source
+    assert isinstance(source, FakeSource)
+    source.before_read = lambda block, row: source.made.update(file=row)
+    source.made["file"] = -1
+    fill(cache, codec)
+    with pytest.raises(CorruptDataError, match=r"has changed since it was written \(file\)"):
+        Cache(tmp_path / "cache", source, codec, part_rows=16).open()
+
+
+def test_a_moved_data_set_keeps_its_cache(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    source = long_hdf5(tmp_path / "here", changed=False)
+    cache = Cache(tmp_path / "cache", source, TargetCodec(None))
+    fill(cache, TargetCodec(None), window_rows=20_000)
+    source.close()
+    (tmp_path / "here").rename(tmp_path / "there")
+    os.utime(tmp_path / "there" / "long.h5")
+    moved = Cache(tmp_path / "cache", open_source(str(tmp_path / "there" / "long.h5"), "y"), TargetCodec(None))
+    assert moved.open().n_rows == N_LONG
 
 
 def test_other_data_lies_elsewhere(tmp_path: Path) -> None:

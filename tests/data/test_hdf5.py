@@ -431,9 +431,10 @@ def test_virtual_rows_of_the_same_file_without_an_end_and_of_numbered_files(tmp_
         creation.set_virtual(where, b"part-%b.h5", b"X", taken)
         h5py.h5d.create(file.id, b"B", h5py.h5t.IEEE_F32LE, where, creation)
         file["y"] = make_target(60)
-    for name in "AB":
+    for name, files in {"A": ["all.h5"], "B": ["all.h5", "part-0.h5", "part-1.h5"]}.items():
         source = Hdf5Source(tmp_path / "all.h5", features=name)
         assert_same_bits(read_all(source)[0], X)
+        assert [Path(path).name for path in source.stamp()] == files
 
 
 def test_external_storage_that_was_cut_short_is_no_zeros(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import threading
@@ -256,6 +257,24 @@ def test_damage_stops_the_run_which_then_writes_the_cache_anew(tmp_path: Path) -
         expect_no_threads()
         assert go(resume_small(folder), folder, cache)
         assert saved(folder) == whole(tmp_path / "whole", tmp_path / "other", FAIR)
+
+
+@pytest.mark.parametrize("after", [1, 5])
+def test_a_run_is_not_gone_on_with_from_rows_that_were_changed_since(tmp_path: Path, after: int) -> None:
+    """Neither the half of a cache nor a whole one; the data counts as the same, as the fingerprint says."""
+    cache, watcher = tmp_path / "cache", Stopper()
+    with RunFolder(tmp_path / "run") as folder:
+        source = source_of()
+        source.made["file"] = [100, 1]
+        assert not go(begin_small(source=source, folder=folder, window_rows=FAIR), folder, cache, Stopper(after=after))
+        source = source_of()
+        source.made["file"] = [100, 2]
+        assert go(resume_small(folder, source=source), folder, cache, watcher)
+        assert saved(folder) == whole(tmp_path / "whole", tmp_path / "other", FAIR)
+    assert "has changed since it was written (file)" in watcher.messages[0]
+    assert "written anew" in watcher.messages[0]
+    assert source.n_read >= N_ROWS
+    assert json.loads(next(cache.glob("*/cache.json")).read_text())["stamp"]["file"] == [100, 2]
 
 
 def test_a_cache_found_cut_short_is_written_anew(tmp_path: Path) -> None:

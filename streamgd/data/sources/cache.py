@@ -201,6 +201,10 @@ class CacheSource(Source):
             weights = None if weight is None else weight[rows][:, 0]
             yield first, values[:, 0] if self.target.n_outputs == 1 else values, weights
 
+    def stamp(self) -> dict[str, Any]:
+        """Return that of the source."""
+        return self.cached.stamp()
+
     def locate(self, block: int, row: int) -> str:
         """Say where the row lies in the source."""
         if self._origin is not None:

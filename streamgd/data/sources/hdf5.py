@@ -26,6 +26,7 @@ from streamgd.data.sources.base import (
     choose_row_dtype,
 )
 from streamgd.data.sources.buffers import Bytes
+from streamgd.data.sources.files import stamp_of
 from streamgd.data.sources.flat import FlatRows, Part, Strip
 from streamgd.data.sources.hdf5_blocks import Cut, advise, cut_into_blocks, place_bytes, rows_at_least
 from streamgd.data.sources.hdf5_layout import (
@@ -79,7 +80,8 @@ class Hdf5Source(Source):
     -----
     The fingerprint holds the size of each file and a hash of its first 64 KiB, its last 16 KiB and 8 pieces of 4 KiB
     between (of the whole up to 256 KiB), the layout of the datasets, and, with several files, their names relative to
-    their common folder. Of files that are linked to, or that virtual datasets take rows from, it sees the layout only.
+    their common folder. Of files that are linked to, or that virtual datasets take rows from, it sees the layout only;
+    the stamp has size and time of all of them.
 
     While files are open, HDF5's locks keep other processes from writing to them.
     """
@@ -261,6 +263,10 @@ class Hdf5Source(Source):
                 yield ahead.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def stamp(self) -> dict[str, Any]:
+        """Look at the files, also those that rows are taken from behind links; see `Source.stamp`."""
+        return stamp_of(path for info in self._files for path in info.behind)
 
     def locate(self, block: int, row: int) -> str:
         """Name the file and the row in it."""
