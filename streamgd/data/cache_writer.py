@@ -150,6 +150,9 @@ class CacheWriter:
         with self._guard:
             self.error = self.error or error
             self.keeps_rest = False
+        for descriptor in self._descriptors:  # a file that is removed keeps its room until it is closed
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, 0)
         self._remove()
 
     # --- the training thread ---

@@ -206,7 +206,7 @@ class RunWindows:
         try:
             return cache.open(as_source=as_source)
         except CorruptDataError as err:
-            self._report(f"{err}; it is written anew")
+            self._report(str(err))
             return None
 
     def _begin(self, cache: Cache, written: Written | None) -> CacheWriter | None:
@@ -215,9 +215,6 @@ class RunWindows:
             self._report(f"what there is of the cache in {cache.path} is not used: {changed}. It is written anew")
             return None
         try:
-            if written is None and cache.free_bytes() < cache.needed_bytes:
-                self._drop(f"{cache.path.parent} has {format_bytes(cache.free_bytes())} free")
-                return None
             return cache.begin(written)
         except OSError as err:
             self._drop(f"{cache.path}: {err.strerror or err}")

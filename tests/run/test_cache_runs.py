@@ -24,6 +24,7 @@ from streamgd.run.folder import RunFolder
 from streamgd.run.loop import Watcher, train
 from streamgd.run.runs import Run
 from tests.data.fake import FakeSource, expect_no_threads
+from tests.data.test_cache import refuse_to_remove
 from tests.run.small import N_ROWS, begin_small, bits, config_of, resume_small, saved, source_of
 
 #: Rows of a window of the source: with few blocks in each the cache comes first, with more the first epoch writes it.
@@ -197,7 +198,46 @@ def test_no_room_is_known_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert go(begin_small(window_rows=POOR), None, tmp_path / "cache", watcher)
     assert "8,0" in watcher.notes[0] or "8 kB" in watcher.notes[0]
     assert "free; the run goes on without" in watcher.messages[0]
-    assert not (tmp_path / "cache").exists()
+    assert [path.name for path in (tmp_path / "cache").glob("*/*")] == ["lock"]
+
+
+def test_whoever_writes_the_cache_is_waited_for_however_little_room_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the other's writing that takes the room; the order of rows must not depend on when one looks."""
+    first = begin_small(window_rows=POOR)
+    place = Cache(tmp_path / "cache", first.source, first.survey.codec)
+    writer = place.begin()
+    assert writer is not None
+    monkeypatch.setattr(Cache, "free_bytes", lambda self: 0)
+
+    class Patient(Stopper):
+        def message(self, text: str) -> None:
+            super().message(text)
+            fill(place, writer, first)
+
+    watcher = Patient()
+    with RunFolder(tmp_path / "run") as folder:
+        assert go(begin_small(folder=folder, window_rows=POOR), folder, tmp_path / "cache", watcher)
+        assert saved(folder)["cached"] is not None
+    assert len(watcher.messages) == 1
+    assert "waiting for another process" in watcher.messages[0]
+
+
+def test_a_damaged_cache_that_cannot_be_removed_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    without = whole(tmp_path / "without", None, POOR)
+    whole(tmp_path / "a", cache, POOR)
+    os.truncate(next(cache.glob("*/y.bin")), 10)
+    refuse_to_remove(monkeypatch)
+    watcher = Stopper()
+    with RunFolder(tmp_path / "b") as folder:
+        assert go(begin_small(folder=folder, window_rows=POOR), folder, cache, watcher)
+        assert saved(folder) == without
+    assert "cannot be removed (Permission denied): remove" in watcher.messages[0]
+    assert "goes on without" in watcher.messages[1]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
