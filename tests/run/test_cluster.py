@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from streamgd.errors import ClusterError, DataError
+from streamgd.errors import ClusterError, DataError, OptionError
 from streamgd.run import workers
 from streamgd.run.checkpoint import CheckpointFolder
 from tests.clustering import (
@@ -240,8 +240,26 @@ class TestErrors:
         from streamgd.run.epochs import Watcher
 
         X, _ = load(folder, "hdf5")
-        with cluster(0) as (_, client), pytest.raises(ClusterError, match="no worker for"):
-            crew(X, client, RunOptions(workers_timeout_s=0.5), Watcher())
+        with cluster(0) as (_, client):
+            with pytest.raises(ClusterError, match="no worker for"):
+                crew(X, client, RunOptions(workers_timeout_s=0.5), Watcher())
+            stop = threading.Event()
+            threading.Timer(0.5, stop.set).start()
+            waiting = crew(X, client, RunOptions(), Watcher(), stop)  # somebody pressed Ctrl-C: it gives up waiting
+            assert waiting.play(None, None, 0, 1, stop) is None
+            waiting.close()
+
+    def test_what_is_no_client(self, two, folder, tmp_path):
+        for given in ("tcp://127.0.0.1:1", two[0], True):
+            with pytest.raises(OptionError, match=r"client=.*: expected a distributed\.Client"):
+                fit(folder, "hdf5", client=given, checkpoint_dir=tmp_path / "runs")
+        from distributed import Client
+
+        closed = Client(two[0], set_as_default=False)
+        closed.close()
+        with pytest.raises(ClusterError, match="the client is closed: connect anew"):
+            fit(folder, "hdf5", client=closed, checkpoint_dir=tmp_path / "runs")
+        assert not (tmp_path / "runs").exists()
 
     def test_too_little_memory(self, two, folder, monkeypatch):
         monkeypatch.setattr(workers, "PROCESS_BYTES", 10**15)
@@ -273,7 +291,7 @@ class TestErrors:
             assert list((tmp_path / "run").glob("*/checkpoints/*"))
 
 
-def crew(source: Any, client: Any, options: Any, watcher: Any) -> Any:
+def crew(source: Any, client: Any, options: Any, watcher: Any, stop: threading.Event | None = None) -> Any:
     from streamgd.run.cluster import ClusterCrew
     from streamgd.run.config import Config
     from streamgd.run.runs import Run, first_state, plan_for
@@ -288,4 +306,5 @@ def crew(source: Any, client: Any, options: Any, watcher: Any) -> Any:
         client,
         options,
         watcher,
+        stop or threading.Event(),
     )
