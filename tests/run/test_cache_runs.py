@@ -418,6 +418,9 @@ def test_bad_data_is_named_as_without_a_cache(tmp_path: Path) -> None:
 def test_what_is_no_path(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="cache=7: expected the path of a folder"):
         RunOptions(cache=7)  # type: ignore[arg-type]
+    for path in ("", "a\0b"):
+        with pytest.raises(OptionError, match="expected the path of a folder"):
+            RunOptions(cache=path)
 
 
 def test_small_sources_of_many_blocks() -> None:
