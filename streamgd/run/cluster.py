@@ -77,6 +77,7 @@ class ClusterCrew(Crew):
         self._name = uuid.uuid4().hex[:12]
         self._reports: dict[str, WorkerReport] = {}
         self._refused: set[str] = set()
+        self._lost: str | None = None  # what kept the last worker from answering
         self._lanes: dict[int, str] = {}
         self._looked = float("-inf")
         source: Any = run.source
@@ -290,8 +291,9 @@ class ClusterCrew(Crew):
                 return
             waited = now - began
             if waited > self._timeout_s:
+                found = "" if self._lost is None else f" (the last one did not answer: {self._lost})"
                 raise ClusterError(
-                    f"no worker for {waited:.0f} s: start workers and resume the run, or allow a longer wait "
+                    f"no worker for {waited:.0f} s{found}: start workers and resume the run, or allow a longer wait "
                     "(workers_timeout_s, --workers-timeout)"
                 )
             if waited > _SAY_AFTER_S and (now - said > _SAY_EVERY_S or said == began):
@@ -317,7 +319,8 @@ class ClusterCrew(Crew):
         for address in addresses:
             report = reports.get(address)
             if report is None or isinstance(report, OSError):
-                continue  # gone again
+                self._lost = f"{address}: {type(report).__name__}: {report}" if report is not None else self._lost
+                continue  # gone again, as it seems; else it is asked once more
             why = unfit(address, report, self._run)
             if why is None:
                 assert isinstance(report, WorkerReport)

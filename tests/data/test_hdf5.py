@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import re
@@ -481,6 +482,22 @@ def test_numbers_of_few_bits_are_read_as_h5py_reads_them(tmp_path: Path, chunks:
         source = Hdf5Source(tmp_path / "a.h5", features=name)
         assert not source.is_flat
         assert_same_bits(read_all(source)[0], expected)
+
+
+@pytest.mark.parametrize("filters", [{}, {"chunks": (20, 3), "compression": "gzip"}])
+def test_a_source_that_is_forgotten_leaves_no_file_open(tmp_path: Path, filters: dict[str, Any]) -> None:
+    """At once, and not when the collector comes by: else the file cannot be written to."""
+    write(tmp_path / "a.h5", filters, X=make_rows(60, 3), y=make_target(60))
+    gc.disable()
+    try:
+        source = Hdf5Source(tmp_path / "a.h5")
+        read_all(source)
+        source.flat_rows()
+        del source
+        with h5py.File(tmp_path / "a.h5", "r+") as file:
+            file["y"][...] = 0
+    finally:
+        gc.enable()
 
 
 def test_links_are_followed(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from streamgd.data.sources import open_source
 from streamgd.errors import ClusterError, DataError, OptionError
 from streamgd.run import workers
 from streamgd.run.checkpoint import CheckpointFolder
@@ -224,6 +225,34 @@ class TestErrors:
         X = X.map_blocks(fails, dtype=X.dtype)
         with pytest.raises(DataError, match="the tape is torn"):
             estimator(standardize=False).fit(X, y, client=two[1])
+
+    def test_a_block_that_cannot_be_computed_leaves_nothing_on_the_cluster(self, two, folder):
+        """Not even while the error is kept, as a notebook keeps the last one."""
+
+        def fails(block: Any, block_info: Any = None) -> Any:
+            if block_info[0]["chunk-location"][0] == 17:
+                raise OSError("the tape is torn")
+            return block
+
+        X, y = load(folder, "dask")
+        source = open_source(X.map_blocks(fails, dtype=X.dtype), y)
+        with two[1].as_current(), pytest.raises(DataError, match="the tape is torn") as kept:
+            source.open_block(17)
+        assert not task_states(two[1])
+        assert kept.value.__cause__ is not None
+
+    def test_a_worker_that_never_answers_is_named(self, folder, monkeypatch):
+        def full(source: Any, dask_worker: Any = None) -> Any:
+            raise OSError("No space left on device")
+
+        from streamgd.run import cluster as module
+        from streamgd.run.config import RunOptions
+        from streamgd.run.epochs import Watcher
+
+        monkeypatch.setattr(module, "describe", full)
+        X, _ = load(folder, "hdf5")
+        with cluster(1) as (_, client), pytest.raises(ClusterError, match=r"no worker for .*No space left on device"):
+            crew(X, client, RunOptions(workers_timeout_s=0.5), Watcher())
 
     def test_files_that_workers_cannot_read(self, two, tmp_path):
         make_data(tmp_path)

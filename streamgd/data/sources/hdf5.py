@@ -10,6 +10,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,11 @@ class Hdf5Source(Source):
         # Keyed by process: a forked child must neither use its parent's files nor wait for a lock whose holder was
         # not forked. `setdefault` is atomic.
         number = os.getpid()
-        return self._opened.get(number) or self._opened.setdefault(number, OpenFiles(self._files, self._block_at))
+        found = self._opened.get(number)
+        if found is None:  # without a reference to the source: files are closed as it is forgotten
+            block_at = partial(_block_at, self._block_file, self._block_start)
+            found = self._opened.setdefault(number, OpenFiles(self._files, block_at))
+        return found
 
     def flat_rows(self) -> FlatRows | None:
         """Say where the rows lie if no dataset is chunked; see `Source.flat_rows`."""
@@ -214,9 +219,6 @@ class Hdf5Source(Source):
     def held(self, file: int) -> tuple[bool, ...]:
         """Tell for each dataset of a file whether an open block keeps its rows decoded."""
         return self._held[file]
-
-    def _block_at(self, file: int, row: int) -> int:
-        return int(np.flatnonzero((self._block_file == file) & (self._block_start <= row))[-1])
 
     def slice_of(self, arrays: Sequence[Array]) -> Slice:
         """Put arrays, one for each dataset, together as a slice."""
@@ -307,6 +309,11 @@ class Hdf5Source(Source):
                 for name, info in zip(names, self._files, strict=True)
             ],
         }
+
+
+def _block_at(block_file: Array, block_start: Array, file: int, row: int) -> int:
+    """Tell the block that a row of a file lies in."""
+    return int(np.flatnonzero((block_file == file) & (block_start <= row))[-1])
 
 
 class _Reader(BlockReader):
