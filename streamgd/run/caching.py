@@ -159,9 +159,16 @@ class RunWindows:
         return found
 
     def _enter(self) -> bool:
-        """Begin to read what comes next; False if somebody else writes the cache, which has to be waited for."""
+        """Begin to read what comes next; False if it has to be waited for: others write the cache, or it is checked."""
         run, (epoch, window) = self._run, self._at
         self._filling, self._until = False, run.n_epochs
+        if self._fresh is not None:
+            lost = self._ended[-1].lost
+            if lost is None:
+                return False
+            if lost:  # it is written once more
+                self._fresh = None
+                self._close_writers()
         if self._cache is None or run.cached is None:
             self._open_stream(run.source, run.layout, (epoch, window))
         elif epoch < run.cached.first_epoch:
@@ -233,7 +240,7 @@ class RunWindows:
             return
         self._ended.append(writer)
         self._writer = self._run.writer = None
-        if found is None:  # a part that another process wrote was lost: it will be written once more
+        if found is None:  # not all rows are there: it will be written once more
             writer.keeps_rest = False
         elif self._run.cached is not None:
             self._fresh = found

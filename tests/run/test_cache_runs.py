@@ -18,7 +18,9 @@ from streamgd.data import cache as caches
 from streamgd.data.cache import Cache
 from streamgd.data.cache_writer import CacheWriter
 from streamgd.data.prefetch import WindowStream
+from streamgd.data.sources.cache import CacheSource
 from streamgd.errors import CacheError, CorruptDataError, OptionError, ResumeError
+from streamgd.run.caching import RunWindows
 from streamgd.run.config import RunOptions
 from streamgd.run.folder import RunFolder
 from streamgd.run.loop import Watcher, train
@@ -161,6 +163,34 @@ def test_a_stopped_first_epoch_is_gone_on_with(tmp_path: Path) -> None:
         assert go(run, folder, cache)
         assert run.source.n_read - before == N_ROWS - rows  # type: ignore[attr-defined]
     assert len(list(cache.glob("*/cache.json"))) == 1
+
+
+def test_what_was_written_before_is_checked_beside_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be as big as the data, and whoever waits must hear of signals meanwhile."""
+    where, check, asked = [], CacheSource.require_whole, threading.Event()
+
+    def require_whole(self: CacheSource) -> None:
+        where.append(threading.current_thread().name)
+        assert asked.wait(10)
+        check(self)
+
+    monkeypatch.setattr(CacheSource, "require_whole", require_whole)
+    get = RunWindows.get
+
+    def get_and_tell(self: RunWindows, timeout_s: float) -> Any:
+        found = get(self, timeout_s)
+        if where and found is None:
+            asked.set()
+        return found
+
+    monkeypatch.setattr(RunWindows, "get", get_and_tell)
+    with RunFolder(tmp_path / "run") as folder:
+        assert not go(begin_small(folder=folder, window_rows=FAIR), folder, tmp_path / "cache", Stopper(after=1))
+        assert go(resume_small(folder), folder, tmp_path / "cache")
+    assert where == ["streamgd-cache"]
+    assert len(list((tmp_path / "cache").glob("*/cache.json"))) == 1
 
 
 def full_after(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
