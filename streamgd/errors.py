@@ -19,7 +19,7 @@ Every one says what was found, what was expected and the way out::
     │   ├── CheckpointWriteError           a checkpoint cannot be written; the one before is still good
     │   └── ResumeError                    data, configuration or format differ from the run's
     ├── ClusterError (RuntimeError)        a cluster that cannot train: no workers, unfit ones, a lost scheduler
-    ├── CacheError (RuntimeError)          a cache that cannot be written, or is of other data
+    ├── CacheError (RuntimeError)          a cache that cannot be written
     ├── DivergenceError (ArithmeticError)  the coefficients left the finite numbers
     └── RowAccountingError (RuntimeError)  an epoch did not see each row exactly once; always a bug or changing data
 
@@ -112,7 +112,7 @@ class ClusterError(StreamgdError, RuntimeError):
 
 
 class CacheError(StreamgdError, RuntimeError):
-    """A cache cannot be written, or does not belong to the data."""
+    """A cache cannot be written."""
 
 
 class DivergenceError(StreamgdError, ArithmeticError):

@@ -68,7 +68,7 @@ def test_too_little_room_is_refused_at_once(
     said = sg("cache", parquet, tmp_path / "cache", "--target", "y")
     assert said.status == 2
     assert "make room, or choose another folder" in said.err
-    assert not (tmp_path / "cache").exists()
+    assert [left.name for left in (tmp_path / "cache").glob("*/*")] == ["lock"]
 
 
 def test_bad_rows_leave_nothing(sg: Callable[..., Said], tmp_path: Path) -> None:
@@ -90,3 +90,55 @@ def test_lanes_have_no_cache(sg: Callable[..., Said], parquet: Path, tmp_path: P
     said = sg("train", parquet, "--target", "y", "--lanes", 2, "--run", tmp_path / "run", "--cache", tmp_path / "cache")
     assert said.status == 2
     assert "a cache is for one lane" in said.err
+    assert not (tmp_path / "run").exists()  # nor does a cluster, whether there is one or not
+    where = ["--scheduler", "tcp://127.0.0.1:1", "--cache", tmp_path / "cache"]
+    said = sg("train", parquet, "--target", "y", "--run", tmp_path / "run", *where)
+    assert said.status == 2
+    assert "a cache is for one lane" in said.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_path_is_not_the_folder_one_works_in(sg: Callable[..., Said], parquet: Path, tmp_path: Path) -> None:
+    for command in (["cache", parquet, ""], ["train", parquet, "--run", tmp_path / "run", "--cache", ""]):
+        said = sg(*command, "--target", "y")
+        assert said.status == 2
+        assert "'' is no path: name a folder" in said.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_place_where_no_folder_can_be(sg: Callable[..., Said], parquet: Path, tmp_path: Path) -> None:
+    """The reason is the system's, not how much room there would be beside it."""
+    for place, why in ((parquet / "x", "Not a directory"), (tmp_path / ("x" * 300), "File name too long")):
+        said = sg("cache", parquet, place, "--target", "y")
+        assert said.status == 2
+        assert f"{why}: make room, or choose another folder" in said.err
+        assert "free" not in said.err
+        run = tmp_path / why
+        said = sg("train", parquet, "--target", "y", "--epochs", 1, "--run", run, "--cache", place)
+        assert said.status == 0, said.err
+        assert f"{why}; the run goes on without" in said.err
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_cache_is_written_anew(sg: Callable[..., Said], parquet: Path, tmp_path: Path, damage: str) -> None:
+    make = ["cache", parquet, tmp_path / "cache", "--target", "y", "--quiet"]
+    assert sg(*make).status == 0
+    (path,) = (tmp_path / "cache").glob("*/X.bin")
+    kept = path.read_bytes()
+    path.write_bytes(kept[:-1] if damage == "cut" else kept[:-1] + bytes([kept[-1] ^ 1]))
+    said = sg(*make)
+    assert said.status == 0
+    assert "is damaged" in said.err
+    assert path.read_bytes() == kept
+    assert "nothing to do" in sg(*make).out
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint64"])
+def test_classes_that_are_great_whole_numbers(sg: Callable[..., Said], tmp_path: Path, dtype: str) -> None:
+    X, y = make_rows()
+    path = write_parquet(tmp_path / "great.parquet", X, 2**53 + (y > 3).astype(dtype))
+    task = ["--target", "y", "--task", "classification", "--quiet"]
+    assert sg("cache", path, tmp_path / "cache", *task).status == 0
+    said = sg("train", path, *task, "--run", tmp_path / "run", "--cache", tmp_path / "cache")
+    assert said.status == 0, said.err
+    assert len(list((tmp_path / "cache").iterdir())) == 1

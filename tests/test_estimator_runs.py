@@ -321,6 +321,12 @@ def test_fits_share_a_cache_and_go_on_with_it(tmp_path: Path, interrupt: Callabl
     assert (regressor(None).fit(X, y).coef_ != whole.coef_).any()
 
 
+def test_a_cache_for_lanes_is_refused_before_a_run_folder_is_made(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="a cache is for one lane on one machine"):
+        regressor(tmp_path / "runs", cache=tmp_path / "cache", n_lanes=2).fit(*table())
+    assert not (tmp_path / "runs").exists()
+
+
 def test_runs_with_and_without_a_cache_do_not_meet(tmp_path: Path) -> None:
     X, y = table()
     with_one = regressor(tmp_path / "runs", cache=tmp_path / "cache").fit(X, y)

@@ -15,7 +15,7 @@ from streamgd.commands import parameters as kinds
 
 @click.command(short_help="Decode data once, for runs with --cache.")
 @kinds.data_argument
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("folder", metavar="DIR", type=kinds.Folder())
 @click.option(
     "--target",
     callback=kinds.read_target,
@@ -25,6 +25,11 @@ from streamgd.commands import parameters as kinds
 )
 @kinds.features_option
 @kinds.weight_option
+@click.option(
+    "--task",
+    type=click.Choice(kinds.TASKS),
+    help="Of the runs. It matters where classes are whole numbers from 2**53 on. [default: as the target suggests]",
+)
 @click.option("--buffer", default=kinds.BUFFER, show_default=True, metavar="BYTES", help="Memory to read in.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads that read. [default: all processors]")
 @click.option("--quiet", is_flag=True, help="No progress: only the result, warnings and errors.")
@@ -32,15 +37,17 @@ def cache(data: tuple[str, ...], folder: Path, **given: Any) -> None:
     """Write the rows of DATA to DIR as plain numbers, for runs that name it with --cache.
 
     Such runs then decode nothing, from their first epoch on. They give the same result as runs that find no cache and
-    write it themselves. Target, features and weight are to be the same as those of the runs.
+    write it themselves. Target, features and weight are to be the same as those of the runs. A cache that is there is
+    checked, and written anew if it is damaged or the data has changed.
     """
+    from streamgd.commands.choosing import choose_task
     from streamgd.commands.reading import open_data
     from streamgd.data.cache import Cache
     from streamgd.data.cache_writer import write_epoch
     from streamgd.data.layout import format_bytes, parse_bytes, plan_layout
     from streamgd.data.stream import find_classes
     from streamgd.data.targets import TargetCodec
-    from streamgd.errors import CacheError, RunLockedError
+    from streamgd.errors import CacheError, CorruptDataError, RunLockedError
     from streamgd.run.caching import needs
     from streamgd.run.inspection import about_data, entry
 
@@ -53,20 +60,28 @@ def cache(data: tuple[str, ...], folder: Path, **given: Any) -> None:
     assert source.target is not None
     n_outputs = source.target.n_outputs if source.target.numeric else 1
     layout = plan_layout(source, parse_bytes(given["buffer"]), n_outputs=n_outputs, carry_rows=1)
-    codec = TargetCodec(None, n_outputs) if source.target.numeric else find_classes(source)
+    task, _ = choose_task(source.target, task=given["task"])
+    codec = TargetCodec(None, n_outputs) if task == "regression" else find_classes(source)
     made = Cache(folder, source, codec)
-    if made.is_whole:
-        made.open()
-        click.echo(f"nothing to do: the cache is in {made.path}")
-        return
     say = _silent if given["quiet"] else _say
-    for line in (*about_data(source), entry("cache", needs(made))):
-        say(line)
-    if made.free_bytes() < made.needed_bytes:
-        raise CacheError(f"{needs(made)}: make room, or choose another folder")
-    writer = made.begin()
+    if made.is_whole:
+        try:
+            made.open().require_whole()
+        except CorruptDataError as err:
+            _say(f"warning: {err}")
+        else:
+            click.echo(f"nothing to do: the cache is in {made.path}, and whole")
+            return
+    try:
+        writer = made.begin()
+    except OSError as err:
+        raise CacheError(
+            f"no cache can be written to {made.path}: {err.strerror}: make room, or choose another folder"
+        ) from err
     if writer is None:
         raise RunLockedError(f"another process writes the cache in {made.path}: wait until it is done")
+    for line in (*about_data(source), entry("cache", needs(made))):
+        say(line)
     began = shown = time.monotonic()
     for n_rows in write_epoch(made, writer, codec, layout, n_threads=given["threads"]):
         now = time.monotonic()

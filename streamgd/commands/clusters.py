@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Iterator
 from typing import Any
@@ -37,11 +38,30 @@ def connected(address: str | None) -> Iterator[Any]:
     from distributed import Client
 
     try:
+        asyncio.run(_reach(address))
         client: Any = Client(address, timeout=_CONNECT_S, set_as_default=False)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, TypeError, RuntimeError) as err:
+        why = f"nobody answered within {_CONNECT_S} s" if isinstance(err, TimeoutError) else str(err)
         raise ClusterError(
-            f"no scheduler at {address} ({type(err).__name__}: {err}): start one with `dask scheduler`, and workers "
-            f"with `dask worker {address}`"
+            f"no scheduler at {address!r} ({type(err).__name__}: {why}): start one with `dask scheduler`, and workers "
+            "with `dask worker ADDRESS`; it says its address, such as tcp://host:8786"
         ) from err
     with client:
         yield client
+
+
+async def _reach(address: str) -> None:
+    """Ask a scheduler who it is: a client would wait for whoever does not answer, and clean up for another minute."""
+    from distributed.core import rpc
+    from distributed.security import Security
+
+    remote: Any = rpc
+    security: Any = Security
+    arguments = security().get_connection_args("client")
+
+    async def ask() -> None:
+        async with remote(address, connection_args=arguments) as scheduler:
+            if (await scheduler.identity()).get("type") != "Scheduler":
+                raise ValueError("something else answers there")
+
+    await asyncio.wait_for(ask(), _CONNECT_S)

@@ -97,6 +97,19 @@ def read_target(ctx: click.Context, param: click.Parameter, value: str | None) -
     return value
 
 
+class Folder(click.Path):
+    """The path of a folder, whether it is there or not; an empty one is a slip, and not the folder one works in."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, file_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read it."""
+        if value == "":
+            self.fail("'' is no path: name a folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 def data_argument(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command its data."""
     return click.argument("data", nargs=-1, required=True, metavar="DATA…")(command)
@@ -133,7 +146,7 @@ def running_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--quiet", is_flag=True, help="No progress: only the result, warnings and errors."),
         click.option(
             "--cache",
-            type=click.Path(path_type=Path, file_okay=False),
+            type=Folder(),
             metavar="DIR",
             help="Decode the rows once, to DIR, and read later epochs from there, mixed as if shuffled whole.",
         ),

@@ -98,7 +98,9 @@ def train(stop: StopRequest, /, data: tuple[str, ...], run_path: Path, **given: 
     had happened.
     """
     from streamgd.commands.choosing import choose
+    from streamgd.commands.clusters import connected
     from streamgd.commands.reading import open_data
+    from streamgd.run.config import refuse_cache
     from streamgd.run.folder import RunFolder
     from streamgd.run.runs import plan_for
     from streamgd.run.session import begin
@@ -113,8 +115,10 @@ def train(stop: StopRequest, /, data: tuple[str, ...], run_path: Path, **given: 
         dtype=given["dtype"],
     )
     config, reasons = choose(source, given)
-    plan_for(source, config)  # refuses what does not fit before the folder is made
-    with RunFolder(run_path) as folder:
+    # What does not fit is refused before the folder is made.
+    plan_for(source, config)
+    refuse_cache(config, cached=options.cache is not None, on_cluster=given["scheduler"] is not None)
+    with connected(given["scheduler"]) as client, RunFolder(run_path) as folder:
         try:
             view.say([f"surveying {source.name}: target, and a sample of the features"])
             run = begin(folder, source, config, cache=options.cache)
@@ -122,7 +126,7 @@ def train(stop: StopRequest, /, data: tuple[str, ...], run_path: Path, **given: 
             if folder.holds_run:
                 _say_stopped(stop, run_path, "before the first update")
             raise
-        return _train(run, folder, options, view, stop, reasons, given["scheduler"])
+        return _train(run, folder, options, view, stop, reasons, client)
 
 
 @click.command(short_help="Go on with a run that was stopped or killed.")
@@ -133,6 +137,7 @@ def train(stop: StopRequest, /, data: tuple[str, ...], run_path: Path, **given: 
 @click.pass_obj
 def resume(stop: StopRequest, /, run_path: Path, epochs: int | None, data: tuple[str, ...], **given: Any) -> int:
     """Go on with the run in the folder RUN, exactly as if it had not been stopped."""
+    from streamgd.commands.clusters import connected
     from streamgd.commands.reading import open_again
     from streamgd.run.config import Config
     from streamgd.run.folder import RunFolder
@@ -141,7 +146,7 @@ def resume(stop: StopRequest, /, run_path: Path, epochs: int | None, data: tuple
     described = description_of(RunFolder(run_path))  # before the folder is made or locked
     given["cache"] = given["cache"] or described.get("cache")
     options, view = _options(given), _view(quiet=given["quiet"])
-    with RunFolder(run_path) as folder:
+    with connected(given["scheduler"]) as client, RunFolder(run_path) as folder:
         source = open_again(described, data)
         config = with_epochs(Config.from_json(described["config"]), epochs)
         try:
@@ -149,7 +154,7 @@ def resume(stop: StopRequest, /, run_path: Path, epochs: int | None, data: tuple
         except Interrupted:
             _say_stopped(stop, run_path, "where it was before")
             raise
-        return _train(run, folder, options, view, stop, {}, given["scheduler"])
+        return _train(run, folder, options, view, stop, {}, client)
 
 
 def _train(
@@ -159,10 +164,9 @@ def _train(
     view: View,
     stop: StopRequest,
     reasons: dict[str, str],
-    scheduler: str | None,
+    client: Any,
 ) -> int:
     """Train, and say how it ended; return the exit status."""
-    from streamgd.commands.clusters import connected
     from streamgd.run.inspection import decisions, outcome, standing
     from streamgd.run.loop import train as train_run
 
@@ -172,7 +176,7 @@ def _train(
         return 0
     for text in decisions(run, folder.path, options, reasons):
         view.say([text])
-    with connected(scheduler) as client, view, stop.deferred():
+    with view, stop.deferred():
         finished = train_run(run, options=options, folder=folder, watcher=view, stop=stop.event, client=client)
     if not finished:
         _say_stopped(stop, folder.path, f"{standing(run)}, and saved")

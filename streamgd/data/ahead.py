@@ -11,6 +11,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 #: Bytes asked for ahead of what is being read: enough for some tenths of a second of a fast disk.
 _AHEAD_BYTES = 128 << 20
@@ -28,14 +29,14 @@ class ReadAhead:
     Parameters
     ----------
     ranges_of : callable
-        Given a block, returns what it takes in files; called in the thread.
+        Given a block, returns what it takes in files, and what keeps them open meanwhile; called in the thread.
     n_open : int
         Blocks that are open at once: those so far back are done with.
     total_bytes : int
         What one epoch reads.
     """
 
-    def __init__(self, ranges_of: Callable[[int], Sequence[Range]], n_open: int, total_bytes: int) -> None:
+    def __init__(self, ranges_of: Callable[[int], tuple[Sequence[Range], Any]], n_open: int, total_bytes: int) -> None:
         self._ranges_of = ranges_of
         self._n_open = n_open
         self._forgets = total_bytes > _KEPT_SHARE * memory_bytes()
@@ -85,7 +86,9 @@ class ReadAhead:
                     block = self._next()
                     if block is None:
                         break
-                    n_bytes = ask_for(self._ranges_of(block))
+                    ranges, held = self._ranges_of(block)
+                    n_bytes = ask_for(ranges)
+                    del held  # not before: a descriptor that is closed meanwhile may be another file's by now
                     self._ahead += n_bytes
                     self._asked.append((block, n_bytes))
             except Exception:  # what is wrong with a file, whoever reads it says
@@ -121,8 +124,10 @@ class ReadAhead:
         while len(self._opened) > 2 * self._n_open:
             block = self._opened.popleft()
             if self._forgets:
-                for descriptor, first, n_bytes in self._ranges_of(block):
+                ranges, held = self._ranges_of(block)
+                for descriptor, first, n_bytes in ranges:
                     os.posix_fadvise(descriptor, first, n_bytes, os.POSIX_FADV_DONTNEED)
+                del held
 
 
 def ask_for(ranges: Sequence[Range]) -> int:

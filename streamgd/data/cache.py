@@ -3,42 +3,48 @@
 A cache is a folder, named by a hash of what it holds, inside the folder that the user names::
 
     DIR/3f0c…/X.bin  y.bin  weight.bin    the rows, in the source's order; nothing is scaled
-              parts.npy                   what each part of about a megabyte sums up to
+              parts.bin                   what each part of about a megabyte sums up to
               cache.json                  of which data, and how it is laid out
 
 ``cache.json`` comes last, once all else is on disk: where it is, the cache was whole once, and the sums tell whether it
 still is. The content follows from the data alone, so that any number of runs may share it, and a run that loses its
 cache may write it again and go on with the same bits. `streamgd.data.cache_writer` writes it.
+
+The name follows from the fingerprint, which takes samples. ``cache.json`` also has the source's stamp, which misses no
+change: a cache of data that was changed since counts as damaged, and is written anew.
 """
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from streamgd.data.layout import format_bytes
 from streamgd.data.sources.base import Source, choose_row_dtype
 from streamgd.data.sources.cache import CacheFile, CacheSource, Parts
 from streamgd.data.targets import TargetCodec
-from streamgd.errors import CacheError, CorruptDataError
+from streamgd.errors import CorruptDataError
 
 if TYPE_CHECKING:
     from streamgd.data.cache_writer import CacheWriter
 
 #: Version of the files. Another one gives another name.
-FORMAT = 1
+FORMAT = 2
 #: Parts are as big, unless this makes them too few to mix well: then so many of them, but not smaller than this.
 _PART_BYTES, _MANY_PARTS, _LEAST_PART_BYTES = 1 << 20, 4096, 1 << 14
-_MANIFEST, _SUMS, LOCK = "cache.json", "parts.npy", "lock"
+_MANIFEST, _SUMS, LOCK = "cache.json", "parts.bin", "lock"
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,13 @@ class Written:
         What each part sums up to so far.
     n_rows : int
         Rows.
+    stamp : dict
+        What the source was; see `Source.stamp`.
     """
 
     sums: NDArray[np.uint64]
     n_rows: int
+    stamp: dict[str, Any]
 
 
 class Cache:
@@ -113,16 +122,29 @@ class Cache:
         text = json.dumps(self.definition, sort_keys=True)
         self.path = Path(parent) / hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
         self._checked: tuple[str, NDArray[np.bool_]] | None = None  # the sums' hash, and the parts known to match
+        self._stuck: OSError | None = None  # why it cannot be removed although it is damaged
 
     @property
     def is_whole(self) -> bool:
         """Whether there is a cache that was written to its end."""
-        return (self.path / _MANIFEST).exists()
+        return self._stuck is None and os.path.exists(self.path / _MANIFEST)  # noqa: PTH110 - raises for no path
+
+    @cached_property
+    def stamp(self) -> dict[str, Any]:
+        """What the source is; looked up once, and before a row is read."""
+        found: dict[str, Any] = json.loads(json.dumps(self.source.stamp()))
+        return found
+
+    def changed_since(self, then: Mapping[str, Any]) -> str | None:
+        """Say what has changed since the source had a stamp; None if nothing has."""
+        changed = [name for name, value in then.items() if self.stamp.get(name, value) != value]
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        return f"{self.source.name} has changed since it was written ({changed[0]}{more})" if changed else None
 
     def free_bytes(self) -> int:
         """Return the room on the disk where it lies or would lie."""
         folder = self.path.absolute()
-        while not folder.is_dir():
+        while not os.path.isdir(folder):  # noqa: PTH112 - raises for no path
             folder = folder.parent
         return shutil.disk_usage(folder).free
 
@@ -141,29 +163,25 @@ class Cache:
 
         Raises
         ------
-        CacheError
-            If it holds other data.
         CorruptDataError
-            If it is damaged; it then counts as not there any more.
+            If it is damaged, or the data has changed since; it then counts as not there any more.
         """
         try:
             manifest = json.loads((self.path / _MANIFEST).read_text())
-            sums = np.load(self.path / _SUMS, allow_pickle=False)
+            sums = np.fromfile(self.path / _SUMS, "<u8").astype(np.uint64)
             sizes = [(self.path / file.name).stat().st_size for file in self.files]
             if manifest["sums"] != _digest_of(sums) or len(sums) != len(self.parts.rows):
                 raise ValueError(f"{_SUMS} does not belong to it")
             if sizes != [file.row_bytes * self.source.n_rows for file in self.files]:
                 raise ValueError(f"its files have {sizes} bytes")
-            found = manifest["definition"]
-        except (OSError, ValueError, KeyError, TypeError, EOFError) as err:
-            self.forget()
-            raise CorruptDataError(f"the cache in {self.path} is damaged: {err}. It is not used any more") from err
-        if found != self.definition:
-            names = sorted(key for key in {**found, **self.definition} if found.get(key) != self.definition.get(key))
-            raise CacheError(
-                f"the cache in {self.path} holds other data than {self.source.name}: {', '.join(names)} differ. "
-                "Remove that folder, or choose another one for the cache"
-            )
+            if manifest["definition"] != self.definition:
+                raise ValueError(f"{_MANIFEST} is not what the folder's name says")
+            stamp = dict(manifest["stamp"])
+        except (OSError, ValueError, KeyError, TypeError) as err:
+            raise CorruptDataError(f"the cache in {self.path} is damaged: {err}. {self.forget()}") from err
+        changed = self.changed_since(stamp)
+        if changed is not None:
+            raise CorruptDataError(f"the cache in {self.path} is of other data: {changed}. {self.forget()}")
         return self.view(sums, trusted=False, as_source=as_source)
 
     def begin(self, written: Written | None = None) -> CacheWriter | None:
@@ -177,10 +195,12 @@ class Cache:
         Raises
         ------
         OSError
-            If the folder cannot be written to.
+            If the folder cannot be written to, or has no room.
         """
         from streamgd.data.cache_writer import CacheWriter
 
+        if self._stuck is not None:
+            raise self._stuck
         self.path.mkdir(parents=True, exist_ok=True)
         lock = (self.path / LOCK).open("a")
         try:
@@ -192,18 +212,27 @@ class Cache:
         if self.is_whole or (written is not None and not all(path.exists() for path in paths)):
             lock.close()
             return None
-        if written is None:  # others may still read what was here, and keep it as it is
-            for path in paths:
-                path.unlink(missing_ok=True)
-        return CacheWriter(self, lock, written)
+        try:
+            if written is None:
+                for path in paths:  # others may still read what was here, and keep it as it is
+                    path.unlink(missing_ok=True)
+                free = self.free_bytes()  # when nobody else writes here, and what was left of it is gone
+                if free < self.needed_bytes:
+                    needed = format_bytes(self.needed_bytes)
+                    raise OSError(errno.ENOSPC, f"the cache takes {needed}, and {format_bytes(free)} are free")
+            return CacheWriter(self, lock, written)
+        except OSError:
+            lock.close()
+            raise
 
     def seal(self, sums: NDArray[np.uint64]) -> None:
         """Declare that all is written and flushed, and that the parts sum up to this."""
         with (self.path / _SUMS).open("wb") as file:
-            np.save(file, sums)
+            file.write(sums.astype("<u8").tobytes())
             file.flush()
             os.fsync(file.fileno())
-        manifest = json.dumps({"definition": self.definition, "sums": _digest_of(sums)}, indent=2, sort_keys=True)
+        content = {"definition": self.definition, "stamp": self.stamp, "sums": _digest_of(sums)}
+        manifest = json.dumps(content, indent=2, sort_keys=True)
         temporary = self.path / f"{_MANIFEST}.tmp"
         with temporary.open("w") as text:
             text.write(manifest + "\n")
@@ -247,11 +276,16 @@ class Cache:
         if self._checked is not None:
             self._checked[1][:] = False
 
-    def forget(self) -> None:
-        """Make it count as not there; the next one who needs it writes it anew."""
+    def forget(self) -> str:
+        """Make it count as not there, so that the next one who needs it writes it anew; say what comes of it."""
         self._checked = None
-        with contextlib.suppress(OSError):
-            (self.path / _MANIFEST).unlink()
+        try:
+            (self.path / _MANIFEST).unlink(missing_ok=True)
+        except OSError as err:
+            way = f"cannot be removed ({err.strerror}): remove {self.path}, or choose another folder for the cache"
+            self._stuck = OSError(err.errno, f"it {way}")
+            return f"It {way}"
+        return "It is not used any more, and written anew when it is needed"
 
 
 def stored_dtype(source: Source) -> np.dtype[Any]:

@@ -23,7 +23,7 @@ from streamgd.data.rows import RowPlacer, Window
 from streamgd.data.sources.base import Array, Columns
 from streamgd.data.sources.cache import CacheSource, sum_of_rows
 from streamgd.data.targets import TargetCodec
-from streamgd.errors import CacheError, CorruptDataError
+from streamgd.errors import CacheError, DataError
 
 #: Rows pass through so much memory in each thread that reads.
 _SCRATCH_BYTES = 1 << 18
@@ -47,6 +47,8 @@ class CacheWriter:
         Why writing has ended early; what was written is gone, and whatever comes is left out.
     keeps_rest : bool
         Whether what is not whole stays, because a checkpoint tells how to go on with it.
+    lost : bool or None
+        Whether something that another process wrote did not outlive it; None as long as that is not known.
 
     Notes
     -----
@@ -58,6 +60,7 @@ class CacheWriter:
         self._cache, self._lock = cache, lock
         self._placer = RowPlacer(cache.source, None, None, None, check=False)
         self._starts = np.cumsum(cache.source.block_rows) - cache.source.block_rows
+        self._stamp = cache.stamp  # before a row is read: what changes later is noticed by whoever opens the cache
         n_parts = len(cache.parts.rows)
         self._own = written is None
         self._sums = np.zeros(n_parts, np.uint64) if written is None else written.sums.copy()
@@ -73,6 +76,7 @@ class CacheWriter:
         self._flusher: threading.Thread | None = None
         self.error: OSError | None = None
         self.keeps_rest = False
+        self.lost: bool | None = False if self._own else None
         self._descriptors: list[int] = []
         try:
             for file in cache.files:
@@ -149,6 +153,9 @@ class CacheWriter:
         with self._guard:
             self.error = self.error or error
             self.keeps_rest = False
+        for descriptor in self._descriptors:  # a file that is removed keeps its room until it is closed
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, 0)
         self._remove()
 
     # --- the training thread ---
@@ -160,13 +167,13 @@ class CacheWriter:
                 for part, value in added.items():
                     self._sums[part] = (int(self._sums[part]) + value) % 2**64
                 self._n_rows += n_rows
-            return Written(self._sums.copy(), self._n_rows)
+            return Written(self._sums.copy(), self._n_rows, self._stamp)
 
     def finish(self, last_window: int) -> CacheSource | None:
         """End the epoch: return the rows that are written, or None if they are not all there.
 
-        A thread goes on to wait for the disk; `close` waits for it. From now on `error` means that others will not find
-        the cache.
+        A thread goes on: it reads again what another process wrote before, which tells `lost`, and waits for the disk.
+        `close` waits for it. From now on `error` means that others will not find the cache.
 
         Parameters
         ----------
@@ -177,21 +184,21 @@ class CacheWriter:
         if self.error is not None or written.n_rows != self._cache.source.n_rows:
             return None
         found = self._cache.view(written.sums, trusted=self._own)
-        if not self._own:
-            try:
-                found.require_whole()
-            except CorruptDataError:  # what was written before did not outlive whatever stopped the run
-                return None
         self.keeps_rest = True
-        self._flusher = threading.Thread(target=self._flush, args=(written,), name="streamgd-cache", daemon=True)
+        self._flusher = threading.Thread(target=self._flush, args=(written, found), name="streamgd-cache", daemon=True)
         self._flusher.start()
         return found
 
-    def _flush(self, written: Written) -> None:
+    def _flush(self, written: Written, found: CacheSource) -> None:
         try:
+            if not self._own:
+                found.require_whole()
+            self.lost = False
             for descriptor in self._descriptors:
                 os.fsync(descriptor)
             self._cache.seal(written.sums)
+        except DataError:  # also if it cannot be read
+            self.lost, self.keeps_rest = True, False
         except OSError as err:
             self.error = err  # the files stay, because the run reads them
             self._cache.distrust()

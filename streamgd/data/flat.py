@@ -57,6 +57,8 @@ class FlatFiller:
         Threads that read; the result does not depend on it.
     check : bool, default=True
         Whether features, targets and weights that are not finite, and negative weights, are errors.
+    files : FlatFiles or None, default=None
+        The files of the source that this process has open, for fillers that share them; None opens its own.
 
     Attributes
     ----------
@@ -77,6 +79,7 @@ class FlatFiller:
         factor: Floats | None = None,
         n_threads: int = 1,
         check: bool = True,
+        files: FlatFiles | None = None,
     ) -> None:
         self._source, self._rows, self._check = source, rows, check
         self._placer = RowPlacer(source, codec, shift, factor, check=check)
@@ -91,8 +94,8 @@ class FlatFiller:
         self.n_callers = 1 if shared else n_threads
         self._n_parts = n_threads if shared else 1
         self._pool: ThreadPoolExecutor | None = None
-        self._files = _Files(rows)
         self._one_file = bool((rows.block_file == rows.block_file[0]).all())
+        self._files, self._shares = files or FlatFiles(rows), files is not None
         self._ahead = ReadAhead(self._ranges_of, layout.n_open, source.stored_bytes)
         self._local = threading.local()
         self._stopped = False
@@ -198,15 +201,16 @@ class FlatFiller:
             "moment later: the data changes while it is read. Train on data that nobody writes to"
         )
 
-    def _ranges_of(self, block: int) -> list[Range]:
-        """Say which bytes of which open files a block takes."""
-        table, _ = self._files.open(int(self._rows.block_file[block]))
+    def _ranges_of(self, block: int) -> tuple[list[Range], list[OpenFile]]:
+        """Say which bytes of which open files a block takes; these stay open as long as they are held."""
+        table, held = self._files.open(int(self._rows.block_file[block]))
         start, n_rows = int(self._rows.block_start[block]), int(self._source.block_rows[block])
-        return [
+        ranges = [
             (fd, offset + start * row_bytes, n_rows * row_bytes)
             for fd, offset, row_bytes in table[:, [placing.FD, placing.OFFSET, placing.ROW_BYTES]].tolist()
             if fd >= 0
         ]
+        return ranges, held
 
     def _memory(self, name: str, size: int, dtype: type) -> Any:
         """Return memory that this thread keeps for the purpose."""
@@ -227,7 +231,8 @@ class FlatFiller:
             self._pool.shutdown(wait=True)
             self._pool = None
         self._ahead.close()
-        self._files.close()
+        if not self._shares:
+            self._files.close()
 
     def __enter__(self) -> FlatFiller:
         """Return the filler itself."""
@@ -248,8 +253,14 @@ def reads_flat(source: Source, codec: TargetCodec | None) -> bool:
     return source.target.numeric and source.target.n_outputs == 1 and codec.sorted_numbers is not None
 
 
-class _Files:
-    """The strips of each file as numbers, with its descriptors; the least recently used are forgotten first."""
+class FlatFiles:
+    """The strips of each file as numbers, with its descriptors; the least recently used are forgotten first.
+
+    Parameters
+    ----------
+    rows : FlatRows
+        Where the rows of a source lie.
+    """
 
     def __init__(self, rows: FlatRows) -> None:
         self._rows = rows

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, Literal, Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from streamgd.data.flat import FlatFiller, reads_flat
+from streamgd.data.flat import FlatFiles, FlatFiller, reads_flat
 from streamgd.data.plan import EpochPlan, Layout, WindowPlan
 from streamgd.data.sources.base import Source
 from streamgd.data.targets import TargetCodec
@@ -59,8 +59,9 @@ def make_filler(
     check: bool = True,
     keep: CacheWriter | None = None,
     spare_bytes: int = 0,
+    files: FlatFiles | None = None,
 ) -> WindowFiller | FlatFiller:
-    """Return what fills windows from a source the fastest; the parameters are those of `WindowFiller`."""
+    """Return what fills windows from a source the fastest; the parameters are those of both fillers."""
     rows = source.flat_rows() if keep is None and reads_flat(source, codec) else None
     if rows is None:
         return WindowFiller(
@@ -74,7 +75,9 @@ def make_filler(
             keep=keep,
             spare_bytes=spare_bytes,
         )
-    return FlatFiller(source, rows, layout, codec, shift=shift, factor=factor, n_threads=n_threads, check=check)
+    return FlatFiller(
+        source, rows, layout, codec, shift=shift, factor=factor, n_threads=n_threads, check=check, files=files
+    )
 
 
 class WindowStream:

@@ -26,7 +26,7 @@ from streamgd.learn import kernels
 from streamgd.learn.losses import Task
 from streamgd.learn.model import LinearModel
 from streamgd.learn.recipe import Recipe
-from streamgd.run.config import Config, RunOptions
+from streamgd.run.config import Config, RunOptions, refuse_cache
 from streamgd.run.continuing import Trained
 from streamgd.run.folder import RunFolder
 from streamgd.run.loop import Watcher, train
@@ -77,6 +77,11 @@ class SGDEstimator(BaseEstimator):  # type: ignore[misc]
 
     def _fit(self, X: Any, y: Any, sample_weight: Any, *, resume: bool, client: Any) -> Self:
         config, options = self._config(_seed_of(self.random_state)), self._options()
+        refuse_cache(config, cached=options.cache is not None, on_cluster=client is not None)
+        if client is not None:
+            from streamgd.run.cluster import require_client
+
+            require_client(client)
         if resume:
             self._require_findable()
         trained: Trained | None = getattr(self, "_trained", None) if self.warm_start else None

@@ -159,9 +159,16 @@ class RunWindows:
         return found
 
     def _enter(self) -> bool:
-        """Begin to read what comes next; False if somebody else writes the cache, which has to be waited for."""
+        """Begin to read what comes next; False if it has to be waited for: others write the cache, or it is checked."""
         run, (epoch, window) = self._run, self._at
         self._filling, self._until = False, run.n_epochs
+        if self._fresh is not None:
+            lost = self._ended[-1].lost
+            if lost is None:
+                return False
+            if lost:  # it is written once more
+                self._fresh = None
+                self._close_writers()
         if self._cache is None or run.cached is None:
             self._open_stream(run.source, run.layout, (epoch, window))
         elif epoch < run.cached.first_epoch:
@@ -206,15 +213,15 @@ class RunWindows:
         try:
             return cache.open(as_source=as_source)
         except CorruptDataError as err:
-            self._report(f"{err}; it is written anew")
+            self._report(str(err))
             return None
 
     def _begin(self, cache: Cache, written: Written | None) -> CacheWriter | None:
         """Begin to write the cache; None if somebody else is at it, or it has to be given up."""
+        if written is not None and (changed := cache.changed_since(written.stamp)) is not None:
+            self._report(f"what there is of the cache in {cache.path} is not used: {changed}. It is written anew")
+            return None
         try:
-            if written is None and cache.free_bytes() < cache.needed_bytes:
-                self._drop(f"{cache.path.parent} has {format_bytes(cache.free_bytes())} free")
-                return None
             return cache.begin(written)
         except OSError as err:
             self._drop(f"{cache.path}: {err.strerror or err}")
@@ -233,7 +240,7 @@ class RunWindows:
             return
         self._ended.append(writer)
         self._writer = self._run.writer = None
-        if found is None:  # a part that another process wrote was lost: it will be written once more
+        if found is None:  # not all rows are there: it will be written once more
             writer.keeps_rest = False
         elif self._run.cached is not None:
             self._fresh = found

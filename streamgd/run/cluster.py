@@ -12,6 +12,7 @@ Lanes stay with their workers as long as these live, because their readers are t
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 import uuid
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from streamgd.errors import ClusterError, DataError, StreamgdError
+from streamgd.errors import ClusterError, DataError, OptionError, StreamgdError
 from streamgd.learn.recipe import Packed
 from streamgd.learn.state import State
 from streamgd.run.config import RunOptions
@@ -58,6 +59,8 @@ class ClusterCrew(Crew):
         How long to wait for workers.
     watcher : Watcher
         Told of workers that are awaited or cannot take part.
+    stop : threading.Event
+        Set by whoever wants training to stop; then workers are not waited for.
 
     Raises
     ------
@@ -65,9 +68,8 @@ class ClusterCrew(Crew):
         If there are no workers, or some cannot take part: before training starts.
     """
 
-    def __init__(self, run: Run, client: Any, options: RunOptions, watcher: Watcher) -> None:
-        if getattr(client, "asynchronous", False):
-            raise ClusterError("the client is asynchronous: give a distributed.Client that was made without it")
+    def __init__(self, run: Run, client: Any, options: RunOptions, watcher: Watcher, stop: threading.Event) -> None:
+        require_client(client)
         self._run, self._client, self._watcher = run, client, watcher
         self._timeout_s = options.workers_timeout_s
         self._n_lanes = run.config.n_lanes
@@ -75,6 +77,7 @@ class ClusterCrew(Crew):
         self._name = uuid.uuid4().hex[:12]
         self._reports: dict[str, WorkerReport] = {}
         self._refused: set[str] = set()
+        self._lost: str | None = None  # what kept the last worker from answering
         self._lanes: dict[int, str] = {}
         self._looked = float("-inf")
         source: Any = run.source
@@ -83,7 +86,7 @@ class ClusterCrew(Crew):
             self._blocks = DeliveredBlocks(run, client, self._turns)
             source = source.detached()
         self._closed = False
-        self._stop = threading.Event()
+        self._stop = stop
         self._next: _Flight | None = None
         self._flown_from: State | None = None
         self._round_s, self._flights = 0.0, 0
@@ -101,7 +104,6 @@ class ClusterCrew(Crew):
     def play(self, start: State, packed: Packed, row: int, end: int, stop: threading.Event) -> Round | None:
         """Play a round, again if need be; see `Crew.play`."""
         lost = 0
-        self._stop = stop
         while not stop.is_set():
             began = time.monotonic()
             flight, self._next = self._next, None
@@ -289,8 +291,9 @@ class ClusterCrew(Crew):
                 return
             waited = now - began
             if waited > self._timeout_s:
+                found = "" if self._lost is None else f" (the last one did not answer: {self._lost})"
                 raise ClusterError(
-                    f"no worker for {waited:.0f} s: start workers and resume the run, or allow a longer wait "
+                    f"no worker for {waited:.0f} s{found}: start workers and resume the run, or allow a longer wait "
                     "(workers_timeout_s, --workers-timeout)"
                 )
             if waited > _SAY_AFTER_S and (now - said > _SAY_EVERY_S or said == began):
@@ -316,7 +319,8 @@ class ClusterCrew(Crew):
         for address in addresses:
             report = reports.get(address)
             if report is None or isinstance(report, OSError):
-                continue  # gone again
+                self._lost = f"{address}: {type(report).__name__}: {report}" if report is not None else self._lost
+                continue  # gone again, as it seems; else it is asked once more
             why = unfit(address, report, self._run)
             if why is None:
                 assert isinstance(report, WorkerReport)
@@ -339,6 +343,28 @@ class ClusterCrew(Crew):
             with contextlib.suppress(Exception):
                 self._client.run(_close, self._work.key, on_error="ignore")
         del self._work
+
+
+def require_client(client: Any) -> None:
+    """Refuse what is no client of a cluster that can be used.
+
+    Raises
+    ------
+    OptionError
+        If it is something else, such as an address.
+    ClusterError
+        If it is asynchronous, or closed.
+    """
+    kind = getattr(sys.modules.get("distributed"), "Client", None)  # whoever has one has imported it
+    if kind is None or not isinstance(client, kind):
+        raise OptionError(
+            f"client={client!r}: expected a distributed.Client, such as distributed.Client('tcp://host:8786') or the "
+            "get_client() of a cluster"
+        )
+    if client.asynchronous:
+        raise ClusterError("the client is asynchronous: give a distributed.Client that was made without it")
+    if client.status != "running":
+        raise ClusterError(f"the client is {client.status}: connect anew, and give that distributed.Client")
 
 
 @dataclass(frozen=True)

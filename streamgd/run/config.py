@@ -186,8 +186,24 @@ class RunOptions:
             raise OptionError(f"checkpoint_every_s={self.checkpoint_every_s!r}: expected seconds, at least 0")
         if not (_is_real(self.workers_timeout_s) and self.workers_timeout_s >= 0):
             raise OptionError(f"workers_timeout_s={self.workers_timeout_s!r}: expected seconds, at least 0")
-        if self.cache is not None and not isinstance(self.cache, (str, os.PathLike)):
+        if self.cache is not None and not (isinstance(self.cache, (str, os.PathLike)) and _names(self.cache)):
             raise OptionError(f"cache={self.cache!r}: expected the path of a folder, or None")
+
+
+def refuse_cache(config: Config, *, cached: bool, on_cluster: bool) -> None:
+    """Refuse a cache where it cannot be used; before anything of the run is written down.
+
+    Parameters
+    ----------
+    config : Config
+        What defines the run.
+    cached : bool
+        Whether there is to be a cache.
+    on_cluster : bool
+        Whether it is trained on a cluster.
+    """
+    if cached and (on_cluster or config.n_lanes > 1):
+        raise OptionError("a cache is for one lane on one machine: leave out cache, or the lanes and the cluster")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -207,6 +223,12 @@ def _compare(path: str, old: Any, new: Any, found: list[str]) -> None:
             _compare(f"{path}[{i}]", one, other, found)
     elif old != new:
         found.append(f"{path}: {old!r} then, {new!r} now")
+
+
+def _names(path: str | os.PathLike[str]) -> bool:
+    """Whether it can be the name of a file."""
+    text = os.fspath(path)
+    return bool(text) and "\0" not in text
 
 
 def _is(value: object, word: str) -> bool:

@@ -17,7 +17,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from streamgd.data.flat import FlatFiller
+from streamgd.data.flat import FlatFiles, FlatFiller
 from streamgd.data.plan import EpochPlan, Layout, WindowPlan
 from streamgd.data.prefetch import make_filler
 from streamgd.data.sources.base import Source
@@ -105,6 +105,8 @@ class LaneReader:
         Where to begin.
     until : int or None
         Row of the epoch to stop reading at; None reads ahead beyond it, and beyond the epoch.
+    files : FlatFiles or None
+        Files that all lanes of the process share.
     """
 
     def __init__(
@@ -116,12 +118,15 @@ class LaneReader:
         epoch: int,
         row: int,
         until: int | None = None,
+        files: FlatFiles | None = None,
     ) -> None:
         self.lane, self.epoch, self.row = lane, epoch, row
         self.wait_s, self.read_rows = 0.0, 0
         self._pool = pool
         source, layout = inputs.source, plans.layout
-        self._filler = make_filler(source, layout, inputs.codec, shift=inputs.shift, factor=inputs.factor, n_threads=1)
+        self._filler = make_filler(
+            source, layout, inputs.codec, shift=inputs.shift, factor=inputs.factor, n_threads=1, files=files
+        )
         first = plans.epoch(epoch, lane)
         self.lane_rows = first.n_rows
         index, before = first.window_at(row)
@@ -198,6 +203,7 @@ class Readers:
         self._lock = threading.Lock()
         self._idle: OrderedDict[int, LaneReader] = OrderedDict()
         self._pool: ThreadPoolExecutor | None = None
+        self._files: FlatFiles | None = None
         self._closed = False
         self.stopping = False
 
@@ -220,7 +226,16 @@ class Readers:
             if (found.epoch, found.row) == (epoch, row):
                 return found
             found.close()
-        return LaneReader(plans, inputs, self.pool(n_threads), lane, epoch, row)
+        pool = self.pool(n_threads)
+        return LaneReader(plans, inputs, pool, lane, epoch, row, files=self._files_of(inputs.source))
+
+    def _files_of(self, source: Source) -> FlatFiles | None:
+        """Return the files that all lanes read from: one each, and many lanes would run out of descriptors."""
+        rows = source.flat_rows()
+        with self._lock:
+            if self._files is None and rows is not None:
+                self._files = FlatFiles(rows)
+            return self._files
 
     def give_back(self, reader: LaneReader, most: int) -> None:
         """Keep a reader for its lane's next turn; those that were used least recently go when there are too many."""
@@ -237,10 +252,12 @@ class Readers:
         """Close them all. Idempotent."""
         with self._lock:
             self._closed = self.stopping = True
-            idle, pool = list(self._idle.values()), self._pool
+            idle, pool, files = list(self._idle.values()), self._pool, self._files
             self._idle.clear()
-            self._pool = None
+            self._pool = self._files = None
         for reader in idle:
             reader.close()
         if pool is not None:
             pool.shutdown(wait=True)
+        if files is not None:
+            files.close()

@@ -16,10 +16,10 @@ import numpy as np
 
 from streamgd.data.prefetch import END
 from streamgd.data.window import Window
-from streamgd.errors import DataError, OptionError, RowAccountingError
+from streamgd.errors import DataError, RowAccountingError
 from streamgd.learn import kernels
 from streamgd.run.caching import RunWindows
-from streamgd.run.config import RunOptions
+from streamgd.run.config import RunOptions, refuse_cache
 from streamgd.run.epochs import Reading, Training, Watcher
 from streamgd.run.folder import RunFolder
 from streamgd.run.runs import Run
@@ -76,8 +76,8 @@ def train(
     CheckpointWriteError
         If a checkpoint cannot be written; the one before is kept.
     """
-    if (client is not None or run.config.n_lanes > 1) and (run.cached or (options and options.cache is not None)):
-        raise OptionError("a cache is for one lane on one machine: leave out cache, or the lanes and the cluster")
+    cached = run.cached is not None or (options is not None and options.cache is not None)
+    refuse_cache(run.config, cached=cached, on_cluster=client is not None)
     arguments = run, options or RunOptions(), folder, watcher or Watcher(), stop or threading.Event()
     if client is None and run.config.n_lanes == 1:
         return _Training(*arguments).go()

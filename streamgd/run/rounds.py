@@ -203,7 +203,7 @@ class RoundTraining(Training):
             return LocalCrew(self.run, self.options.n_threads)
         from streamgd.run.cluster import ClusterCrew
 
-        return ClusterCrew(self.run, self._client, self.options, self.watcher)
+        return ClusterCrew(self.run, self._client, self.options, self.watcher, self.stop)
 
     def _through(self, crew: Crew) -> bool:
         """Play rounds until the run is finished (True) or asked to stop (False)."""

@@ -132,6 +132,7 @@ class Run:
         if self.writer is not None:
             written = self.writer.written_before(self.state.cursor[1])
             tensors["cache.sums"], meta["cache_rows"] = written.sums, written.n_rows
+            meta["cache_stamp"] = written.stamp
             self.writer.keeps_rest = self.writer.error is None
         return Checkpoint(tensors, meta)
 
@@ -295,7 +296,8 @@ def restore(source: Source, checkpoint: Checkpoint, config: Config | None = None
     cached = None if meta.get("cached") is None else Cached.from_json(meta["cached"])
     run = Run(source, config, survey, Layout.from_json(meta["layout"]), state, meta["finished"], cached)
     if "cache.sums" in checkpoint.tensors:
-        run.written = Written(checkpoint.tensors["cache.sums"], int(meta["cache_rows"]))
+        stamp = meta.get("cache_stamp", {})  # of older runs, whose caches have other names
+        run.written = Written(checkpoint.tensors["cache.sums"], int(meta["cache_rows"]), stamp)
     epoch, window, row = state.cursor
     begun = epoch + (window > 0 or row > 0)
     if run.finished is None and begun > run.n_epochs:

@@ -12,6 +12,7 @@ A backend's test file inherits `SourceContract` and supplies the backend::
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import pickle
@@ -440,6 +441,32 @@ class SourceContract:
         source = self.make(first, X, y, names=names if self.named_features else None)
         other = self.make(second, other_X, other_y, names=other_names if self.named_features else None)
         assert source.fingerprint != other.fingerprint
+
+    def test_stamp_is_that_of_the_same_data_and_of_no_other(self, tmp_path: Path, rows: Any) -> None:
+        X, y, _ = rows
+        (here := tmp_path / "here").mkdir()
+        source = self.make(here, X, y)
+        stamp = source.stamp()
+        assert stamp
+        assert json.loads(json.dumps(stamp)) == stamp
+        source.close()
+        again = self.reopen(here) if self.in_files else self.make(here, X.copy(), y.copy())
+        assert again.stamp() == stamp
+        again.close()
+        del source, again
+        gc.collect()
+        if self.in_files:
+            shutil.copytree(here, tmp_path / "there")
+            there = self.reopen(tmp_path / "there").stamp()
+            assert there.keys() != stamp.keys()
+            assert all(there[name] == stamp[name] for name in there.keys() & stamp.keys())
+        shutil.rmtree(here)
+        here.mkdir()
+        middle = y.copy()
+        middle[len(y) // 2] += 1e-3
+        changed = self.make(here, X, middle).stamp()
+        assert changed.keys() == stamp.keys()
+        assert changed != stamp
 
     def test_locate_names_file_and_row(self, tmp_path: Path, rows: Any) -> None:
         source = self.make(tmp_path, *rows)

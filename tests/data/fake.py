@@ -60,6 +60,7 @@ class FakeSource(Source):
         self.open_block_bytes = open_block_bytes
         self.fingerprint = {"n_rows": n, "sum": float(np.nansum(X.astype(np.float64)))}
         self.origin = {}
+        self.made: dict[str, Any] = {}
         self.columns = columns
         self.lock = threading.Lock()
         self.n_open = self.most_open = self.n_opened = self.n_read = 0
@@ -81,6 +82,9 @@ class FakeSource(Source):
         for block in range(self.n_blocks):
             rows = slice(self._starts[block], self._starts[block + 1])
             yield self._starts[block], self.y[rows], None if self.weight is None else self.weight[rows]
+
+    def stamp(self) -> dict[str, Any]:
+        return {"X": float(np.nansum(self.X)), **self.made}
 
     def locate(self, block: int, row: int) -> str:
         return f"fake, block {block}, row {row}"

@@ -45,7 +45,7 @@ def asked(advice):
 
 
 def test_asks_for_blocks_in_order_and_no_further_than_it_should(advice):
-    ahead = ReadAhead(lambda block: [(0, 100 * block, 100)], n_open=2, total_bytes=1000)
+    ahead = ReadAhead(lambda block: ([(0, 100 * block, 100)], None), n_open=2, total_bytes=1000)
     ahead.expect(iter([3, 1, 4, 0, 5]))
     wait_for(lambda: len(asked(advice)) == 3)
     time.sleep(0.01)
@@ -62,7 +62,7 @@ def test_asks_for_blocks_in_order_and_no_further_than_it_should(advice):
 
 def test_lets_big_data_go_once_it_is_read(advice, monkeypatch):
     monkeypatch.setattr(module, "memory_bytes", lambda: 1000)
-    ahead = ReadAhead(lambda block: [(0, 100 * block, 100)], n_open=1, total_bytes=501)
+    ahead = ReadAhead(lambda block: ([(0, 100 * block, 100)], None), n_open=1, total_bytes=501)
     ahead.expect(iter(range(9)))
     ahead.opened(5)  # the first ones are too late to be asked for
     wait_for(lambda: (os.POSIX_FADV_DONTNEED, 200) in advice)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import json
+import gc
 import os
 import pickle
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from streamgd.data.prefetch import WindowStream
 from streamgd.data.sources import Source, open_source
 from streamgd.data.sources.cache import CacheSource, Parts
 from streamgd.data.targets import ClassCounter, TargetCodec
-from streamgd.errors import CacheError, CorruptDataError
+from streamgd.errors import CorruptDataError
 from tests.data.fake import FakeSource, expect_no_threads, layout_of
 
 N_ROWS = 700
@@ -244,7 +244,7 @@ def test_other_damage_is_noticed_when_it_is_opened(tmp_path: Path, damage: str) 
     elif damage == "gone":
         (cache.path / "y.bin").unlink()
     elif damage == "sums":
-        np.save(cache.path / "parts.npy", np.zeros(len(cache.parts.rows), np.uint64))
+        (cache.path / "parts.bin").write_bytes(bytes(8 * len(cache.parts.rows)))
     else:
         (cache.path / "cache.json").write_text("{")
     with pytest.raises(CorruptDataError, match="is damaged"):
@@ -252,14 +252,211 @@ def test_other_damage_is_noticed_when_it_is_opened(tmp_path: Path, damage: str) 
     assert not cache.is_whole
 
 
-def test_a_cache_of_other_data_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["cache.json", "parts.bin"])
+@pytest.mark.parametrize("how", ["flip", "cut", "nul"])
+def test_a_cache_damaged_anywhere_is_whole_or_is_written_anew(tmp_path: Path, name: str, how: str) -> None:
+    """No damage ends a run in any other way; also not where the damaged words are still JSON."""
     cache, codec = small(tmp_path)
     fill(cache, codec)
-    manifest = json.loads((cache.path / "cache.json").read_text())
-    manifest["definition"]["fingerprint"]["sum"] += 1
-    (cache.path / "cache.json").write_text(json.dumps(manifest))
-    with pytest.raises(CacheError, match="holds other data than fake: fingerprint differ"):
-        cache.open()
+    content = (cache.path / name).read_bytes()
+    kept = {path.name: path.read_bytes() for path in cache.path.iterdir()}
+    for at in range(0, len(content), 7):
+        damaged = bytearray(content[:at] if how == "cut" else content)
+        if how == "flip":
+            damaged[at] ^= 1 << at % 8
+        elif how == "nul":
+            damaged[at : at + 16] = bytes(len(damaged[at : at + 16]))
+        (cache.path / name).write_bytes(damaged)
+        again = Cache(tmp_path / "cache", cache.source, codec, part_rows=16)
+        try:
+            again.open().require_whole()
+        except CorruptDataError:
+            assert not again.is_whole
+            (cache.path / "cache.json").write_bytes(kept["cache.json"])
+        (cache.path / name).write_bytes(content)
+
+
+def test_leftovers_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of a writer that was killed is replaced, so its room counts as free."""
+    cache, codec = small(tmp_path)
+
+    def free(self: Cache) -> int:
+        return 5000 - sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file())
+
+    monkeypatch.setattr(Cache, "free_bytes", free)
+    assert 5000 / 2 < cache.needed_bytes < 5000
+    writer = cache.begin()
+    assert writer is not None
+    for file in cache.files:
+        os.truncate(cache.path / file.name, file.row_bytes * 201)
+    writer._lock.close()  # as if it was killed: nothing is removed
+    writer.close()
+    fill(cache, codec)
+    assert cache.is_whole
+    other = Cache(tmp_path / "cache", cache.source, codec, part_rows=17)
+    with pytest.raises(OSError, match=r"the cache takes .*B, and .*B are free"):
+        other.begin()
+    with pytest.raises(OSError, match="the cache takes"):  # the lock was let go of
+        other.begin()
+
+
+def test_a_full_disk_has_room_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removed files keep it as long as they are open; other writers of the disk would fail."""
+    cache, codec = small(tmp_path)
+    writer = cache.begin()
+    assert writer is not None
+    write, left = os.pwrite, iter(range(10))
+
+    def full(descriptor: int, content: Any, at: int) -> int:
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, content, at)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    layout = layout_of(cache.source, window_rows=50, slice_rows=20, n_open=2)
+    with WindowStream(cache.source, layout, codec, seed=2, keep=writer) as stream:
+        assert len(list(stream)) == 5
+        assert writer.error is not None
+        assert [os.fstat(descriptor).st_blocks for descriptor in writer._descriptors] == [0, 0]
+    writer.close()
+
+
+def refuse_to_remove(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the folder of the cache be somebody else's."""
+    unlink = Path.unlink
+
+    def refused(self: Path, missing_ok: bool = False) -> None:
+        if self.name == "cache.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+
+
+def test_a_damaged_cache_that_cannot_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, codec = small(tmp_path)
+    fill(cache, codec)
+    content = bytearray((cache.path / "X.bin").read_bytes())
+    content[100] ^= 1
+    (cache.path / "X.bin").write_bytes(content)
+    refuse_to_remove(monkeypatch)
+    cache = Cache(tmp_path / "cache", cache.source, codec, part_rows=16)
+    with pytest.raises(
+        CorruptDataError, match=r"cannot be removed \(Permission denied\): remove .*, or choose another"
+    ):
+        cache.open().require_whole()
+    assert not cache.is_whole
+    with pytest.raises(PermissionError, match="cannot be removed"):
+        cache.begin()
+
+
+N_LONG = 50_000
+
+
+def long(*, changed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """More rows than fingerprints look at, some of them others in the middle; extremes stay."""
+    rng = np.random.default_rng(RNG_SEED)
+    X, y = rng.normal(size=(N_LONG, 10)), rng.normal(size=N_LONG)
+    if changed:
+        y[20_100:20_110] = y[20_100:20_110] * 0.5
+    return X, y
+
+
+def long_hdf5(folder: Path, *, changed: bool) -> Source:
+    X, y = long(changed=changed)
+    if changed:
+        with h5py.File(folder / "long.h5", "r+") as file:
+            file["y"][...] = y
+    else:
+        with h5py.File(folder / "long.h5", "w") as file:
+            file["X"], file["y"] = X, y
+    return open_source(str(folder / "long.h5"), "y")
+
+
+def long_virtual(folder: Path, *, changed: bool) -> Source:
+    """A file that never changes, over one that does."""
+    long_hdf5(folder, changed=changed).close()
+    if not changed:
+        with h5py.File(folder / "virtual.h5", "w") as file:
+            for name, shape in (("X", (N_LONG, 10)), ("y", (N_LONG,))):
+                layout = h5py.VirtualLayout(shape, "f8")
+                layout[...] = h5py.VirtualSource("long.h5", name, shape)
+                file.create_virtual_dataset(name, layout)
+    return open_source(str(folder / "virtual.h5"), "y")
+
+
+def long_parquet(folder: Path, *, changed: bool) -> Source:
+    X, y = long(changed=changed)
+    table = pa.table({f"x{j}": column for j, column in enumerate(X.T)} | {"y": y})
+    pq.write_table(table, folder / "long.parquet", compression="none", use_dictionary=False)
+    return open_source(str(folder / "long.parquet"), "y")
+
+
+def long_memory(folder: Path, *, changed: bool) -> Source:
+    X, y = long(changed=changed)
+    return open_source(np.asfortranarray(X), y)
+
+
+def long_memmap(folder: Path, *, changed: bool) -> Source:
+    X, y = long(changed=changed)
+    np.save(folder / "X.npy", X)
+    np.save(folder / "y.npy", y)
+    return open_source(str(folder / "X.npy"), str(folder / "y.npy"))
+
+
+def long_dask(folder: Path, *, changed: bool) -> Source:
+    import dask.array as da
+
+    X, y = long(changed=changed)
+    return open_source(da.from_array(X, chunks=(9000, -1)), da.from_array(y, chunks=9000))
+
+
+LONG = (long_hdf5, long_virtual, long_parquet, long_memory, long_memmap, long_dask)
+
+
+@pytest.mark.parametrize("make", LONG)
+def test_data_that_has_changed_is_not_read_from_its_old_cache(tmp_path: Path, make: Callable[..., Source]) -> None:
+    """Also where the fingerprint looks elsewhere; and what was not changed is."""
+    source = make(tmp_path, changed=False)
+    cache = Cache(tmp_path / "cache", source, TargetCodec(None))
+    fill(cache, TargetCodec(None), window_rows=20_000)
+    source.close()
+    del cache.source, source
+    gc.collect()
+    if make in (long_memory, long_dask):  # files are written again, which changes their time
+        Cache(tmp_path / "cache", make(tmp_path, changed=False), TargetCodec(None)).open()
+    source = make(tmp_path, changed=True)
+    again = Cache(tmp_path / "cache", source, TargetCodec(None))
+    assert again.path == cache.path
+    with pytest.raises(CorruptDataError, match=r"is of other data: .* has changed since it was written"):
+        again.open()
+    assert not again.is_whole
+    fill(again, TargetCodec(None), window_rows=20_000)
+    found = Cache(tmp_path / "cache", source, TargetCodec(None)).open()
+    assert (found.read_rows(0, N_LONG).y == long(changed=True)[1]).all()
+
+
+def test_data_that_changes_while_it_is_written_down_is_written_down_again(tmp_path: Path) -> None:
+    cache, codec = small(tmp_path)
+    source = cache.source
+    assert isinstance(source, FakeSource)
+    source.before_read = lambda block, row: source.made.update(file=row)
+    source.made["file"] = -1
+    fill(cache, codec)
+    with pytest.raises(CorruptDataError, match=r"has changed since it was written \(file\)"):
+        Cache(tmp_path / "cache", source, codec, part_rows=16).open()
+
+
+def test_a_moved_data_set_keeps_its_cache(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    source = long_hdf5(tmp_path / "here", changed=False)
+    cache = Cache(tmp_path / "cache", source, TargetCodec(None))
+    fill(cache, TargetCodec(None), window_rows=20_000)
+    source.close()
+    (tmp_path / "here").rename(tmp_path / "there")
+    os.utime(tmp_path / "there" / "long.h5")
+    moved = Cache(tmp_path / "cache", open_source(str(tmp_path / "there" / "long.h5"), "y"), TargetCodec(None))
+    assert moved.open().n_rows == N_LONG
 
 
 def test_other_data_lies_elsewhere(tmp_path: Path) -> None:
@@ -336,8 +533,9 @@ def test_another_process_goes_on(tmp_path: Path, stop: int, lose: bool) -> None:
     assert writer is not None
     with WindowStream(cache.source, layout, codec, seed=0, first=(0, stop), keep=writer) as stream:
         last = [window.index for window in stream][-1]
-    assert (writer.finish(last) is None) == lose
+    assert writer.finish(last) is not None
     writer.close()
+    assert writer.lost == lose
     assert again.is_whole == (not lose)
     if not lose:
         Cache(tmp_path / "cache", cache.source, codec, part_rows=16).open().require_whole()

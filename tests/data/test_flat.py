@@ -1,5 +1,6 @@
 """Rows that lie as they are: the same windows, errors and order as when a reader hands them out."""
 
+import errno
 import os
 
 import h5py
@@ -12,6 +13,7 @@ from streamgd.data.flat import FlatFiller, reads_flat
 from streamgd.data.plan import EpochPlan, plan_layout
 from streamgd.data.prefetch import WindowStream
 from streamgd.data.sources.hdf5 import Hdf5Source
+from streamgd.data.sources.mapped import OpenFile
 from streamgd.data.sources.memory import MemorySource
 from streamgd.data.targets import TargetCodec
 from streamgd.data.window import Window, WindowFiller
@@ -267,3 +269,28 @@ class TestLayout:
         layout = plan_layout(source, 256_000_000)
         assert layout.window_rows >= 2000
         assert layout.n_open >= 60
+
+
+def test_too_many_open_files_are_named_as_such(tmp_path, monkeypatch):
+    def full(path, flags):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(DataError, match=r"Too many open files.*ulimit -n"):
+        OpenFile(str(tmp_path / "a.h5"))
+
+
+def test_files_stay_open_as_long_as_advice_is_given_on_them(tmp_path, monkeypatch):
+    """Others may be opened meanwhile, and push them out."""
+    monkeypatch.setattr(streamgd.data.flat, "_OPEN_FILES", 1)
+    for name in "ab":
+        write(tmp_path / f"{name}.h5", numbers("float32", (N, D)), np.arange(N))
+    source = Hdf5Source([tmp_path / "a.h5", tmp_path / "b.h5"])
+    layout = layout_of(source, window_rows=10)
+    with FlatFiller(source, source.flat_rows(), layout, TargetCodec(None)) as filler:
+        ranges, held = filler._ranges_of(0)
+        filler._ranges_of(source.n_blocks - 1)
+        assert os.fstat(ranges[0][0]).st_ino == (tmp_path / "a.h5").stat().st_ino
+        del held
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(ranges[0][0])

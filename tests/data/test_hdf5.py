@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import re
@@ -377,6 +378,126 @@ def test_virtual_datasets_are_read_and_their_files_asked_for(tmp_path: Path) -> 
     (tmp_path / "1.h5").unlink()
     with pytest.raises(SourceNotFoundError, match=r"virtual and takes rows from 1\.h5"):
         Hdf5Source(tmp_path / "all.h5")
+
+
+def virtual_file(folder: Path, X: np.ndarray, *, part: bool = False) -> Path:
+    """Make a virtual dataset over two others."""
+    layout = h5py.VirtualLayout(X.shape, "f4")
+    for i, rows in enumerate((np.s_[:30], np.s_[30:])):
+        write(folder / f"{i}.h5", X=X[rows])
+        source = h5py.VirtualSource(f"{i}.h5", "X", (31 if part else 30, 3))
+        layout[rows] = source[:30] if part else source
+    with h5py.File(folder / "all.h5", "w") as file:
+        file.create_virtual_dataset("X", layout)
+        file["y"] = make_target(len(X))
+    return folder / "all.h5"
+
+
+def test_virtual_rows_that_are_not_there_are_no_fill_values(tmp_path: Path) -> None:
+    """HDF5 hands out zeros for a dataset that was renamed or is shorter, without a word."""
+    path = virtual_file(tmp_path, make_rows(60, 3))
+    source = Hdf5Source(path)
+    with h5py.File(tmp_path / "1.h5", "r+") as file:
+        file.move("X", "other")
+    with pytest.raises(SourceNotFoundError, match=r"takes rows from dataset 'X' of 1\.h5, which has none of that name"):
+        Hdf5Source(path)
+    with pytest.raises(SourceNotFoundError, match="none of that name"):  # nor if it happens between opening and reading
+        read_all(source)
+    write(tmp_path / "1.h5", X=make_rows(29, 3))
+    with pytest.raises(CorruptDataError, match=r"has shape \(29, 3\) where 90 values are taken"):
+        Hdf5Source(path)
+    virtual_file(tmp_path, make_rows(60, 3), part=True)
+    Hdf5Source(path)
+    write(tmp_path / "1.h5", X=make_rows(29, 3))
+    with pytest.raises(CorruptDataError, match=r"has shape \(29, 3\) where at least \(30, 3\) is taken"):
+        Hdf5Source(path)
+    (tmp_path / "1.h5").write_bytes(b"no HDF5")
+    with pytest.raises(CorruptDataError, match=r"1\.h5 .* is not an HDF5 file"):
+        Hdf5Source(path)
+
+
+def test_virtual_rows_of_the_same_file_without_an_end_and_of_numbered_files(tmp_path: Path) -> None:
+    X = make_rows(60, 3)
+    write(tmp_path / "part-0.h5", X=X[:30])
+    write(tmp_path / "part-1.h5", X=X[30:])
+    endless = h5py.h5s.UNLIMITED
+    with h5py.File(tmp_path / "all.h5", "w") as file:
+        file.create_dataset("Z", data=X, chunks=(10, 3), maxshape=(None, 3))
+        same = h5py.VirtualLayout((60, 3), "f4", maxshape=(None, 3))
+        same[:endless] = h5py.VirtualSource(".", "Z", (60, 3), maxshape=(None, 3))[:endless]
+        file.create_virtual_dataset("A", same)
+        where, taken = h5py.h5s.create_simple((60, 3), (endless, 3)), h5py.h5s.create_simple((30, 3))
+        where.select_hyperslab((0, 0), (endless, 1), stride=(30, 1), block=(30, 3))
+        creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        creation.set_virtual(where, b"part-%b.h5", b"X", taken)
+        h5py.h5d.create(file.id, b"B", h5py.h5t.IEEE_F32LE, where, creation)
+        file["y"] = make_target(60)
+    for name, files in {"A": ["all.h5"], "B": ["all.h5", "part-0.h5", "part-1.h5"]}.items():
+        source = Hdf5Source(tmp_path / "all.h5", features=name)
+        assert_same_bits(read_all(source)[0], X)
+        assert [Path(path).name for path in source.stamp()] == files
+
+
+def test_external_storage_that_was_cut_short_is_no_zeros(tmp_path: Path) -> None:
+    X = make_rows(60, 3)
+    X[:40].tofile(tmp_path / "one.bin")
+    (tmp_path / "two.bin").write_bytes(b"head" + X[40:].tobytes())
+    parts = [(str(tmp_path / "one.bin"), 0, 480), (str(tmp_path / "two.bin"), 4, h5py.h5f.UNLIMITED)]
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("X", shape=X.shape, dtype="f4", external=parts)
+        file["y"] = make_target(60)
+    source = Hdf5Source(tmp_path / "a.h5")
+    assert_same_bits(read_all(source)[0], X)
+    source.close()
+    os.truncate(tmp_path / "two.bin", 243)
+    with pytest.raises(CorruptDataError, match=r"two\.bin, which has 243 bytes where 244 are needed"):
+        Hdf5Source(tmp_path / "a.h5")
+    (tmp_path / "one.bin").unlink()
+    with pytest.raises(SourceNotFoundError, match=r"lie in .*one\.bin, which is not there"):
+        Hdf5Source(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("chunks", [None, (20, 3)])
+def test_numbers_of_few_bits_are_read_as_h5py_reads_them(tmp_path: Path, chunks: tuple[int, int] | None) -> None:
+    """NumPy's name of the type says nothing of the bits in the file."""
+    twelve = h5py.h5t.STD_I16LE.copy()
+    twelve.set_precision(12)
+    twelve.set_offset(4)
+    brain = h5py.h5t.IEEE_F32LE.copy()
+    brain.set_fields(15, 7, 8, 0, 7)
+    brain.set_size(2)
+    brain.set_ebias(127)
+    values = {b"I": (twelve, np.arange(-90, 90, dtype="i2")), b"F": (brain, np.linspace(-3, 3, 180, dtype="f4"))}
+    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    if chunks:
+        creation.set_chunk(chunks)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["y"] = make_target(60)
+        for name, (stored, flat) in values.items():
+            dataset = h5py.h5d.create(file.id, name, stored, h5py.h5s.create_simple((60, 3)), creation)
+            dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, flat.reshape(60, 3))
+    for name in "IF":
+        with h5py.File(tmp_path / "a.h5") as file:
+            expected = file[name][:]
+        source = Hdf5Source(tmp_path / "a.h5", features=name)
+        assert not source.is_flat
+        assert_same_bits(read_all(source)[0], expected)
+
+
+@pytest.mark.parametrize("filters", [{}, {"chunks": (20, 3), "compression": "gzip"}])
+def test_a_source_that_is_forgotten_leaves_no_file_open(tmp_path: Path, filters: dict[str, Any]) -> None:
+    """At once, and not when the collector comes by: else the file cannot be written to."""
+    write(tmp_path / "a.h5", filters, X=make_rows(60, 3), y=make_target(60))
+    gc.disable()
+    try:
+        source = Hdf5Source(tmp_path / "a.h5")
+        read_all(source)
+        source.flat_rows()
+        del source
+        with h5py.File(tmp_path / "a.h5", "r+") as file:
+            file["y"][...] = 0
+    finally:
+        gc.enable()
 
 
 def test_links_are_followed(tmp_path: Path) -> None:

@@ -731,6 +731,28 @@ def test_damaged_lzf(tmp_path: Path) -> None:
         reader.read(50)
 
 
+def test_damaged_lzf_without_a_checksum_is_not_trained_on(tmp_path: Path) -> None:
+    """h5py hands out whatever lies in its memory where a chunk decompresses to too few bytes."""
+    X = np.round(np.random.default_rng(0).normal(size=(200, 4)) * 3)
+    path = write(tmp_path / "a.h5", X, None, (100, 4), compression="lzf", shuffle=True)
+    with h5py.File(path) as file:
+        size = file["X"].id.get_chunk_info(1).size
+    whole, refused = path.read_bytes(), 0
+    for at in range(0, size, 5):
+
+        def turn(content: bytearray, at: int = at) -> None:
+            content[at] ^= 0x20
+
+        path.write_bytes(whole)
+        source = Hdf5Source(damage(path, 1, turn))
+        try:
+            source.read_rows(0, [0], 100, 200)
+        except CorruptDataError as err:
+            refused += "decompresses to" in str(err)
+        source.close()
+    assert refused > 3
+
+
 def test_damaged_targets(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["X"] = make_rows(200, 4)

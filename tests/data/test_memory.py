@@ -335,6 +335,26 @@ def refused(error: type[Exception], match: str, *args: Any, **options: Any) -> N
         MemorySource(*args, **options)
 
 
+@pytest.mark.parametrize("dtype", ["bool", "i1", "f2", "f4", "f8", "U3", "O"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_stamp_sees_any_value_that_changes(dtype: str, order: Any) -> None:
+    """In the first, the last and any other piece, whatever does not fill whole words."""
+    y = np.random.default_rng(0).integers(0, 2, (200_003, 1)).astype(dtype)
+    X = np.zeros((len(y), 3), "f4" if dtype in ("U3", "O") else dtype, order=order)
+    before = MemorySource(X, y[:, 0]).stamp()
+    assert MemorySource(X.copy(order), y[:, 0].copy()).stamp() == before
+    found = [before["sum"]]
+    for row in (0, 100_000, 200_002):
+        was = y[row, 0]
+        y[row, 0] = type(y[row, 0])(1 - int(float(was)))
+        found.append(MemorySource(X, y[:, 0]).stamp()["sum"])
+        y[row, 0] = was
+        X[row, 2] = 1
+        found.append(MemorySource(X, y[:, 0]).stamp()["sum"])
+        X[row, 2] = 0
+    assert len(set(found)) == 7
+
+
 def test_unusable_columns_are_all_named_at_once() -> None:
     frame = pd.DataFrame(
         {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import threading
@@ -17,12 +18,15 @@ from streamgd.data import cache as caches
 from streamgd.data.cache import Cache
 from streamgd.data.cache_writer import CacheWriter
 from streamgd.data.prefetch import WindowStream
+from streamgd.data.sources.cache import CacheSource
 from streamgd.errors import CacheError, CorruptDataError, OptionError, ResumeError
+from streamgd.run.caching import RunWindows
 from streamgd.run.config import RunOptions
 from streamgd.run.folder import RunFolder
 from streamgd.run.loop import Watcher, train
 from streamgd.run.runs import Run
 from tests.data.fake import FakeSource, expect_no_threads
+from tests.data.test_cache import refuse_to_remove
 from tests.run.small import N_ROWS, begin_small, bits, config_of, resume_small, saved, source_of
 
 #: Rows of a window of the source: with few blocks in each the cache comes first, with more the first epoch writes it.
@@ -161,6 +165,34 @@ def test_a_stopped_first_epoch_is_gone_on_with(tmp_path: Path) -> None:
     assert len(list(cache.glob("*/cache.json"))) == 1
 
 
+def test_what_was_written_before_is_checked_beside_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be as big as the data, and whoever waits must hear of signals meanwhile."""
+    where, check, asked = [], CacheSource.require_whole, threading.Event()
+
+    def require_whole(self: CacheSource) -> None:
+        where.append(threading.current_thread().name)
+        assert asked.wait(10)
+        check(self)
+
+    monkeypatch.setattr(CacheSource, "require_whole", require_whole)
+    get = RunWindows.get
+
+    def get_and_tell(self: RunWindows, timeout_s: float) -> Any:
+        found = get(self, timeout_s)
+        if where and found is None:
+            asked.set()
+        return found
+
+    monkeypatch.setattr(RunWindows, "get", get_and_tell)
+    with RunFolder(tmp_path / "run") as folder:
+        assert not go(begin_small(folder=folder, window_rows=FAIR), folder, tmp_path / "cache", Stopper(after=1))
+        assert go(resume_small(folder), folder, tmp_path / "cache")
+    assert where == ["streamgd-cache"]
+    assert len(list((tmp_path / "cache").glob("*/cache.json"))) == 1
+
+
 def full_after(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     """Let the disk be full after some writes."""
     left, write = iter(range(n)), os.pwrite
@@ -196,7 +228,46 @@ def test_no_room_is_known_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert go(begin_small(window_rows=POOR), None, tmp_path / "cache", watcher)
     assert "8,0" in watcher.notes[0] or "8 kB" in watcher.notes[0]
     assert "free; the run goes on without" in watcher.messages[0]
-    assert not (tmp_path / "cache").exists()
+    assert [path.name for path in (tmp_path / "cache").glob("*/*")] == ["lock"]
+
+
+def test_whoever_writes_the_cache_is_waited_for_however_little_room_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the other's writing that takes the room; the order of rows must not depend on when one looks."""
+    first = begin_small(window_rows=POOR)
+    place = Cache(tmp_path / "cache", first.source, first.survey.codec)
+    writer = place.begin()
+    assert writer is not None
+    monkeypatch.setattr(Cache, "free_bytes", lambda self: 0)
+
+    class Patient(Stopper):
+        def message(self, text: str) -> None:
+            super().message(text)
+            fill(place, writer, first)
+
+    watcher = Patient()
+    with RunFolder(tmp_path / "run") as folder:
+        assert go(begin_small(folder=folder, window_rows=POOR), folder, tmp_path / "cache", watcher)
+        assert saved(folder)["cached"] is not None
+    assert len(watcher.messages) == 1
+    assert "waiting for another process" in watcher.messages[0]
+
+
+def test_a_damaged_cache_that_cannot_be_removed_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    without = whole(tmp_path / "without", None, POOR)
+    whole(tmp_path / "a", cache, POOR)
+    os.truncate(next(cache.glob("*/y.bin")), 10)
+    refuse_to_remove(monkeypatch)
+    watcher = Stopper()
+    with RunFolder(tmp_path / "b") as folder:
+        assert go(begin_small(folder=folder, window_rows=POOR), folder, cache, watcher)
+        assert saved(folder) == without
+    assert "cannot be removed (Permission denied): remove" in watcher.messages[0]
+    assert "goes on without" in watcher.messages[1]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
@@ -256,6 +327,24 @@ def test_damage_stops_the_run_which_then_writes_the_cache_anew(tmp_path: Path) -
         expect_no_threads()
         assert go(resume_small(folder), folder, cache)
         assert saved(folder) == whole(tmp_path / "whole", tmp_path / "other", FAIR)
+
+
+@pytest.mark.parametrize("after", [1, 5])
+def test_a_run_is_not_gone_on_with_from_rows_that_were_changed_since(tmp_path: Path, after: int) -> None:
+    """Neither the half of a cache nor a whole one; the data counts as the same, as the fingerprint says."""
+    cache, watcher = tmp_path / "cache", Stopper()
+    with RunFolder(tmp_path / "run") as folder:
+        source = source_of()
+        source.made["file"] = [100, 1]
+        assert not go(begin_small(source=source, folder=folder, window_rows=FAIR), folder, cache, Stopper(after=after))
+        source = source_of()
+        source.made["file"] = [100, 2]
+        assert go(resume_small(folder, source=source), folder, cache, watcher)
+        assert saved(folder) == whole(tmp_path / "whole", tmp_path / "other", FAIR)
+    assert "has changed since it was written (file)" in watcher.messages[0]
+    assert "written anew" in watcher.messages[0]
+    assert source.n_read >= N_ROWS
+    assert json.loads(next(cache.glob("*/cache.json")).read_text())["stamp"]["file"] == [100, 2]
 
 
 def test_a_cache_found_cut_short_is_written_anew(tmp_path: Path) -> None:
@@ -359,6 +448,9 @@ def test_bad_data_is_named_as_without_a_cache(tmp_path: Path) -> None:
 def test_what_is_no_path(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="cache=7: expected the path of a folder"):
         RunOptions(cache=7)  # type: ignore[arg-type]
+    for path in ("", "a\0b"):
+        with pytest.raises(OptionError, match="expected the path of a folder"):
+            RunOptions(cache=path)
 
 
 def test_small_sources_of_many_blocks() -> None:

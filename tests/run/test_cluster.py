@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from streamgd.errors import ClusterError, DataError
+from streamgd.data.sources import open_source
+from streamgd.errors import ClusterError, DataError, OptionError
 from streamgd.run import workers
 from streamgd.run.checkpoint import CheckpointFolder
 from tests.clustering import (
@@ -225,6 +226,34 @@ class TestErrors:
         with pytest.raises(DataError, match="the tape is torn"):
             estimator(standardize=False).fit(X, y, client=two[1])
 
+    def test_a_block_that_cannot_be_computed_leaves_nothing_on_the_cluster(self, two, folder):
+        """Not even while the error is kept, as a notebook keeps the last one."""
+
+        def fails(block: Any, block_info: Any = None) -> Any:
+            if block_info[0]["chunk-location"][0] == 17:
+                raise OSError("the tape is torn")
+            return block
+
+        X, y = load(folder, "dask")
+        source = open_source(X.map_blocks(fails, dtype=X.dtype), y)
+        with two[1].as_current(), pytest.raises(DataError, match="the tape is torn") as kept:
+            source.open_block(17)
+        assert not task_states(two[1])
+        assert kept.value.__cause__ is not None
+
+    def test_a_worker_that_never_answers_is_named(self, folder, monkeypatch):
+        def full(source: Any, dask_worker: Any = None) -> Any:
+            raise OSError("No space left on device")
+
+        from streamgd.run import cluster as module
+        from streamgd.run.config import RunOptions
+        from streamgd.run.epochs import Watcher
+
+        monkeypatch.setattr(module, "describe", full)
+        X, _ = load(folder, "hdf5")
+        with cluster(1) as (_, client), pytest.raises(ClusterError, match=r"no worker for .*No space left on device"):
+            crew(X, client, RunOptions(workers_timeout_s=0.5), Watcher())
+
     def test_files_that_workers_cannot_read(self, two, tmp_path):
         make_data(tmp_path)
         X, _ = load(tmp_path, "hdf5")
@@ -240,8 +269,26 @@ class TestErrors:
         from streamgd.run.epochs import Watcher
 
         X, _ = load(folder, "hdf5")
-        with cluster(0) as (_, client), pytest.raises(ClusterError, match="no worker for"):
-            crew(X, client, RunOptions(workers_timeout_s=0.5), Watcher())
+        with cluster(0) as (_, client):
+            with pytest.raises(ClusterError, match="no worker for"):
+                crew(X, client, RunOptions(workers_timeout_s=0.5), Watcher())
+            stop = threading.Event()
+            threading.Timer(0.5, stop.set).start()
+            waiting = crew(X, client, RunOptions(), Watcher(), stop)  # somebody pressed Ctrl-C: it gives up waiting
+            assert waiting.play(None, None, 0, 1, stop) is None
+            waiting.close()
+
+    def test_what_is_no_client(self, two, folder, tmp_path):
+        for given in ("tcp://127.0.0.1:1", two[0], True):
+            with pytest.raises(OptionError, match=r"client=.*: expected a distributed\.Client"):
+                fit(folder, "hdf5", client=given, checkpoint_dir=tmp_path / "runs")
+        from distributed import Client
+
+        closed = Client(two[0], set_as_default=False)
+        closed.close()
+        with pytest.raises(ClusterError, match="the client is closed: connect anew"):
+            fit(folder, "hdf5", client=closed, checkpoint_dir=tmp_path / "runs")
+        assert not (tmp_path / "runs").exists()
 
     def test_too_little_memory(self, two, folder, monkeypatch):
         monkeypatch.setattr(workers, "PROCESS_BYTES", 10**15)
@@ -273,7 +320,7 @@ class TestErrors:
             assert list((tmp_path / "run").glob("*/checkpoints/*"))
 
 
-def crew(source: Any, client: Any, options: Any, watcher: Any) -> Any:
+def crew(source: Any, client: Any, options: Any, watcher: Any, stop: threading.Event | None = None) -> Any:
     from streamgd.run.cluster import ClusterCrew
     from streamgd.run.config import Config
     from streamgd.run.runs import Run, first_state, plan_for
@@ -288,4 +335,5 @@ def crew(source: Any, client: Any, options: Any, watcher: Any) -> Any:
         client,
         options,
         watcher,
+        stop or threading.Event(),
     )

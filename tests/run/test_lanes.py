@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from streamgd.data.plan import EpochPlan
+from streamgd.data.sources import open_source
 from streamgd.errors import BufferTooSmallError, DataError, DivergenceError, OptionError
 from streamgd.learn import kernels
 from streamgd.run.config import RunOptions
@@ -230,6 +231,30 @@ class TestErrors:
         before = threading.active_count()
         train(begin_lanes())
         assert threading.active_count() == before
+
+
+def test_lanes_share_the_files_that_they_have_open(tmp_path: Path) -> None:
+    """One set for each lane, and many lanes over many files run out of descriptors."""
+    import h5py
+
+    n_files, rng = 30, np.random.default_rng(0)
+    for i in range(n_files):
+        X = rng.normal(size=(60, 4)).astype("f4")
+        with h5py.File(tmp_path / f"{i}.h5", "w") as file:
+            file["X"], file["y"] = X, X[:, 0]
+    source = open_source(str(tmp_path / "*.h5"), "y")
+    assert source.is_flat
+    most: list[int] = []
+
+    class Counting(Watcher):
+        def advanced(self, run: Run, stream: Any) -> None:
+            links = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+            most.append(sum(link.parent == tmp_path for link in links))
+
+    run = prepare(source, small.config_of(n_lanes=8, max_iter=3, buffer_bytes=100_000))
+    train(run, options=RunOptions(n_threads=2), watcher=Counting())
+    assert 0 < max(most) <= 2 * n_files  # those that HDF5 has open, and those that all lanes read from
+    source.close()
 
 
 def test_a_batch_is_shared_by_the_lanes():

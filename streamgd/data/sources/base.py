@@ -297,6 +297,19 @@ class Source(abc.ABC):
         """
 
     @abc.abstractmethod
+    def stamp(self) -> dict[str, Any]:
+        """Say what the data is at this moment, for what is made of it and kept: a cache.
+
+        Where the fingerprint takes samples, this misses no change, but is not the same wherever the data lies.
+
+        Returns
+        -------
+        dict of str to JSON value
+            The data has changed if an entry differs. Entries that only one of two stamps has say nothing: a copy of the
+            data, under other names, is told by the fingerprint.
+        """
+
+    @abc.abstractmethod
     def locate(self, block: int, row: int) -> str:
         """Say where row `row` of block `block` lies, for messages (file, row group, row in the file)."""
 

@@ -111,7 +111,7 @@ class CacheSource(Source):
     checked : ndarray of shape (n_parts,), bool
         The parts that are known to match their sums; written to, and shared by all sources over the same cache.
     damaged : callable
-        Called before the error when a part does not match its sum.
+        Called when a part does not match its sum; says what comes of it.
 
     Notes
     -----
@@ -132,7 +132,7 @@ class CacheSource(Source):
         *,
         classes: bool,
         as_source: bool,
-        damaged: Callable[[], None],
+        damaged: Callable[[], str],
     ) -> None:
         self.cached = source
         self.name = source.name
@@ -201,6 +201,10 @@ class CacheSource(Source):
             weights = None if weight is None else weight[rows][:, 0]
             yield first, values[:, 0] if self.target.n_outputs == 1 else values, weights
 
+    def stamp(self) -> dict[str, Any]:
+        """Return that of the source."""
+        return self.cached.stamp()
+
     def locate(self, block: int, row: int) -> str:
         """Say where the row lies in the source."""
         if self._origin is not None:
@@ -236,17 +240,17 @@ class CacheSource(Source):
                 if self._checked[part]:
                     continue
                 if self.sum_of_part(part) != int(self._sums[part]):
-                    self._damaged()
+                    way = self._damaged()
                     raise CorruptDataError(
                         f"the cache in {Path(self._columns['features'].path).parent} is damaged: rows "
                         f"{self._parts.starts[part]:,} to {self._parts.starts[part + 1] - 1:,} are not what was "
-                        "written. It is not used any more: fit or resume again, which writes it anew"
+                        f"written. {way}. Fit or resume again"
                     )
                 self._checked[part] = True
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave what belongs to this process behind."""
-        return {**self.__dict__, "_damaged": _nothing}
+        return {**self.__dict__, "_damaged": _elsewhere}
 
 
 class _Reader(BlockReader):
@@ -273,5 +277,6 @@ def sum_of_rows(files: list[CacheFile], rows: list[Array], first_row: int) -> in
     return total % 2**64
 
 
-def _nothing() -> None:
-    """Do nothing."""
+def _elsewhere() -> str:
+    """Say what to do with a cache that somebody else opened."""
+    return "Remove it"

@@ -75,8 +75,9 @@ class DaskSource(Source):
     few blocks ahead, and their results come to this process when they are opened.
 
     The fingerprint holds types, shape, the length of the blocks, and a hash of the first rows and the last targets; it
-    computes two blocks when it is first asked for. Keys of tasks are not compared: the same data may get other keys in
-    another process.
+    computes two blocks when it is first asked for. Keys of tasks are not in it: the same data may get other keys in
+    another process. They are the stamp, so that a cache is never read for other data: Dask gives the same keys to what
+    is computed in the same way, where it can tell.
     """
 
     kind = "dask"
@@ -316,6 +317,10 @@ class DaskSource(Source):
             self._n_open += change
 
     # Telling
+
+    def stamp(self) -> dict[str, Any]:
+        """Return the keys of the collections; see `Source.stamp`. The same data may have got others: then it counts."""
+        return {"keys": [str(part._name) for part in self._parts.collections()]}
 
     def locate(self, block: int, row: int) -> str:
         """Name the Dask block and the row, within it and among all, counted from 0."""

@@ -172,7 +172,12 @@ class Ahead:
             futures = self._futures.pop(block, None)
         if futures is None or not _usable(futures, client):
             futures = graph.submit(client, block)
-        return list(client.gather(futures))
+        try:
+            return list(client.gather(futures))
+        except Exception:
+            for future in futures:  # the traceback holds them, and with them their tasks on the cluster
+                future.release()
+            raise
 
     def clear(self) -> None:
         """Forget all blocks."""

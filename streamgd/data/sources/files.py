@@ -5,10 +5,11 @@ The order is a function of the names below the common root alone, so that a copi
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,16 @@ def _listed(folder: Path, limit: int = 8) -> str:
         return "nothing"
     shown = ", ".join(map(repr, names[:limit]))
     return shown if len(names) <= limit else f"{shown}, … ({len(names)} entries)"
+
+
+def stamp_of(paths: Iterable[str | os.PathLike[str]]) -> dict[str, Any]:
+    """Return size and time of the last change, in nanoseconds, of each file that is there; see `Source.stamp`."""
+    found: dict[str, Any] = {}
+    for path in sorted({os.path.abspath(path) for path in paths}):  # noqa: PTH100 - links may be re-pointed
+        with contextlib.suppress(OSError):
+            state = os.stat(path)  # noqa: PTH116
+            found[path] = [state.st_size, state.st_mtime_ns]
+    return found
 
 
 def file_format(path: Path) -> str:

@@ -10,6 +10,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from streamgd.data.sources.base import (
     choose_row_dtype,
 )
 from streamgd.data.sources.buffers import Bytes
+from streamgd.data.sources.files import stamp_of
 from streamgd.data.sources.flat import FlatRows, Part, Strip
 from streamgd.data.sources.hdf5_blocks import Cut, advise, cut_into_blocks, place_bytes, rows_at_least
 from streamgd.data.sources.hdf5_layout import (
@@ -79,7 +81,8 @@ class Hdf5Source(Source):
     -----
     The fingerprint holds the size of each file and a hash of its first 64 KiB, its last 16 KiB and 8 pieces of 4 KiB
     between (of the whole up to 256 KiB), the layout of the datasets, and, with several files, their names relative to
-    their common folder. Of files that are linked to, or that virtual datasets take rows from, it sees the layout only.
+    their common folder. Of files that are linked to, or that virtual datasets take rows from, it sees the layout only;
+    the stamp has size and time of all of them.
 
     While files are open, HDF5's locks keep other processes from writing to them.
     """
@@ -172,7 +175,11 @@ class Hdf5Source(Source):
         # Keyed by process: a forked child must neither use its parent's files nor wait for a lock whose holder was
         # not forked. `setdefault` is atomic.
         number = os.getpid()
-        return self._opened.get(number) or self._opened.setdefault(number, OpenFiles(self._files, self._block_at))
+        found = self._opened.get(number)
+        if found is None:  # without a reference to the source: files are closed as it is forgotten
+            block_at = partial(_block_at, self._block_file, self._block_start)
+            found = self._opened.setdefault(number, OpenFiles(self._files, block_at))
+        return found
 
     def flat_rows(self) -> FlatRows | None:
         """Say where the rows lie if no dataset is chunked; see `Source.flat_rows`."""
@@ -212,9 +219,6 @@ class Hdf5Source(Source):
     def held(self, file: int) -> tuple[bool, ...]:
         """Tell for each dataset of a file whether an open block keeps its rows decoded."""
         return self._held[file]
-
-    def _block_at(self, file: int, row: int) -> int:
-        return int(np.flatnonzero((self._block_file == file) & (self._block_start <= row))[-1])
 
     def slice_of(self, arrays: Sequence[Array]) -> Slice:
         """Put arrays, one for each dataset, together as a slice."""
@@ -262,6 +266,10 @@ class Hdf5Source(Source):
         finally:
             pool.shutdown(cancel_futures=True)
 
+    def stamp(self) -> dict[str, Any]:
+        """Look at the files, also those that rows are taken from behind links; see `Source.stamp`."""
+        return stamp_of(path for info in self._files for path in info.behind)
+
     def locate(self, block: int, row: int) -> str:
         """Name the file and the row in it."""
         file, first, _ = self.place(block)
@@ -301,6 +309,11 @@ class Hdf5Source(Source):
                 for name, info in zip(names, self._files, strict=True)
             ],
         }
+
+
+def _block_at(block_file: Array, block_start: Array, file: int, row: int) -> int:
+    """Tell the block that a row of a file lies in."""
+    return int(np.flatnonzero((block_file == file) & (block_start <= row))[-1])
 
 
 class _Reader(BlockReader):

@@ -176,7 +176,7 @@ class ChunkReader:
         Raises
         ------
         OSError
-            If the file cannot be read, or has become shorter.
+            If the file cannot be read, or has become shorter, or a chunk is damaged and h5py would not notice.
         """
         n_rows = stop - first
         memory = memory[: self.n_bytes(n_rows)]
@@ -274,7 +274,10 @@ class ChunkReader:
                     raise UndecodableError("a chunk cannot be decompressed")
                 data = inflated
         if len(data) != self._chunk_bytes:
-            raise UndecodableError(f"a chunk of {self._chunk_bytes:,} bytes decompresses to {len(data):,}")
+            why = f"a chunk of {self._chunk_bytes:,} bytes decompresses to {len(data):,}"
+            if LZF in undo:  # h5py would hand out whatever lies in its memory
+                raise OSError(why)
+            raise UndecodableError(why)
         return data, shuffled, 0
 
 

@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 
 from streamgd.data.sources.base import FLAT_DTYPES
+from streamgd.data.sources.hdf5_elsewhere import files_behind
 from streamgd.data.sources.hdf5_files import dtype_name, filter_is_there, list_datasets, open_file
 from streamgd.errors import CorruptDataError, DataError, SchemaError, SourceNotFoundError
 
@@ -113,7 +114,7 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class FileInfo:
-    """One file: where it is, what identifies it, and its datasets."""
+    """One file: where it is, what identifies it, its datasets, and all files that hold their rows."""
 
     path: str
     n_bytes: int
@@ -121,6 +122,7 @@ class FileInfo:
     features: tuple[DatasetInfo, ...]
     target: DatasetInfo | None
     weight: DatasetInfo | None
+    behind: tuple[str, ...]
 
     @property
     def n_rows(self) -> int:
@@ -145,11 +147,18 @@ def describe_file(path: str, features: Sequence[str], target: str | None, weight
     CorruptDataError
         If the file cannot be read.
     """
+    behind = {path}
     with open_file(path) as file:
+
+        def look_at(name: str) -> DatasetInfo:
+            dataset = _find(file, path, name)
+            behind.update(files_behind(dataset, path))
+            return _describe(dataset, name, path)
+
         try:
-            xs = tuple(_describe(_find(file, path, name), name, path) for name in features)
-            y = None if target is None else _describe(_find(file, path, target), target, path)
-            w = None if weight is None else _describe(_find(file, path, weight), weight, path)
+            xs = tuple(map(look_at, features))
+            y = None if target is None else look_at(target)
+            w = None if weight is None else look_at(weight)
         except DataError:
             raise
         except TypeError as err:
@@ -166,7 +175,7 @@ def describe_file(path: str, features: Sequence[str], target: str | None, weight
     if w is not None and (len(w.shape) != 1 or not _is_number(w)):
         raise SchemaError(f"{path}: weight {_shown(w)}; expected numbers of shape (n_rows,)")
     n_bytes, digest = _digest(path)
-    found = FileInfo(path, n_bytes, digest, xs, y, w)
+    found = FileInfo(path, n_bytes, digest, xs, y, w, tuple(sorted(behind)))
     for info in found.datasets:
         if info.shape[0] != found.n_rows:
             raise SchemaError(
@@ -195,6 +204,7 @@ def find_datasets(file: h5py.File, info: FileInfo) -> tuple[h5py.Dataset, ...]:
                 f"{info.path} was changed while it was in use: dataset {each.name!r} was {each} and is {now}. "
                 "Open the source again"
             )
+        files_behind(dataset, info.path)
         if not _BUILT_IN.issuperset(each.filters):
             _filters(dataset, info.path)  # a plugin must be loaded by every process
         if each.sticks_out and not each.filters:
@@ -236,8 +246,6 @@ def _describe(dataset: h5py.Dataset, name: str, path: str) -> DatasetInfo:
     name = name.strip("/")  # as asked for: behind a link, a dataset's own name is another file's
     if not dataset.shape:
         raise SchemaError(f"{path}: dataset {name!r} is a single value, expected one row for every example")
-    if dataset.is_virtual:
-        _check_virtual(dataset, path)
     width = math.prod(dataset.shape[1:])
     return DatasetInfo(
         name,
@@ -256,6 +264,9 @@ def flat_offset(dataset: h5py.Dataset) -> int | None:
     if dataset.chunks is not None or dataset.is_virtual or dataset.external or not hasattr(os, "pread"):
         return None
     if dataset.dtype.name not in FLAT_DTYPES or not dataset.dtype.isnative:
+        return None
+    # Values may be stored in fewer bits than they have in memory, or in others: HDF5 converts them.
+    if not dataset.id.get_type().equal(h5py.h5t.py_create(dataset.dtype, logical=True)):
         return None
     offset = dataset.id.get_offset()  # None for what is so small that it lies in the header, or was never written
     return None if offset is None else int(offset)
@@ -282,16 +293,6 @@ def _filters(dataset: h5py.Dataset, path: str) -> tuple[str, ...]:
             )
         names.append(name)
     return tuple(names)
-
-
-def _check_virtual(dataset: h5py.Dataset, path: str) -> None:
-    """Refuse a virtual dataset with files missing: HDF5 would hand out fill values in their place."""
-    for source in dataset.virtual_sources():
-        name = source.file_name
-        if name != "." and "%" not in name and not (Path(path).parent / name).exists() and not Path(name).exists():
-            raise SourceNotFoundError(
-                f"{path}: dataset {dataset.name!r} is virtual and takes rows from {name}, which is not there"
-            )
 
 
 def _is_number(info: DatasetInfo) -> bool:

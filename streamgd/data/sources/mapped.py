@@ -7,6 +7,7 @@ slice by slice, and that pickles as a path.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from streamgd.data.sources.base import FLAT_DTYPES, Array
 from streamgd.data.sources.flat import Part, Strip
-from streamgd.errors import CorruptDataError, SourceNotFoundError
+from streamgd.errors import CorruptDataError, DataError, SourceNotFoundError
 
 
 class MappedArray:
@@ -111,6 +112,11 @@ class OpenFile:
         try:
             self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError as err:
+            if err.errno in (errno.EMFILE, errno.ENFILE):
+                raise DataError(
+                    f"{path}: the file that rows are read from cannot be opened ({err.strerror}). Allow this process "
+                    "more of them, for example with `ulimit -n 4096`"
+                ) from err
             raise SourceNotFoundError(
                 f"{path}: the file that rows are read from cannot be opened ({err.strerror}). "
                 "Put it back, or open the data again where the file is now"

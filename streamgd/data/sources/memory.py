@@ -23,8 +23,10 @@ from streamgd.data.sources.base import (
     choose_row_dtype,
 )
 from streamgd.data.sources.columns import Column, Features, Target
+from streamgd.data.sources.files import stamp_of
 from streamgd.data.sources.flat import FlatRows, Part, Strip
 from streamgd.data.sources.frames import pick_columns
+from streamgd.data.sources.mapped import MappedArray
 from streamgd.errors import EmptySourceError, SchemaError
 
 #: Up to this size the fingerprint covers every value; above it, rows spread over the whole.
@@ -32,6 +34,8 @@ _HASHED_WHOLE_BYTES = 4 << 20
 _HASHED_RUNS = 64
 _HASHED_RUN_ROWS = 16
 _TARGET_ROWS = 65_536
+#: Bytes that are summed up at once.
+_SUMMED_BYTES = 1 << 20
 
 
 class MemorySource(Source):
@@ -193,6 +197,12 @@ class MemorySource(Source):
             y = None if self._target is None else self._target.read(first, stop)
             yield first, y, None if self._weight is None else self._weight.read(first, stop)
 
+    def stamp(self) -> dict[str, Any]:
+        """Sum up all values, at about the memory's speed, and look at the files behind memmaps; see `Source.stamp`."""
+        files = [column.data.path for column in self._columns() if isinstance(column.data, MappedArray)]
+        held = [column for column in self._columns() if not isinstance(column.data, MappedArray)]
+        return stamp_of(files) | {"sum": _sum_columns(held, self.n_rows)}
+
     def locate(self, block: int, row: int) -> str:
         """Name the row, counted from 0 as in ``X[row]``."""
         return f"{self.name}, row {block * self._block + row:,} (counted from 0)"
@@ -250,10 +260,32 @@ def _hash_columns(columns: Sequence[Column], n_rows: int) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for column in columns:
         for start in starts:
-            part = column.read(start, start + run_rows)
-            if part.dtype.kind == "O":  # its bytes are addresses: hash what they point to
-                text = "\x1f".join(f"{type(value).__name__}:{value!r}" for value in part.ravel().tolist())
-                digest.update(text.encode("utf-8", "surrogatepass"))
-            else:
-                digest.update(part.tobytes())
+            digest.update(_bytes_of(column.read(start, start + run_rows)).data)
     return digest.hexdigest()
+
+
+def _sum_columns(columns: Sequence[Column], n_rows: int) -> str:
+    """Sum up all values, a piece at a time; copied are only pieces that do not lie in one run of bytes."""
+    from streamgd.data.placing import sum_words  # imports Numba
+
+    total = 0
+    for number, column in enumerate(columns):
+        step = max(1, _SUMMED_BYTES * n_rows // max(1, column.n_bytes))
+        word = number << 48
+        for first in range(0, n_rows, step):
+            raw = _bytes_of(column.read(first, min(first + step, n_rows)))
+            whole = len(raw) // 8 * 8
+            rest = np.zeros(8, np.uint8)
+            rest[: len(raw) - whole] = raw[whole:]
+            for words, at in ((raw[:whole], word), (rest, word + whole // 8)):
+                total += int(sum_words(words.view(np.uint64), at))
+            word += whole // 8 + 1
+    return f"{total % 2**64:016x}"
+
+
+def _bytes_of(part: Array) -> Array:
+    """Return the bytes of values."""
+    if part.dtype.kind == "O":  # they are addresses: those of what they point to
+        text = "\x1f".join(f"{type(value).__name__}:{value!r}" for value in part.ravel().tolist())
+        return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
+    return np.ascontiguousarray(part).reshape(-1).view(np.uint8)

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from streamgd.data.sources.base import Array, BlockReader, Source, TargetInfo, choose_row_dtype
 from streamgd.data.sources.buffers import Buffers
-from streamgd.data.sources.files import FileSet, data_files
+from streamgd.data.sources.files import FileSet, data_files, stamp_of
 from streamgd.data.sources.parquet_columns import Roles
 from streamgd.data.sources.parquet_direct import direct_column
 from streamgd.data.sources.parquet_footer import Leaf, OpenFiles
@@ -178,6 +178,10 @@ class ParquetSource(Source):
                     yield first + done, piece.y, piece.weight
                     done += n
             first += n_rows
+
+    def stamp(self) -> dict[str, Any]:
+        """Look at the files; see `Source.stamp`."""
+        return stamp_of(self._paths)
 
     def locate(self, block: int, row: int) -> str:
         """Name file, row group and row within the file, both counted from 0."""
