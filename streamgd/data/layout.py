@@ -34,7 +34,7 @@ _MIN_WINDOW_ROWS = 256
 #: Where slices are cheap, windows take so many bytes, which a processor's caches hold, or this share of a big buffer…
 _CHEAP_WINDOW_BYTES, _CHEAP_WINDOW_SHARE = 4 << 20, 64
 #: … and, as far as an eighth of the buffer goes, so many rows at least; slices of so many blocks make up each of them.
-_CHEAP_WINDOW_ROWS, _CHEAP_BLOCKS_PER_WINDOW = 16_384, 64
+_CHEAP_WINDOW_ROWS, _CHEAP_BLOCKS_PER_WINDOW = 16_384, 32
 _MIN_PIECE_BYTES, _MAX_PIECE_BYTES = 20_000, 4_000_000
 #: All pieces together may always cost this share of an open block.
 _PIECES_PER_OPEN_BLOCK = 64
