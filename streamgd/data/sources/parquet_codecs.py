@@ -22,16 +22,16 @@ from numpy.typing import NDArray
 
 #: Members of a column's row in the table of `next_pages`. First what is known of the column: where its next page begins
 #: in the file, where its chunk ends, bytes of a value, its highest definition level, how it is compressed, bytes to
-#: read at once, and values to pass over.
-AT, END, WIDTH, MAX_LEVEL, CODEC, GUESS, SKIPPED = range(7)
+#: read at once, values to pass over; and what no page can exceed: bytes when decompressed, and values still to come.
+AT, END, WIDTH, MAX_LEVEL, CODEC, GUESS, SKIPPED, MOST_BYTES, MOST_VALUES = range(9)
 #: Then memory for its page's values and for its dictionary: addresses and bytes; and how many entries there are.
-MEMORY, ROOM, DICTIONARY, DICTIONARY_ROOM, N_ENTRIES = range(7, 12)
+MEMORY, ROOM, DICTIONARY, DICTIONARY_ROOM, N_ENTRIES = range(9, 14)
 #: Then what the header of its page says,
-STORED, DECODED, KIND, N_VALUES, ENCODING, N_NULLS, LEVELS, COMPRESSED, CRC, HAS_CRC = range(12, 22)
-LEVEL_ENCODING, N_ROWS, REPETITIONS = range(22, 25)
+STORED, DECODED, KIND, N_VALUES, ENCODING, N_NULLS, LEVELS, COMPRESSED, CRC, HAS_CRC = range(14, 24)
+LEVEL_ENCODING, N_ROWS, REPETITIONS = range(24, 27)
 #: where the page begins in the scratch memory, where its next value lies decoded, and how many of its values are left.
-BEGIN, ADDRESS, LEFT = range(25, 28)
-N_MEMBERS = 28
+BEGIN, ADDRESS, LEFT = range(27, 30)
+N_MEMBERS = 30
 #: How a chunk is compressed: not at all, by snappy, or by something that is not known here.
 UNCOMPRESSED, SNAPPY, OTHER_CODEC = range(3)
 #: Kinds of pages.
@@ -41,7 +41,7 @@ PLAIN, PLAIN_DICTIONARY, RLE_DICTIONARY = 0, 2, 8
 _RLE = 3
 #: How `next_pages` ended: all columns have values; more memory is needed (scratch, for values, for a dictionary); a
 #: page was read that somebody else has to decompress or check; or the file cannot be read, or makes no sense.
-DONE, NEEDS_SCRATCH, NEEDS_ROOM, NEEDS_DICTIONARY, FOREIGN, SENSELESS = range(6)
+DONE, NEEDS_SCRATCH, NEEDS_ROOM, NEEDS_DICTIONARY, FOREIGN, SENSELESS, _PASSED = range(7)
 _MOST_DEPTH = 8
 _FIRST_HEADER_BYTES = 512
 #: No run of a page is longer, in values: their number is a 32-bit one.
@@ -311,10 +311,10 @@ def next_pages(fd: int, table: NDArray[np.int64], scratch: NDArray[np.uint8]) ->
         page = table[column]
         while page[LEFT] == 0:
             status, n_bytes = _read_page(fd, page, scratch)
+            if status == _PASSED:
+                continue
             if status != DONE:
                 return status, column, n_bytes
-            if page[KIND] < 0:  # passed over
-                continue
             total = page[BEGIN] + page[STORED]
             if page[HAS_CRC] or (page[CODEC] == OTHER_CODEC and page[COMPRESSED]):
                 page[AT] += total
@@ -328,7 +328,7 @@ def next_pages(fd: int, table: NDArray[np.int64], scratch: NDArray[np.uint8]) ->
 
 @_compiled
 def _read_page(fd: int, page: NDArray[np.int64], scratch: NDArray[np.uint8]) -> Any:
-    """Read a page to the scratch memory; its kind becomes -1 if all of it is to be passed over."""
+    """Read a page to the scratch memory, unless all of it is to be passed over."""
     base = _address(scratch)
     while True:
         left = page[END] - page[AT]
@@ -343,16 +343,19 @@ def _read_page(fd: int, page: NDArray[np.int64], scratch: NDArray[np.uint8]) -> 
         if header == 0 and ahead < left:
             page[GUESS] = 2 * ahead
             continue
-        if header <= 0 or header + page[STORED] > left:
+        if header <= 0 or page[STORED] > left - header or page[DECODED] > page[MOST_BYTES]:
             return SENSELESS, 0
         break
     total = header + page[STORED]
     is_data = page[KIND] == DATA_PAGE or page[KIND] == DATA_PAGE_V2
-    if page[KIND] == INDEX_PAGE or (is_data and 0 <= page[N_VALUES] <= page[SKIPPED]):
-        page[SKIPPED] -= page[N_VALUES] if is_data else 0
+    if is_data and not 0 <= page[N_VALUES] <= page[MOST_VALUES]:
+        return SENSELESS, 0
+    if page[KIND] == INDEX_PAGE or (is_data and page[N_VALUES] <= page[SKIPPED]):
+        if is_data:
+            page[SKIPPED] -= page[N_VALUES]
+            page[MOST_VALUES] -= page[N_VALUES]
         page[AT] += total
-        page[KIND] = -1
-        return DONE, 0
+        return _PASSED, 0
     page[GUESS] = total + 64
     if total > ahead:
         if total > len(scratch):
@@ -439,6 +442,7 @@ def take_values(page: NDArray[np.int64], stored: int, target: int, decoded: int)
         if not decode_dictionary(values, target + decoded, page[N_VALUES], dictionary, entries, width, page[MEMORY]):
             return SENSELESS, 0
         values = page[MEMORY]
+    page[MOST_VALUES] -= page[N_VALUES]
     page[ADDRESS] = values + page[SKIPPED] * page[WIDTH]
     page[LEFT] = page[N_VALUES] - page[SKIPPED]
     page[SKIPPED] = 0

@@ -44,6 +44,7 @@ class DirectColumn:
     """A column chunk that can be read without Arrow."""
 
     chunk: Chunk
+    n_values: int
     dtype: np.dtype[Any]
     max_level: int
     codec: str | None
@@ -75,7 +76,9 @@ def direct_column(metadata: Any, row_group: Any, leaf: int, kind: ColumnType) ->
         dtype = np.dtype(f"uint{8 * dtype.itemsize}")
     if (kind.family == "f") != (dtype.kind == "f"):
         return None
-    return DirectColumn(chunk_of(column), dtype, schema.max_definition_level, _CODECS[column.compression])
+    return DirectColumn(
+        chunk_of(column), column.num_values, dtype, schema.max_definition_level, _CODECS[column.compression]
+    )
 
 
 class DirectRows:
@@ -112,6 +115,7 @@ class DirectRows:
             page[codecs.WIDTH], page[codecs.MAX_LEVEL] = column.dtype.itemsize, column.max_level
             page[codecs.CODEC] = _CODES.get(column.codec, codecs.OTHER_CODEC)
             page[codecs.GUESS], page[codecs.SKIPPED] = _FIRST_BYTES, start
+            page[codecs.MOST_BYTES], page[codecs.MOST_VALUES] = column.chunk.uncompressed_bytes, column.n_values
         self._codecs = tuple(column.codec for column in columns)
         self._names = tuple(column.dtype.name for column in columns)
         self._widths = self._table[:, codecs.WIDTH].copy()
