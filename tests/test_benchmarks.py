@@ -290,6 +290,27 @@ def test_the_kernel_that_is_timed_learns(load):
         assert np.corrcoef(coef.ravel(), w.ravel())[0, 1] > 0.98
 
 
+def test_starts_are_timed_from_the_process_on(load, tmp_path):
+    startup = load("startup")
+    load("tables").write_hdf5(tmp_path / "few.h5", 1000)
+    processes = startup.Processes(tmp_path)
+    times = processes.times("-c", startup.COUNT + startup.FIT + startup.FIT_HDF5 + startup.COUNTED)
+    update, fitted, compiled, end = times
+    assert (update, fitted, end) == ("update", "fitted", "end")
+    assert int(compiled) >= 0
+    assert 0 < times["update"] <= times["fitted"] <= times["end"]
+    assert set(processes.times("-c", startup.FIT + startup.FIT_ARRAY)) == {"update", "fitted", "end"}
+    with pytest.raises(RuntimeError, match="status 3"):
+        processes.times("-c", "raise SystemExit(3)")
+    shown = run_script("startup.py", "--what", "import", "--repeats", "1").splitlines()
+    assert [line.split("|")[1].strip() for line in shown[4:]] == [
+        "`python -c pass`, for comparison",
+        "`import streamgd`",
+        "`streamgd --help`",
+    ]
+    assert all(" s: " in line for line in shown[5:])
+
+
 @pytest.mark.parametrize("storage", ["hdf5", "parquet"])
 def test_sorted_rows_are_compared_with_shuffled_ones(load, monkeypatch, tmp_path, storage, capsys):
     sets, module = load("sets"), load("sorted_labels")
