@@ -112,7 +112,7 @@ class Bench:
         for contender in [*contenders, Contender(READ, lambda: None)]:
             found = measured[contender.name]
             rate, gigabytes = self.n_rows / found.median / 1e6, self.n_bytes / found.median / 1e9
-            yield found, f"{rate:.1f} | {gigabytes:.1f} | {ratio(found, read):.2f}"
+            yield found, f"{rate:.{1 if rate >= 10 else 2}f} | {gigabytes:.1f} | {ratio(found, read):.2f}"
 
 
 def goal(wanted: str, met: bool) -> str:
