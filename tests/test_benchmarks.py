@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import streamgd
+from streamgd.learn.losses import LOSSES
+from streamgd.learn.optimizers import OPTIMIZERS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PEERS = ("torch", "dask_ml", "vowpalwabbit")
@@ -256,6 +258,57 @@ def test_growth_covers_bytes_features_and_refusals(load, tmp_path):
     few = tmp_path / "few.parquet"
     load("tables").write_parquet(few, 20, 2)
     assert "buffer=" in growth.measure_here(path, few, "1MB", 1, 1204)["refused"]
+
+
+def test_kernels_are_timed_beside_a_pure_read():
+    shown = run_script(
+        "kernels.py", "--features", "3", "--dtypes", "float64", "--batches", "1", "300", "--window", "100kB",
+        "--rounds", "1",
+    )  # fmt: skip
+    rows = [[text.strip() for text in line.strip("|").split("|")] for line in shown.splitlines() if line[:1] == "|"]
+    shapes = [row for row in rows if row[:2] == ["3", "float64"]]
+    assert [row[2] for row in shapes] == ["1", "300", "pure read"]
+    assert [row[-1].partition(":")[0] for row in shapes] == ["", "at most 1.3", ""]
+    assert shapes[-1][-2] == "1.00 (1.00-1.00)"
+    assert all(float(row[-4]) > 0 for row in rows if row[-2].endswith(")"))
+    recipes = [row for row in rows if len(row) == 6]
+    assert {row[0] for row in recipes} > {*LOSSES, "log_loss, 10 classes", "log_loss, 100 classes"}
+    assert {row[1] for row in recipes} > {*OPTIMIZERS}
+    assert [row[0] for row in recipes if "80 M rows/s" in row[-1]] == ["log_loss"]
+
+
+def test_the_kernel_that_is_timed_learns(load):
+    bench = load("kernels").Bench(5, "float32", 1_000_000, 4096)
+    assert (bench.n_rows, bench.n_bytes) == (28_672, 28_672 * 36)
+    for options in ({}, {"n_classes": 2, "loss": "log_loss"}, {"n_classes": 10, "loss": "log_loss"}):
+        n_classes = options.get("n_classes", 0)
+        w = np.random.default_rng(1).standard_normal((5, n_classes or 1), dtype=np.float32).T
+        if n_classes:
+            w = np.diff(w, axis=0)
+        coef = bench.kernel("some", **options).run().coef
+        coef = np.diff(coef, axis=0) if n_classes > 2 else coef
+        assert np.corrcoef(coef.ravel(), w.ravel())[0, 1] > 0.98
+
+
+def test_starts_are_timed_from_the_process_on(load, tmp_path):
+    startup = load("startup")
+    load("tables").write_hdf5(tmp_path / "few.h5", 1000)
+    processes = startup.Processes(tmp_path)
+    times = processes.times("-c", startup.COUNT + startup.FIT + startup.FIT_HDF5 + startup.COUNTED)
+    update, fitted, compiled, end = times
+    assert (update, fitted, end) == ("update", "fitted", "end")
+    assert int(compiled) >= 0
+    assert 0 < times["update"] <= times["fitted"] <= times["end"]
+    assert set(processes.times("-c", startup.FIT + startup.FIT_ARRAY)) == {"update", "fitted", "end"}
+    with pytest.raises(RuntimeError, match="status 3"):
+        processes.times("-c", "raise SystemExit(3)")
+    shown = run_script("startup.py", "--what", "import", "--repeats", "1").splitlines()
+    assert [line.split("|")[1].strip() for line in shown[4:]] == [
+        "`python -c pass`, for comparison",
+        "`import streamgd`",
+        "`streamgd --help`",
+    ]
+    assert all(" s: " in line for line in shown[5:])
 
 
 @pytest.mark.parametrize("storage", ["hdf5", "parquet"])
