@@ -248,8 +248,8 @@ class TestLayout:
         source = MemorySource(np.zeros((1, 28), np.float32), np.zeros(1))
         source.block_rows = np.full(1000, 9000, np.int64)
         layout = plan_layout(source, 256_000_000)
-        assert layout.window_bytes <= 8 << 20
-        assert layout.n_open >= 60
+        assert layout.window_bytes <= 4 << 20
+        assert layout.n_open >= 30
         assert layout.window_rows == layout.n_open * layout.slice_rows
         assert layout.planned_bytes <= 256_000_000
         assert layout.n_windows >= 3
@@ -268,7 +268,7 @@ class TestLayout:
         source.block_rows = np.full(5000, 131, np.int64)
         layout = plan_layout(source, 256_000_000)
         assert layout.window_rows >= 2000
-        assert layout.n_open >= 60
+        assert layout.n_open >= 30
 
 
 def test_too_many_open_files_are_named_as_such(tmp_path, monkeypatch):
