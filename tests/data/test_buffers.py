@@ -29,16 +29,35 @@ def test_big_memory_does_not_serve_for_little() -> None:
     assert len(buffers.take(90_000)) == 90_000
 
 
-def test_never_holds_more_than_was_in_use_at_once() -> None:
+def test_never_holds_much_more_than_was_in_use_at_once() -> None:
     """Sizes that come once, as of the last blocks of many files, do not pile up."""
     buffers = Buffers()
     generator = np.random.default_rng(0)
     for size in generator.integers(50_000, 5_000_000, 200).tolist():
         memory = buffers.take(size)
         assert len(memory) >= size
-        assert buffers._idle + len(memory) <= 5_000_000
+        assert buffers._idle + len(memory) <= 10_000_000
         buffers.give(memory)
-        assert buffers._idle <= 5_000_000
+        assert buffers._idle <= 10_000_000
+
+
+def test_sizes_that_take_turns_keep_their_memory() -> None:
+    """Chunks of targets and of features, say, each used while the other is not."""
+    buffers = Buffers()
+    few, many = buffers.take(100_000), buffers.take(1_000_000)
+    for _ in range(3):
+        buffers.give(many)
+        assert buffers.take(1_000_000) is many
+        buffers.give(few)
+        assert buffers.take(100_000) is few
+    alone = Buffers()
+    for _ in range(3):
+        memory = alone.take(1_000_000)
+        alone.give(memory)
+        other = alone.take(100_000)
+        alone.give(other)
+    assert alone.take(1_000_000) is memory
+    assert alone.take(100_000) is other
 
 
 def test_cleared_memory_is_gone_and_what_is_in_use_may_come_back() -> None:

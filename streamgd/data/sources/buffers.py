@@ -12,6 +12,8 @@ Bytes = NDArray[np.uint8]
 
 #: Pieces smaller than this are used for each other, whatever their sizes.
 _SMALL_BYTES = 4096
+#: So much may lie idle beside the most that was in use: pieces of some sizes, while those of others are.
+_SPARE_BYTES = 4 << 20
 #: What keeping a piece costs beside its bytes.
 _KEPT_BYTES = 512
 
@@ -19,7 +21,7 @@ _KEPT_BYTES = 512
 class Buffers:
     """Memory handed out again and again: in fresh memory the first write to each page costs more than decoding does.
 
-    Never holds more than was in use at some moment. Safe for several threads.
+    Never holds much more than was in use at some moment. Safe for several threads.
     """
 
     def __init__(self) -> None:
@@ -57,9 +59,9 @@ class Buffers:
             self._free, self._idle, self._most = {}, 0, self._in_use
 
     def _shrink(self) -> None:
-        """Let go of idle memory until no more is held than was in use at some moment."""
+        """Let go of idle memory until not much more is held than was in use at some moment."""
         for few in self._free.values():
-            while few and self._idle + self._in_use > self._most:
+            while few and self._idle + self._in_use > self._most + _SPARE_BYTES:
                 self._idle -= len(few.pop(0))
 
 
