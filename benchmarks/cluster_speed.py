@@ -85,13 +85,14 @@ def compare_workers(folder: Path, n_rows: int, repeats: int) -> None:
 def compare_dask_ml(n_rows: int, repeats: int) -> None:
     import dask.array as da
     from dask_ml.wrappers import Incremental
+    from distributed import wait
     from sklearn.linear_model import SGDRegressor
 
     with cluster(2) as (_, client), client.as_current():
         rng = da.random.default_rng(0)
         X = rng.standard_normal((n_rows, N_FEATURES), chunks=(50_000, N_FEATURES)).astype(np.float32)
         X, y = client.persist([X, X @ np.ones(N_FEATURES, np.float32)])
-        client.gather(client.map(len, list(X.to_delayed().ravel()[:1])))
+        wait([X, y])
         source = training_source(streamgd.SGDRegressor(), X, y, None, reset=True, labels=False)
         ours, theirs, whole = [], [], []
         rows_per_s(source, client, 4)

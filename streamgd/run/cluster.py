@@ -1,8 +1,9 @@
 """Rounds on a Dask cluster.
 
-A round is a handful of tasks: the lanes' turns, those of a worker's thread together, and one that merges them. Each is
-pure and has a key of its own, made of the run, the epoch, the round and the lanes, so Dask may run it anywhere, again
-or late. The client keeps the state of the last whole round, from which a round that is lost with a worker is played
+A round is a handful of tasks: the lanes' turns, those of a worker's thread together, and one that merges them. Rounds
+that are over sooner than their tasks are scheduled, as the first ones are, make one task together. Each is pure and has
+a key of its own, made of the run, the epoch, the round and the lanes, so Dask may run it anywhere, again or late. The
+client keeps the state of the last whole round, from which a round that is lost with a worker is played
 again; the next round is handed over while one is under way, so that no worker waits for the client. Nothing that
 happens on the cluster can change what comes of it.
 
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +29,7 @@ from streamgd.run.config import RunOptions
 from streamgd.run.delivery import DeliveredBlocks
 from streamgd.run.epochs import Watcher
 from streamgd.run.lanes import LaneWork, Turn, take_turn
-from streamgd.run.rounds import Crew, Round, merge_turns
+from streamgd.run.rounds import Crew, Round, merge_turns, play_rounds
 from streamgd.run.runs import Run, versions
 from streamgd.run.turns import Turns
 from streamgd.run.workers import WorkerReport, assign, costs_of, describe, lanes_kept, same_versions, unfit
@@ -40,6 +42,9 @@ _FETCH_RATE, _FETCH_S = 10e6, 2.0
 _MOST_ATTEMPTS = 5
 #: Rounds that take longer than this, in seconds, are handed over one at a time; of others so many are chained at most.
 _LONG_S, _MOST_CHAINED = 1.0, 32
+#: Rounds of up to so many bytes of rows are short; so many of them make one task at most, as long as their states, and
+#: their rows, come to no more than so many bytes.
+_SHORT_BYTES, _MOST_TOGETHER, _STATES_BYTES, _TOGETHER_BYTES = 16_000_000, 100, 20_000_000, 128_000_000
 #: States up to this size are sent with each task that needs them, others once.
 _EMBEDDED_BYTES = 100_000
 #: A wait for workers is told after this, and then now and again.
@@ -89,9 +94,11 @@ class ClusterCrew(Crew):
         self._stop = stop
         self._next: _Flight | None = None
         self._flown_from: State | None = None
+        self._played: deque[Round] = deque()  # rounds that came with others before them
         self._round_s, self._flights = 0.0, 0
         work = LaneWork(run, source, n_threads=1, most_readers=1)
-        self._extra = {"versions": versions(), "costs": costs_of(run)}
+        self._costs = costs_of(run)
+        self._extra = {"versions": versions(), "costs": self._costs}
         self._look(first=True)
         with _quiet_about_size():
             self._work = client.submit(_keep, work, key=f"lane-work-{self._name}")
@@ -104,27 +111,28 @@ class ClusterCrew(Crew):
     def play(self, start: State, packed: Packed, row: int, end: int, stop: threading.Event) -> Round | None:
         """Play a round, again if need be; see `Crew.play`."""
         lost = 0
+        if self._played and self._flown_from is start:
+            return self._hand_out(self._played)
+        self._played.clear()
         while not stop.is_set():
             began = time.monotonic()
             flight, self._next = self._next, None
             if flight is None or (flight.epoch, flight.row) != (start.epoch, row) or self._flown_from is not start:
                 self._drop(flight)
-                flight = self._submit(start, packed, start.epoch, row, end, behind=None)
+                flight = self._submit(start, packed, start.epoch, row, behind=None)
             try:
                 self._look()
-                if self._may_fly_ahead(flight, end):
-                    self._next = self._submit(
-                        flight.merged, packed, start.epoch, end, self._turns.end(start.epoch, end), behind=flight
-                    )
+                if self._may_fly_ahead(flight):
+                    self._next = self._submit(flight.merged, packed, start.epoch, flight.ends[-1], behind=flight)
                 elif self._blocks is not None:
-                    self._blocks.deliver_ahead(start.epoch, end, self._lanes, self._fit)
+                    self._blocks.deliver_ahead(start.epoch, flight.ends[-1], self._lanes, self._fit)
                 while not self._finished(flight.merged):
                     if stop.is_set():
                         return None
                     self._look()
-                played: Round = self._result(flight.merged)
-                self._round_s, self._flown_from = time.monotonic() - began, played.state
-                return played
+                self._played.extend(self._result(flight))
+                self._round_s = time.monotonic() - began
+                return self._hand_out(self._played)
             except _Again as again:
                 lost += again.counts
                 self._drop_next()
@@ -140,25 +148,62 @@ class ClusterCrew(Crew):
                 self._drop(flight)
         return None
 
-    def _may_fly_ahead(self, flight: _Flight, end: int) -> bool:
+    def _hand_out(self, played: deque[Round]) -> Round:
+        """Return the next round, and remember where the one after it begins."""
+        found = played.popleft()
+        self._flown_from = found.state
+        return found
+
+    def _may_fly_ahead(self, flight: _Flight) -> bool:
         """Whether to hand over the next round before this one has ended, so that nothing waits for the client.
 
         Not when rounds are long, or many have been chained already: what is lost with a worker is computed again from
         the last state that the client sent. And not beyond an epoch, which the client closes.
         """
-        return self._round_s < _LONG_S and flight.chained < _MOST_CHAINED and end < self._turns.lane_rows
+        far = flight.ends[-1] >= self._turns.lane_rows
+        return self._round_s < _LONG_S and flight.chained < _MOST_CHAINED and not far
 
-    def _submit(self, start: Any, packed: Packed, epoch: int, row: int, end: int, *, behind: _Flight | None) -> _Flight:
-        """Hand a round's tasks to the scheduler, to begin from a state or from the merge of the round before."""
+    def _ends(self, epoch: int, row: int) -> list[int]:
+        """Say where the rounds end that are handed over together: one, or as many short ones as a worker has room for.
+
+        Only where rounds are played depends on it, and not what comes of them.
+        """
+        ends = [self._turns.end(epoch, row)]
+        report = self._reports[self._lanes[0]]
+        if lanes_kept(self._costs, report.n_threads, report.memory_limit) < self._n_lanes:
+            return ends
+        state_bytes = sum(array.nbytes for array in self._run.state.to_tensors().values())
+        most, n_bytes = min(_MOST_TOGETHER, _STATES_BYTES // state_bytes), 0
+        while True:
+            size = (ends[-1] - row) * self._n_lanes * self._run.layout.row_bytes
+            n_bytes += size
+            if size > _SHORT_BYTES or n_bytes > _TOGETHER_BYTES or len(ends) > most:
+                return ends[:-1] or ends
+            if ends[-1] >= self._turns.lane_rows:
+                return ends
+            row = ends[-1]
+            ends.append(self._turns.end(epoch, row))
+
+    def _submit(self, start: Any, packed: Packed, epoch: int, row: int, *, behind: _Flight | None) -> _Flight:
+        """Hand the tasks of rounds to the scheduler, to begin from a state or from the merge of the round before."""
         client = self._client
         self._flights += 1
         name, where = f"{self._name}-{self._flights}", (epoch, row)
         tasks: list[Any] = []
+        ends, chained = self._ends(epoch, row), 0 if behind is None else behind.chained + 1
+        end = ends[-1]
         with _quiet_about_size():
             if behind is None and sum(array.nbytes for array in start.to_tensors().values()) > _EMBEDDED_BYTES:
                 start = client.submit(_keep, start, key=(f"round-state-{name}", *where), priority=20)
                 tasks.append(start)
-            blocks = {} if self._blocks is None else self._blocks.deliver(epoch, row, end, self._lanes, self._fit)
+            together = len(ends) > 1
+            lanes_at = dict.fromkeys(self._lanes, self._lanes[0]) if together else self._lanes
+            blocks = {} if self._blocks is None else self._blocks.deliver(epoch, row, end, lanes_at, self._fit)
+            if together:
+                key: Any = (f"lane-rounds-{name}", *where, len(ends))
+                several = self._work, start, packed, row, ends, self._extra, blocks or None
+                merged = client.submit(_rounds, *several, key=key, priority=10, **self._at(self._lanes[0]))
+                return _Flight(epoch, row, ends, merged, tasks, chained)
             groups = self._groups()
             for lanes, address in groups:
                 delivered = {lane: blocks[lane] for lane in lanes} if blocks else None
@@ -176,7 +221,7 @@ class ClusterCrew(Crew):
                 priority=20,
                 **self._at(self._lanes[0]),
             )
-        return _Flight(epoch, row, merged, tasks, 0 if behind is None else behind.chained + 1)
+        return _Flight(epoch, row, ends, merged, tasks, chained)
 
     def _groups(self) -> list[tuple[list[int], str]]:
         """Divide each worker's lanes among its threads: fewer tasks cost less."""
@@ -227,15 +272,15 @@ class ClusterCrew(Crew):
             return True
         return True
 
-    def _result(self, merged: Any) -> Any:
-        """Fetch what came of a round, or say what kept it from ending."""
+    def _result(self, flight: _Flight) -> list[Round]:
+        """Fetch what came of rounds, or say what kept them from ending."""
         from concurrent.futures import CancelledError
 
         from distributed import KilledWorker
         from distributed.comm.core import CommClosedError
 
         try:
-            return self._fetched(merged)
+            return self._fetched(flight)
         except _Unfit as err:
             raise _Again(str(err)) from err
         except (StreamgdError, _Again):
@@ -256,13 +301,14 @@ class ClusterCrew(Crew):
                 "collection by itself, or training without the cluster, shows it too"
             ) from err
 
-    def _fetched(self, merged: Any) -> Any:
-        """Fetch what came of a round, unless it is lost meanwhile with the worker that has it."""
-        size = sum(array.nbytes for array in self._run.state.to_tensors().values())
+    def _fetched(self, flight: _Flight) -> list[Round]:
+        """Fetch what came of rounds, unless it is lost meanwhile with the worker that has it."""
+        size = len(flight.ends) * sum(array.nbytes for array in self._run.state.to_tensors().values())
         patience_s = _FETCH_S + size / _FETCH_RATE
         for _ in range(_MOST_ATTEMPTS):
             with contextlib.suppress(TimeoutError):
-                return merged.result(timeout=patience_s)
+                found = flight.merged.result(timeout=patience_s)
+                return found if isinstance(found, list) else [found]
             self._look()
         raise TimeoutError(f"a state of {size:,} bytes did not come within {_MOST_ATTEMPTS * patience_s:.0f} s")
 
@@ -369,10 +415,11 @@ def require_client(client: Any) -> None:
 
 @dataclass(frozen=True)
 class _Flight:
-    """A round on its way: the future of its merge, and its other futures."""
+    """Rounds on their way: where they end, the future of the last merge, and other futures."""
 
     epoch: int
     row: int
+    ends: list[int]
     merged: Any
     tasks: list[Any]
     chained: int
@@ -397,7 +444,7 @@ def _keep(value: Any) -> Any:
 
 def _turns(
     work: LaneWork,
-    start: State | Round,
+    start: State | Round | list[Round],
     packed: Packed,
     lanes: Sequence[int],
     row: int,
@@ -405,7 +452,34 @@ def _turns(
     extra: Mapping[str, Any],
     blocks: Mapping[int, Mapping[int, Any]] | None,
 ) -> list[Turn]:
-    """Take the turns of some lanes on a worker, with as many threads and readers as it has room for."""
+    """Take the turns of some lanes on a worker."""
+    _make_ready(work, extra)
+    state = _begun(start)
+    return [take_turn(work, state, packed, lane, row, end, None if blocks is None else blocks[lane]) for lane in lanes]
+
+
+def _rounds(
+    work: LaneWork,
+    start: State | Round | list[Round],
+    packed: Packed,
+    row: int,
+    ends: Sequence[int],
+    extra: Mapping[str, Any],
+    blocks: Mapping[int, Mapping[int, Any]] | None,
+) -> list[Round]:
+    """Play several short rounds on a worker."""
+    _make_ready(work, extra)
+    return play_rounds(work, _begun(start), packed, row, ends, blocks)
+
+
+def _begun(start: State | Round | list[Round]) -> State:
+    """Return the state that rounds begin from: one that was sent, or what came of those before."""
+    last = start[-1] if isinstance(start, list) else start
+    return last.state if isinstance(last, Round) else last
+
+
+def _make_ready(work: LaneWork, extra: Mapping[str, Any]) -> None:
+    """Give the lanes as many threads and readers as this worker has room for."""
     from distributed import get_worker
 
     wrong = same_versions(extra["versions"])
@@ -414,19 +488,20 @@ def _turns(
     worker = get_worker()
     work.n_threads = int(worker.state.nthreads)
     work.most_readers = lanes_kept(extra["costs"], work.n_threads, int(worker.memory_manager.memory_limit or 0))
-    state = start.state if isinstance(start, Round) else start
-    return [take_turn(work, state, packed, lane, row, end, None if blocks is None else blocks[lane]) for lane in lanes]
 
 
 def _merged(
-    start: State | Round, turns: Sequence[Sequence[Turn]], lanes: Sequence[Sequence[int]], packed: Packed, end: int
+    start: State | Round | list[Round],
+    turns: Sequence[Sequence[Turn]],
+    lanes: Sequence[Sequence[int]],
+    packed: Packed,
+    end: int,
 ) -> Round:
     """Merge the turns in lane order, however they were grouped."""
     by_lane = {
         lane: turn for some, group in zip(lanes, turns, strict=True) for lane, turn in zip(some, group, strict=True)
     }
-    state = start.state if isinstance(start, Round) else start
-    return merge_turns(state, [by_lane[lane] for lane in sorted(by_lane)], packed, end)
+    return merge_turns(_begun(start), [by_lane[lane] for lane in sorted(by_lane)], packed, end)
 
 
 def _close(key: Any, dask_worker: Any = None) -> None:

@@ -134,44 +134,54 @@ def take_turn(
     Turn
         The batch that is open after the last row is closed, unless there is only one lane and its epoch goes on.
     """
-    alone = work.plans.n_lanes == 1
-    state = start.copy() if alone else begin_turn(start)
-    epoch = start.epoch
-    reader, delivered = _reader(work, lane, epoch, row, end, blocks)
-    wait_s, read_rows = reader.wait_s, reader.read_rows
+    reader = open_reader(work, lane, start.epoch, row, end, blocks)
     try:
-        for window, first, stop in reader.pieces(end - row):
-            last = reader.row + stop - first == min(end, reader.lane_rows)
-            whole = reader.row + stop - first == reader.lane_rows
-            _consume(work, state, packed, window, first, stop, close=whole if alone else last)
-            if state.counters[kernels.STATUS] != kernels.OK:
-                break
-            if alone and stop == window.n_rows and not whole:
-                state.next_window()
+        turn = train_turn(work, start, packed, lane, reader, row, end)
     except BaseException:
         reader.close()
         raise
+    leave_reader(work, reader, turn.state, delivered=blocks is not None)
+    return turn
+
+
+def train_turn(work: LaneWork, start: State, packed: Packed, lane: int, reader: LaneReader, row: int, end: int) -> Turn:
+    """Do what `take_turn` does, with a reader that stands at the turn's first row."""
+    alone = work.plans.n_lanes == 1
+    state = start.copy() if alone else begin_turn(start)
+    wait_s, read_rows = reader.wait_s, reader.read_rows
+    for window, first, stop in reader.pieces(end - row):
+        last = reader.row + stop - first == min(end, reader.lane_rows)
+        whole = reader.row + stop - first == reader.lane_rows
+        _consume(work, state, packed, window, first, stop, close=whole if alone else last)
+        if state.counters[kernels.STATUS] != kernels.OK:
+            break
+        if alone and stop == window.n_rows and not whole:
+            state.next_window()
     n_rows = int(state.counters[kernels.EPOCH_ROWS]) - (int(start.counters[kernels.EPOCH_ROWS]) if alone else 0)
     expected = max(0, min(end, reader.lane_rows) - row)
     if n_rows != expected and state.counters[kernels.STATUS] == kernels.OK:
         raise RowAccountingError(f"lane {lane} saw {n_rows:,} rows of a turn of {expected:,}; this is a bug")
-    done = end >= reader.lane_rows
     wait_s, read_rows = reader.wait_s - wait_s, reader.read_rows - read_rows
-    if delivered or state.counters[kernels.STATUS] != kernels.OK:
+    return Turn(state if n_rows else None, end >= reader.lane_rows, read_rows, wait_s)
+
+
+def open_reader(
+    work: LaneWork, lane: int, epoch: int, row: int, end: int, blocks: Mapping[int, Any] | None
+) -> LaneReader:
+    """Return a reader of a lane's rows from `row` on; of blocks delivered for rows up to `end`, if there are any."""
+    if blocks is None:
+        return work.readers.take(work.plans, work.inputs, work.n_threads, lane, epoch, row)
+    collection: Any = work.inputs.source  # a DaskSource; importing it would import Dask
+    inputs = replace(work.inputs, source=collection.with_blocks(blocks))
+    return LaneReader(work.plans, inputs, work.readers.pool(work.n_threads), lane, epoch, row, until=end)
+
+
+def leave_reader(work: LaneWork, reader: LaneReader, state: State | None, *, delivered: bool) -> None:
+    """Keep a reader for the lane's next turn, unless there is nothing more to be had from it."""
+    if delivered or (state is not None and state.counters[kernels.STATUS] != kernels.OK):
         reader.close()
     else:
         work.readers.give_back(reader, work.most_readers)
-    return Turn(state if n_rows else None, done, read_rows, wait_s)
-
-
-def _reader(
-    work: LaneWork, lane: int, epoch: int, row: int, end: int, blocks: Mapping[int, Any] | None
-) -> tuple[LaneReader, bool]:
-    if blocks is None:
-        return work.readers.take(work.plans, work.inputs, work.n_threads, lane, epoch, row), False
-    collection: Any = work.inputs.source  # a DaskSource; importing it would import Dask
-    inputs = replace(work.inputs, source=collection.with_blocks(blocks))
-    return LaneReader(work.plans, inputs, work.readers.pool(work.n_threads), lane, epoch, row, until=end), True
 
 
 def _consume(

@@ -11,7 +11,7 @@ import abc
 import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,8 @@ from streamgd.learn.state import State
 from streamgd.run.config import RunOptions
 from streamgd.run.epochs import Reading, Training, Watcher
 from streamgd.run.folder import RunFolder
-from streamgd.run.lanes import LaneWork, Turn, take_turn
+from streamgd.run.lane_rows import LaneReader
+from streamgd.run.lanes import LaneWork, Turn, leave_reader, open_reader, take_turn, train_turn
 from streamgd.run.runs import Run
 from streamgd.run.turns import Turns
 
@@ -83,6 +84,58 @@ def merge_turns(start: State, turns: Sequence[Turn], packed: Packed, end: int) -
         sum(turn.read_rows for turn in turns),
         sum(turn.wait_s for turn in turns) / len(turns),
     )
+
+
+def play_rounds(
+    work: LaneWork,
+    start: State,
+    packed: Packed,
+    row: int,
+    ends: Sequence[int],
+    blocks: Mapping[int, Mapping[int, Any]] | None = None,
+) -> list[Round]:
+    """Play several rounds in this thread, one lane's turn after the other.
+
+    Parameters
+    ----------
+    work : LaneWork
+        What stays the same.
+    start : State
+        Where the first round begins; stays as it is.
+    packed : Packed
+        The recipe.
+    row : int
+        Row of each lane's epoch where the first round begins.
+    ends : sequence of int
+        Where the rounds end; they end earlier with the epoch, or if a lane diverges.
+    blocks : mapping of int to computed blocks, optional
+        For each lane, the blocks of a Dask collection that the rows lie in.
+
+    Returns
+    -------
+    list of Round
+        What came of each.
+    """
+    readers: list[LaneReader] = []
+    played: list[Round] = []
+    state = start
+    try:
+        for lane in range(work.plans.n_lanes):
+            delivered = None if blocks is None else blocks[lane]
+            readers.append(open_reader(work, lane, start.epoch, row, ends[-1], delivered))
+        for end in ends:
+            turns = [train_turn(work, state, packed, lane, reader, row, end) for lane, reader in enumerate(readers)]
+            played.append(merge_turns(state, turns, packed, end))
+            state, row = played[-1].state, end
+            if played[-1].done or state.counters[kernels.STATUS] != kernels.OK:
+                break
+    except BaseException:
+        for reader in readers:
+            reader.close()
+        raise
+    for reader in readers:
+        leave_reader(work, reader, state, delivered=blocks is not None)
+    return played
 
 
 class Crew(abc.ABC):

@@ -17,6 +17,7 @@ import pytest
 
 from streamgd.data.sources import open_source
 from streamgd.errors import ClusterError, DataError, OptionError
+from streamgd.run import cluster as cluster_module
 from streamgd.run import workers
 from streamgd.run.checkpoint import CheckpointFolder
 from tests.clustering import (
@@ -85,10 +86,25 @@ def open_data_files() -> int:
     return found
 
 
+@pytest.fixture(params=[0, cluster_module._SHORT_BYTES], ids=["each by itself", "short ones together"])
+def rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hand rounds over each by itself, and as many together as make one task."""
+    monkeypatch.setattr(cluster_module, "_SHORT_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("rounds")
 class TestBits:
     @pytest.mark.parametrize("kind", KINDS)
     def test_of_every_source(self, two, folder, here, kind):
         assert fit(folder, kind, client=two[1]) == here(kind)
+
+    def test_with_room_for_a_few_rounds_in_a_task(self, two, folder, here, monkeypatch):
+        monkeypatch.setattr(cluster_module, "_MOST_TOGETHER", 3)
+        assert fit(folder, "hdf5", client=two[1]) == here("hdf5")
+
+    def test_with_room_for_the_readers_of_one_lane(self, two, folder, here, monkeypatch):
+        monkeypatch.setattr(cluster_module, "lanes_kept", lambda *_: 1)
+        assert fit(folder, "hdf5", client=two[1]) == here("hdf5")
 
     @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "auto"])
     def test_of_every_optimizer(self, two, folder, here, optimizer):
@@ -136,6 +152,7 @@ class TestBits:
 
 
 class TestFaults:
+    @pytest.mark.usefixtures("rounds")
     @pytest.mark.parametrize("kind", KINDS)
     def test_workers_are_killed(self, two, folder, here, kind):
         client, rng = two[1], random.Random(kind)
