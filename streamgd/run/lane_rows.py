@@ -9,10 +9,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,7 +104,8 @@ class LaneReader:
     lane, epoch, row : int
         Where to begin.
     until : int or None
-        Row of the epoch to stop reading at; None reads ahead beyond it, and beyond the epoch.
+        Row of the epoch to stop reading at, because no blocks beyond it have been delivered; None reads ahead, beyond
+        the epoch too.
     files : FlatFiles or None
         Files that all lanes of the process share.
     """
@@ -131,7 +132,8 @@ class LaneReader:
         self.lane_rows = first.n_rows
         index, before = first.window_at(row)
         self._at = row - before  # next row of the window
-        self._plans = _windows(plans, first, index, before, until)
+        self._source, self._planned, self.until = source, before, until
+        self._plans = _windows(plans, first, index, beyond=until is None)
         self._free = [Window(layout, source) for _ in range(2)]
         self._window: Window | None = None
         self._upcoming = next(self._plans, None)
@@ -159,6 +161,14 @@ class LaneReader:
                 self._free.append(window)
                 self._window, self._at = None, 0
 
+    def deliver(self, blocks: Mapping[int, Any], until: int) -> None:
+        """Go on to a row over blocks that were delivered since; what was read of others before stays as it is."""
+        collection: Any = self._source
+        collection.deliver(blocks)
+        self.until = until
+        if self._filling is None:
+            self._fill_next()
+
     def next_epoch(self, lane_rows: int) -> None:
         """Go on with the next epoch, which is what comes next."""
         self.epoch, self.row, self.lane_rows = self.epoch + 1, 0, lane_rows
@@ -173,9 +183,10 @@ class LaneReader:
 
     def _fill_next(self) -> None:
         plan = self._upcoming
-        if plan is None or not self._free:
+        if plan is None or not self._free or (self.until is not None and self._planned >= self.until):
             return
         window = self._free.pop()
+        self._planned += plan.n_rows
         self._upcoming = upcoming = next(self._plans, None)
         self._filling = self._pool.submit(_filled, self._filler, window, plan, upcoming)
 
@@ -185,13 +196,9 @@ def _filled(filler: WindowFiller | FlatFiller, window: Window, plan: WindowPlan,
     return window
 
 
-def _windows(plans: LanePlans, first: EpochPlan, index: int, before: int, until: int | None) -> Iterator[WindowPlan]:
-    for plan in first.windows(index):
-        if until is not None and before >= until:
-            return
-        before += plan.n_rows
-        yield plan
-    if until is None:
+def _windows(plans: LanePlans, first: EpochPlan, index: int, *, beyond: bool) -> Iterator[WindowPlan]:
+    yield from first.windows(index)
+    if beyond:
         for epoch in range(first.epoch + 1, plans.n_epochs):
             yield from plans.epoch(epoch, first.lane).windows()
 
@@ -216,17 +223,36 @@ class Readers:
                 self._pool = ThreadPoolExecutor(n_threads, "streamgd-lanes")
             return self._pool
 
-    def take(self, plans: LanePlans, inputs: RowInputs, n_threads: int, lane: int, epoch: int, row: int) -> LaneReader:
-        """Return a reader that stands where a turn begins; it is the caller's until it is given back."""
+    def take(
+        self,
+        plans: LanePlans,
+        inputs: RowInputs,
+        n_threads: int,
+        lane: int,
+        epoch: int,
+        row: int,
+        delivered: tuple[Mapping[int, Any], int] | None = None,
+    ) -> LaneReader:
+        """Return a reader that stands where a turn begins; it is the caller's until it is given back.
+
+        `delivered` are the blocks of a Dask collection for rows up to another.
+        """
         with self._lock:
             found = self._idle.pop(lane, None)
         if found is not None:
-            if found.epoch + 1 == epoch and found.row == found.lane_rows and row == 0:
+            if delivered is None and found.epoch + 1 == epoch and found.row == found.lane_rows and row == 0:
                 found.next_epoch(plans.epoch(epoch, lane).n_rows)
             if (found.epoch, found.row) == (epoch, row):
+                if delivered is not None:
+                    found.deliver(*delivered)
                 return found
             found.close()
         pool = self.pool(n_threads)
+        if delivered is not None:
+            collection: Any = inputs.source  # a DaskSource; importing it would import Dask
+            blocks, until = delivered
+            inputs = replace(inputs, source=collection.with_blocks(blocks))
+            return LaneReader(plans, inputs, pool, lane, epoch, row, until=until)
         return LaneReader(plans, inputs, pool, lane, epoch, row, files=self._files_of(inputs.source))
 
     def _files_of(self, source: Source) -> FlatFiles | None:
@@ -239,6 +265,8 @@ class Readers:
 
     def give_back(self, reader: LaneReader, most: int) -> None:
         """Keep a reader for its lane's next turn; those that were used least recently go when there are too many."""
+        if reader.until is not None:
+            reader.deliver({}, reader.until)  # lets go of blocks: what is open keeps its own
         leaving = []
         with self._lock:
             old = self._idle.pop(reader.lane, None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -140,7 +140,7 @@ def take_turn(
     except BaseException:
         reader.close()
         raise
-    leave_reader(work, reader, turn.state, delivered=blocks is not None)
+    leave_reader(work, reader, turn.state)
     return turn
 
 
@@ -169,16 +169,13 @@ def open_reader(
     work: LaneWork, lane: int, epoch: int, row: int, end: int, blocks: Mapping[int, Any] | None
 ) -> LaneReader:
     """Return a reader of a lane's rows from `row` on; of blocks delivered for rows up to `end`, if there are any."""
-    if blocks is None:
-        return work.readers.take(work.plans, work.inputs, work.n_threads, lane, epoch, row)
-    collection: Any = work.inputs.source  # a DaskSource; importing it would import Dask
-    inputs = replace(work.inputs, source=collection.with_blocks(blocks))
-    return LaneReader(work.plans, inputs, work.readers.pool(work.n_threads), lane, epoch, row, until=end)
+    delivered = None if blocks is None else (blocks, end)
+    return work.readers.take(work.plans, work.inputs, work.n_threads, lane, epoch, row, delivered)
 
 
-def leave_reader(work: LaneWork, reader: LaneReader, state: State | None, *, delivered: bool) -> None:
-    """Keep a reader for the lane's next turn, unless there is nothing more to be had from it."""
-    if delivered or (state is not None and state.counters[kernels.STATUS] != kernels.OK):
+def leave_reader(work: LaneWork, reader: LaneReader, state: State | None) -> None:
+    """Keep a reader for the lane's next turn, unless it was left where it stood when the lane diverged."""
+    if state is not None and state.counters[kernels.STATUS] != kernels.OK:
         reader.close()
     else:
         work.readers.give_back(reader, work.most_readers)

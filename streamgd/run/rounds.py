@@ -134,7 +134,7 @@ def play_rounds(
             reader.close()
         raise
     for reader in readers:
-        leave_reader(work, reader, state, delivered=blocks is not None)
+        leave_reader(work, reader, state)
     return played
 
 

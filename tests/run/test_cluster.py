@@ -122,6 +122,11 @@ class TestBits:
         X, y = two[1].persist([X, y])
         assert bits(estimator().fit(X, y, client=two[1])) == here("dask")
 
+    @pytest.mark.parametrize("buffer", ["100kB", "200kB"])
+    def test_of_collections_whose_turns_take_several_windows(self, two, folder, buffer):
+        options = {"buffer": buffer, "batch_size": 128}
+        assert fit(folder, "dask", client=two[1], **options) == fit(folder, "dask", **options)
+
     def test_of_a_data_frame(self, two, folder):
         import dask.dataframe as dd
         import pandas as pd

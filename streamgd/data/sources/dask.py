@@ -221,8 +221,12 @@ class DaskSource(Source):
     def with_blocks(self, blocks: Mapping[int, Sequence[Any]]) -> DaskSource:
         """Return a source that opens these blocks, computed by `submit`, and no others."""
         found = copy(self)
-        found._delivered = blocks
+        found.deliver(blocks)
         return found
+
+    def deliver(self, blocks: Mapping[int, Sequence[Any]]) -> None:
+        """Open these blocks from now on, and no others; see `with_blocks`."""
+        self._delivered = blocks
 
     def submit(self, client: Any, blocks: Sequence[int], workers: Sequence[str] | None = None) -> dict[int, list[Any]]:
         """Have a cluster compute blocks, and leave them there.
