@@ -2,7 +2,7 @@
 
 ``workers``: rows/s of an epoch over gzip-compressed HDF5, one worker against two, in turn. ``dask-ml``: rows/s beside
 dask-ml's ``Incremental(SGDRegressor)`` on the same persisted Dask array and workers. ``round``: milliseconds of rounds
-without work to speak of, eight lanes, for a small state and one of 1 MB.
+with little work, eight lanes, each handed over by itself, for a small state and one of 1 MB; and of the same ones here.
 
     python benchmarks/cluster_speed.py [workers] [dask-ml] [round] [--rows 1000000] [--repeats 5]
 """
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import streamgd
 from streamgd.estimators.inputs import training_source
 from streamgd.learn.recipe import Recipe
+from streamgd.run import cluster as cluster_module
 from streamgd.run.config import Config
 from streamgd.run.loop import Watcher, train
 from streamgd.run.runs import prepare
@@ -123,15 +124,22 @@ def measure_rounds(folder: Path, repeats: int) -> None:
             file.create_dataset("y", data=rng.standard_normal(n_rows))
         source = streamgd.open_source(path, "y")
         rounds: list[float] = []
+        here: list[float] = []
+        cluster_module._SHORT_BYTES = 0  # each round by itself
         with cluster(2) as (_, client):
             laps_of(source, client, 8, 1)
             for _ in range(repeats):
                 rounds += laps_of(source, client, 8, 1).rounds
+                here += laps_of(source, None, 8, 1).rounds
         state = 3 * 8 * (n_features + 1)
         print(
             f"round of 8 lanes, state {state / 1e3:,.0f} kB: median {1e3 * statistics.median(rounds):.1f} ms, ", end=""
         )
-        print(f"nine in ten up to {1e3 * np.quantile(rounds, 0.9):.1f} ms, {len(rounds) // repeats} rounds a run")
+        print(
+            f"nine in ten up to {1e3 * np.quantile(rounds, 0.9):.1f} ms, {len(rounds) // repeats} rounds a run; ",
+            end="",
+        )
+        print(f"the same rounds in threads here: median {1e3 * statistics.median(here):.1f} ms")
 
 
 def main() -> None:
