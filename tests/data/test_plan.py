@@ -139,9 +139,9 @@ class TestLayout:
 
     def test_does_not_leave_the_last_blocks_of_an_epoch_alone(self):
         source = FakeSource([1], open_block_bytes=100_000)
-        source.block_rows = np.full(17, 10**6, np.int64)
-        layout = plan_layout(source, 3_000_000)
-        assert layout.n_open == 9  # not sixteen, and then one alone
+        source.block_rows = np.full(9, 10**6, np.int64)
+        layout = plan_layout(source, 1_500_000)
+        assert layout.n_open == 5  # not eight, and then one alone
 
     def test_slices_of_big_blocks_are_not_tiny(self):
         source = FakeSource([1])
