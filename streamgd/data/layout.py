@@ -259,8 +259,9 @@ def plan_layout(
     Two windows, the open blocks, what readers decode at once and the open batch fit in the buffer. Blocks are *small*
     if a window can hold eight of the largest: then slices are whole blocks. Otherwise several are kept open, because
     more blocks mix better than longer windows, and each window takes a slice of every one: of eight if the buffer
-    bears them (131,072-row groups, 256 MB: 0.31 s an epoch with 8 open, 0.34 s with 16). Slices end where what is decoded at once does (a Parquet page), lest half of it waits for the next
-    window. The number of blocks is evened out, so that the last ones of an epoch are not left alone.
+    bears them (131,072-row groups, 256 MB: 0.31 s an epoch with 8 open, 0.34 s with 16). Slices end where what is
+    decoded at once does (a Parquet page), lest half of it waits for the next window. The number of blocks is evened
+    out, so that the last ones of an epoch are not left alone.
     """
     width = source.row_dtype.itemsize
     row = source.n_features * width + 8 * n_outputs + 8 * source.has_weight + 8 + 4
