@@ -122,6 +122,8 @@ class ClusterCrew(Crew):
                 flight = self._submit(start, packed, start.epoch, row, behind=None)
             try:
                 self._look()
+                if stop.is_set():
+                    return None  # perhaps without a worker: nobody is waited for then
                 if self._may_fly_ahead(flight):
                     self._next = self._submit(flight.merged, packed, start.epoch, flight.ends[-1], behind=flight)
                 elif self._blocks is not None:

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from streamgd.data.sources import parquet_rows
+from streamgd.data.sources import parquet_direct, parquet_rows
 from streamgd.data.sources.base import BlockReader
 from streamgd.data.sources.parquet import ParquetSource
-from streamgd.data.sources.parquet_direct import DirectRows
+from streamgd.data.sources.parquet_direct import DirectRows, UndecodableError
 from streamgd.errors import CorruptDataError, DataError, NonFiniteError
 from tests.data.contract import plain
 
@@ -239,3 +239,36 @@ def test_no_more_than_a_page_of_each_column_is_held(tmp_path):
             assert sum(memory.size for memory in rows._held) < 4 * 2 * (1 << 16) * 8
         held = sum(memory.size for memory in rows._held)
     assert held < 4 * n * 8 / 10
+
+
+class TestZstd:
+    """Writers that compress as a stream leave out how much it was."""
+
+    DATA = np.arange(5_000.0).view(np.uint8)
+
+    def stream(self) -> np.ndarray:
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, "zstd") as stream:
+            stream.write(self.DATA.tobytes())
+        return np.frombuffer(sink.getvalue(), np.uint8)
+
+    def test_frames_without_their_size_are_decompressed(self):
+        data = self.stream()
+        assert parquet_direct._zstd_size(data[:18].tobytes(), data) is None
+        assert np.array_equal(parquet_direct._decompressed("zstd", data, len(self.DATA)), self.DATA)
+
+    @pytest.mark.parametrize("change", [-1, 1, 100])
+    def test_frames_of_another_size_are_not(self, change):
+        with pytest.raises(UndecodableError, match="another size"):
+            parquet_direct._decompressed("zstd", self.stream(), len(self.DATA) + change)
+
+    def test_frames_that_end_early_are_not(self):
+        with pytest.raises(UndecodableError):
+            parquet_direct._decompressed("zstd", self.stream()[:-9], len(self.DATA))
+
+
+def test_memory_is_planned_for_arrow_where_pages_are_left_to_it(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.parquet", compression="zstd")
+    direct = ParquetSource(path, "y").open_block_bytes
+    monkeypatch.setattr(parquet_direct, "_SIZES", {**parquet_direct._SIZES, "zstd": lambda *_: -1})
+    assert ParquetSource(path, "y").open_block_bytes > 1.2 * direct

@@ -20,6 +20,9 @@ from streamgd.errors import ClusterError, DataError, OptionError
 from streamgd.run import cluster as cluster_module
 from streamgd.run import workers
 from streamgd.run.checkpoint import CheckpointFolder
+from streamgd.run.config import Config
+from streamgd.run.loop import train
+from streamgd.run.runs import prepare
 from tests.clustering import (
     KINDS,
     N_EPOCHS,
@@ -359,3 +362,22 @@ def crew(source: Any, client: Any, options: Any, watcher: Any, stop: threading.E
         watcher,
         stop or threading.Event(),
     )
+
+
+def test_stopping_while_workers_are_awaited_ends_quietly(two, folder, monkeypatch):
+    """In the middle of a run, when every worker is gone: nothing may be handed over to those that were there."""
+    stop = threading.Event()
+    seen: list[int] = []
+
+    def present(self):
+        seen.append(1)
+        if len(seen) <= 2:
+            return dict(self._client.nthreads())
+        stop.set()
+        return {}
+
+    monkeypatch.setattr(cluster_module, "_LOOK_S", 0.0)
+    monkeypatch.setattr(cluster_module.ClusterCrew, "_present", present)
+    run = prepare(open_source(folder / "rows.h5", "y"), Config(n_lanes=2, max_iter=3, tol=None))
+    assert train(run, client=two[1], stop=stop) is False
+    assert len(seen) == 3

@@ -31,6 +31,8 @@ _ENCODINGS = frozenset({"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY", "B
 #: Codecs by their names in footers: those whose data says how much it decompresses to.
 _CODECS = {"UNCOMPRESSED": None, "SNAPPY": "snappy", "GZIP": "gzip", "ZSTD": "zstd"}
 _CODES = {None: codecs.UNCOMPRESSED, "snappy": codecs.SNAPPY}
+#: Memory for pages of columns that have not asked for it, at most.
+_MOST_AT_A_GUESS = 1 << 20
 #: Bytes read at once for a column's first page.
 _FIRST_BYTES = 1 << 14
 
@@ -177,7 +179,11 @@ class DirectRows:
         alike = (self._table[:, room] == 0) & (self._widths == self._widths[column]) & values
         for each in {column, *np.flatnonzero(alike).tolist()}:
             self._give_back(held[each])
-            found = self._scratch.take(n_bytes)
+            # The others will ask for more if they have to; nothing big is taken on the word of one header.
+            try:
+                found = self._scratch.take(n_bytes if each == column else min(n_bytes, _MOST_AT_A_GUESS))
+            except MemoryError as err:
+                raise UndecodableError(f"a page of {n_bytes:,} bytes") from err
             held[each] = found
             self._table[each, address], self._table[each, room] = found.ctypes.data, len(found)
 
@@ -227,12 +233,31 @@ def _decompressed(codec: str | None, data: Bytes, decoded: int) -> Bytes:
         if len(data) != decoded:
             raise UndecodableError("a page that is not compressed has another size than it says")
         return data
-    if _SIZES[codec](data[:_HEAD_BYTES].tobytes().ljust(_HEAD_BYTES, b"\0"), data) != decoded:
-        raise UndecodableError("a page decompresses to another size than it says")
+    size = _SIZES[codec](data[:_HEAD_BYTES].tobytes().ljust(_HEAD_BYTES, b"\0"), data)
     try:
-        return np.frombuffer(pa.Codec(codec).decompress(data, decoded), np.uint8)
+        if size is None:
+            with pa.CompressedInputStream(pa.BufferReader(pa.py_buffer(data)), codec) as stream:
+                found = np.frombuffer(stream.read(decoded + 1), np.uint8)
+            size = len(found)
+        elif size == decoded:
+            found = np.frombuffer(pa.Codec(codec).decompress(data, decoded), np.uint8)
     except (OSError, ValueError, pa.ArrowException) as err:
         raise UndecodableError(f"a page cannot be decompressed: {err}") from err
+    if size != decoded:
+        raise UndecodableError("a page decompresses to another size than it says")
+    return found
+
+
+def decodes(file: Any, columns: Sequence[DirectColumn], scratch: Buffers) -> bool:
+    """Try the first page of every column: whether it can be read here shows only there."""
+    rows = DirectRows(file, columns, 0, scratch)
+    try:
+        rows.read(1)
+    except UndecodableError:
+        return False
+    finally:
+        rows.close()
+    return True
 
 
 def _snappy_size(head: bytes, _: Bytes) -> int:
@@ -250,19 +275,21 @@ def _gzip_size(_: bytes, data: Bytes) -> int:
     return int.from_bytes(data[-4:].tobytes(), "little")
 
 
-def _zstd_size(head: bytes, _: Bytes) -> int:
-    """Read the content size in a frame's header (RFC 8878, 3.1.1.1); -1 if it is not there."""
+def _zstd_size(head: bytes, _: Bytes) -> int | None:
+    """Read the content size in a frame's header (RFC 8878, 3.1.1.1); None if it is not there, as in streams."""
     flags = head[4]
     n_bytes = (flags >> 5 & 1, 2, 4, 8)[flags >> 6]
     first = 5 + (flags >> 5 & 1 ^ 1) + (0, 1, 2, 4)[flags & 3]  # after the window's size and the dictionary's number
-    if head[:4] != b"\x28\xb5\x2f\xfd" or n_bytes == 0:
+    if head[:4] != b"\x28\xb5\x2f\xfd":
         return -1
+    if n_bytes == 0:
+        return None
     return int.from_bytes(head[first : first + n_bytes], "little") + 256 * (n_bytes == 2)
 
 
 #: How much compressed data says that it decompresses to, given its first bytes, and all of it. Decompression itself
 #: would leave the rest of the memory as it is.
-_SIZES: dict[str, Callable[[bytes, Bytes], int]] = {
+_SIZES: dict[str, Callable[[bytes, Bytes], int | None]] = {
     "snappy": _snappy_size,
     "gzip": _gzip_size,
     "zstd": _zstd_size,
