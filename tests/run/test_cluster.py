@@ -377,6 +377,7 @@ def test_stopping_while_workers_are_awaited_ends_quietly(two, folder, monkeypatc
         return {}
 
     monkeypatch.setattr(cluster_module, "_LOOK_S", 0.0)
+    monkeypatch.setattr(cluster_module, "_SHORT_BYTES", 0)
     monkeypatch.setattr(cluster_module.ClusterCrew, "_present", present)
     run = prepare(open_source(folder / "rows.h5", "y"), Config(n_lanes=2, max_iter=3, tol=None))
     assert train(run, client=two[1], stop=stop) is False
