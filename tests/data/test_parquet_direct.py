@@ -265,10 +265,3 @@ class TestZstd:
     def test_frames_that_end_early_are_not(self):
         with pytest.raises(UndecodableError):
             parquet_direct._decompressed("zstd", self.stream()[:-9], len(self.DATA))
-
-
-def test_memory_is_planned_for_arrow_where_pages_are_left_to_it(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.parquet", compression="zstd")
-    direct = ParquetSource(path, "y").open_block_bytes
-    monkeypatch.setattr(parquet_direct, "_SIZES", {**parquet_direct._SIZES, "zstd": lambda *_: -1})
-    assert ParquetSource(path, "y").open_block_bytes > 1.2 * direct

@@ -20,7 +20,7 @@ from streamgd.data.sources.base import Array, BlockReader, Source, TargetInfo, c
 from streamgd.data.sources.buffers import Buffers
 from streamgd.data.sources.files import FileSet, data_files, stamp_of
 from streamgd.data.sources.parquet_columns import Roles
-from streamgd.data.sources.parquet_direct import decodes, direct_column
+from streamgd.data.sources.parquet_direct import direct_column
 from streamgd.data.sources.parquet_footer import Leaf, OpenFiles
 from streamgd.data.sources.parquet_pages import chunk_of, open_bytes
 from streamgd.data.sources.parquet_rows import open_rows
@@ -151,9 +151,7 @@ class ParquetSource(Source):
                 direct_column(metadata, row_group, leaves[name].number, table.types[name])
                 for name in table.file_columns
             ]
-            columns = [column for column in found if column is not None]
-            direct = len(columns) == len(found) and decodes(handle, columns, self._scratch)
-            n_bytes, n_rows = open_bytes(handle, chunks, direct=direct)
+            n_bytes, n_rows = open_bytes(handle, chunks, direct=None not in found)
             most, page_rows = max(most, n_bytes), max(page_rows, n_rows)
         self.close()
         return most, min(page_rows, int(self.block_rows.max()))

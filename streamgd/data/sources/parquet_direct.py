@@ -248,18 +248,6 @@ def _decompressed(codec: str | None, data: Bytes, decoded: int) -> Bytes:
     return found
 
 
-def decodes(file: Any, columns: Sequence[DirectColumn], scratch: Buffers) -> bool:
-    """Try the first page of every column: whether it can be read here shows only there."""
-    rows = DirectRows(file, columns, 0, scratch)
-    try:
-        rows.read(1)
-    except UndecodableError:
-        return False
-    finally:
-        rows.close()
-    return True
-
-
 def _snappy_size(head: bytes, _: Bytes) -> int:
     """Read the number that snappy's data begins with."""
     found = 0
