@@ -13,7 +13,7 @@ Bytes = NDArray[np.uint8]
 #: Pieces smaller than this are used for each other, whatever their sizes.
 _SMALL_BYTES = 4096
 #: So much may lie idle beside the most that was in use: pieces of some sizes, while those of others are.
-_SPARE_BYTES = 4 << 20
+_SPARE_BYTES = 2 << 20
 #: What keeping a piece costs beside its bytes.
 _KEPT_BYTES = 512
 

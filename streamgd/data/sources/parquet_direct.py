@@ -176,12 +176,13 @@ class DirectRows:
         values = status == codecs.NEEDS_ROOM
         address, room = (codecs.MEMORY, codecs.ROOM) if values else (codecs.DICTIONARY, codecs.DICTIONARY_ROOM)
         held = self._held if values else self._dictionaries
-        alike = (self._table[:, room] == 0) & (self._widths == self._widths[column]) & values
+        # Nothing big is taken for many columns on the word of one header.
+        guessed = values and n_bytes <= _MOST_AT_A_GUESS
+        alike = (self._table[:, room] == 0) & (self._widths == self._widths[column]) & guessed
         for each in {column, *np.flatnonzero(alike).tolist()}:
             self._give_back(held[each])
-            # The others will ask for more if they have to; nothing big is taken on the word of one header.
             try:
-                found = self._scratch.take(n_bytes if each == column else min(n_bytes, _MOST_AT_A_GUESS))
+                found = self._scratch.take(n_bytes)
             except MemoryError as err:
                 raise UndecodableError(f"a page of {n_bytes:,} bytes") from err
             held[each] = found

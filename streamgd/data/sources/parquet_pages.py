@@ -36,7 +36,7 @@ _DECODER_BYTES = 40_000
 #: over the default, dictionary-free and huge-page writers, 28 and 300 columns, 1 to 8 open row groups, 1 and 2 threads.
 _ALLOCATOR_SLACK = 1.5
 #: The same where pages are read one by one.
-_DIRECT_SLACK = 1.4
+_DIRECT_SLACK = 1.5
 
 
 class _DamagedHeader(Exception):
