@@ -151,7 +151,13 @@ class ParquetSource(Source):
                 direct_column(metadata, row_group, leaves[name].number, table.types[name])
                 for name in table.file_columns
             ]
-            n_bytes, n_rows = open_bytes(handle, chunks, direct=None not in found)
+            # As `open_rows` reads them: features directly if all can be, and then target and weight if all of these can.
+            known = {name for name, column in zip(table.file_columns, found, strict=True) if column is not None}
+            features = set(self._roles.features)
+            rest = set(table.file_columns) - features
+            directly = set() if features - known else features | (set() if rest - known else rest)
+            direct = [name in directly for name in table.file_columns]
+            n_bytes, n_rows = open_bytes(handle, chunks, direct)
             most, page_rows = max(most, n_bytes), max(page_rows, n_rows)
         self.close()
         return most, min(page_rows, int(self.block_rows.max()))

@@ -12,7 +12,7 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -70,7 +70,7 @@ def chunk_of(column: Any) -> Chunk:
     return Chunk(start, column.total_compressed_size, column.total_uncompressed_size, column.physical_type)
 
 
-def open_bytes(file: BinaryIO, chunks: list[Chunk], *, direct: bool = False) -> tuple[int, int]:
+def open_bytes(file: BinaryIO, chunks: list[Chunk], direct: Sequence[bool] | None = None) -> tuple[int, int]:
     """Estimate, from above, the memory that keeping a row group open costs; and find the rows of its pages.
 
     Parameters
@@ -79,8 +79,8 @@ def open_bytes(file: BinaryIO, chunks: list[Chunk], *, direct: bool = False) -> 
         Unbuffered, so that a header costs one small read.
     chunks : list of Chunk
         The columns of the row group that are read.
-    direct : bool, default=False
-        Whether they are read page by page (`streamgd.data.sources.parquet_direct`) rather than by Arrow.
+    direct : sequence of bool, optional
+        Which of them are read page by page (`streamgd.data.sources.parquet_direct`) and not by Arrow; default: none.
 
     Returns
     -------
@@ -91,18 +91,19 @@ def open_bytes(file: BinaryIO, chunks: list[Chunk], *, direct: bool = False) -> 
     """
     n_pages = max(_LEAST_PAGES, _MOST_HEADERS // max(1, len(chunks)))
     held, transient, page_rows = 0.0, 0, 1
-    for chunk in chunks:
-        page, dictionary, stored, n_values = _column_bytes(chunk, _pages(file, chunk, n_pages), by_value=direct)
-        if direct:
+    directly = [False] * len(chunks) if direct is None else direct
+    for chunk, by_value in zip(chunks, directly, strict=True):
+        page, dictionary, stored, n_values = _column_bytes(chunk, _pages(file, chunk, n_pages), by_value=by_value)
+        if by_value:
             held += (page + dictionary) * _DIRECT_SLACK
         else:
             # Never more than everything twice: decompressed and decoded.
             fixed = min(STREAM_BYTES, chunk.compressed_bytes) + _DECODER_BYTES
             most = 2 * chunk.uncompressed_bytes + fixed * _ALLOCATOR_SLACK
             held += min((page + dictionary + fixed) * _ALLOCATOR_SLACK, most)
-        transient = max(transient, stored + (page if direct else 0))
+        transient = max(transient, stored + (page if by_value else 0))
         page_rows = max(page_rows, n_values)
-    return int(held) + max(transient, SCRATCH_BYTES if direct else 0), page_rows
+    return int(held) + max(transient, SCRATCH_BYTES if any(directly) else 0), page_rows
 
 
 def _column_bytes(chunk: Chunk, pages: Iterator[_Page], *, by_value: bool) -> tuple[int, int, int, int]:
