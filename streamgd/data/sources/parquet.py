@@ -151,7 +151,7 @@ class ParquetSource(Source):
                 direct_column(metadata, row_group, leaves[name].number, table.types[name])
                 for name in table.file_columns
             ]
-            # As `open_rows` reads them: features directly if all can be, and then target and weight if all of these can.
+            # As `open_rows` reads them: features directly if all can be, and then target and weight if all those can.
             known = {name for name, column in zip(table.file_columns, found, strict=True) if column is not None}
             features = set(self._roles.features)
             rest = set(table.file_columns) - features
