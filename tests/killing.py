@@ -33,7 +33,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "dowg": {"optimizer": "dowg", "penalty": "l2", "alpha": 1e-3},
 }
 #: Buffers in which a few thousand rows of five features make a dozen windows; an open Parquet file costs more.
-BUFFERS = {"hdf5": 60_000, "parquet": 690_000, "dask": 60_000, "memory": 60_000}
+BUFFERS = {"hdf5": 60_000, "parquet": 460_000, "dask": 60_000, "memory": 60_000}
 
 
 @dataclass(frozen=True)
