@@ -1,4 +1,4 @@
-"""All compiled code of Parquet: page headers, definition levels, and values that a dictionary stands for.
+"""All compiled code of Parquet: page headers, snappy, definition levels, and values that a dictionary stands for.
 
 One file, because Numba's cache notices only changes of the file that holds the compiled function. Whoever calls says
 what is wrong with a page by leaving it to Arrow; here, it is only noticed.
@@ -6,7 +6,7 @@ what is wrong with a page by leaving it to Arrow; here, it is only noticed.
 References
 ----------
 Apache Parquet format, ``parquet.thrift`` (PageHeader and the headers within), "Encodings" (RLE / bit-packing hybrid,
-dictionary); Apache Thrift, "Thrift compact protocol encoding".
+dictionary); Apache Thrift, "Thrift compact protocol encoding"; snappy's ``format_description.txt``.
 """
 
 from __future__ import annotations
