@@ -39,7 +39,7 @@ class ReadAhead:
     def __init__(self, ranges_of: Callable[[int], tuple[Sequence[Range], Any]], n_open: int, total_bytes: int) -> None:
         self._ranges_of = ranges_of
         self._n_open = n_open
-        self._forgets = total_bytes > _KEPT_SHARE * memory_bytes()
+        self._forgets = not stays_in_memory(total_bytes)
         self._epochs: deque[Iterator[int]] = deque()
         self._asked: deque[tuple[int, int]] = deque()  # blocks not yet opened, and their bytes
         self._opened: deque[int] = deque()
@@ -146,6 +146,11 @@ def _is_there(descriptor: int, at: int) -> bool:
     with contextlib.suppress(OSError):  # it would have to wait, or the file system cannot tell
         return os.preadv(descriptor, [bytearray(1)], at, os.RWF_NOWAIT) == 1
     return False
+
+
+def stays_in_memory(n_bytes: int) -> bool:
+    """Tell whether data of so many bytes may stay in the page cache, and is worth its while."""
+    return n_bytes <= _KEPT_SHARE * memory_bytes()
 
 
 def memory_bytes() -> int:

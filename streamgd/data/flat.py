@@ -17,18 +17,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamgd.data import placing
-from streamgd.data.ahead import Range, ReadAhead
+from streamgd.data.ahead import Range, ReadAhead, stays_in_memory
 from streamgd.data.plan import MAX_READERS, EpochPlan, Layout, WindowPlan
 from streamgd.data.rows import RowPlacer, Window
 from streamgd.data.sources.base import Source
 from streamgd.data.sources.flat import FlatRows, Strip
 from streamgd.data.sources.mapped import OpenFile
 from streamgd.data.targets import TargetCodec
+from streamgd.data.unbuffered import BlockLoader, Piece, blocks_at_once, reads_unbuffered
 from streamgd.data.window import Stopped
 from streamgd.errors import CorruptDataError, OptionError
 
 Floats = NDArray[np.float64]
 
+#: No row lies in memory ahead of its turn.
+_NOWHERE = np.empty((0, 0), np.int64)
 _PARTS = {"features": placing.FEATURES, "target": placing.TARGET, "weight": placing.WEIGHT}
 #: What is read passes through so many bytes for each thread, so that it stays in the second cache.
 _SCRATCH_BYTES = 1 << 17
@@ -96,15 +99,37 @@ class FlatFiller:
         self._pool: ThreadPoolExecutor | None = None
         self._one_file = bool((rows.block_file == rows.block_file[0]).all())
         self._files, self._shares = files or FlatFiles(rows), files is not None
+        self._unbuffered = FlatFiles(rows, unbuffered=True)
+        self._loader = self._make_loader(layout)
         self._ahead = ReadAhead(self._ranges_of, layout.n_open, source.stored_bytes)
         self._local = threading.local()
         self._stopped = False
         self.read_rows = 0
 
-    def expect(self, plan: EpochPlan) -> None:
-        """Hear of the blocks of an epoch, before its first window is asked for."""
-        if self._files.on_disk:
-            self._ahead.expect(iter(plan.blocks.tolist()))
+    def _make_loader(self, layout: Layout) -> BlockLoader | None:
+        """Return what reads blocks past the page cache, if they would not stay in it and there is memory for them."""
+        source = self._source
+        if not self._files.on_disk or stays_in_memory(source.stored_bytes):
+            return None
+        strips = self._rows.strips(0)
+        row_bytes = sum(strip.row_bytes for strip in strips if strip.path is not None)
+        block_bytes = int(source.block_rows.max()) * row_bytes
+        open_blocks = max(layout.n_open, -(-layout.window_rows // layout.slice_rows))
+        most = blocks_at_once(open_blocks, block_bytes, len(strips), layout.spare_bytes)
+        if not most or not all(reads_unbuffered(strip.path) for strip in strips if strip.path is not None):
+            return None
+        return BlockLoader(self._pieces_of, len(strips), block_bytes, most)
+
+    def expect(self, plan: EpochPlan, first: int = 0) -> None:
+        """Hear of the blocks of an epoch from a window on, before that is asked for."""
+        if not self._files.on_disk:
+            return
+        blocks, rows = plan.blocks_left(first)
+        if self._loader is not None:
+            left = self._source.block_rows[blocks] - rows
+            self._loader.expect(zip(blocks.tolist(), left.tolist(), strict=True))
+        else:
+            self._ahead.expect(iter(blocks[rows == 0].tolist()))
 
     def fill(self, window: Window, plan: WindowPlan, upcoming: WindowPlan | None = None) -> None:
         """Fill a window, see `streamgd.data.window.WindowFiller.fill`."""
@@ -117,29 +142,36 @@ class FlatFiller:
         slices = np.column_stack([plan.table, files, self._rows.block_start[blocks] + plan.table[:, 1]])
         if self._rows.origin is not None:
             slices[:, 0], slices[:, 1] = self._rows.origin[0][blocks], self._rows.origin[1][blocks] + plan.table[:, 1]
+        ready = _NOWHERE if self._loader is None else self._loader.locate(blocks)
         ends = np.cumsum(plan.table[:, 2])
         if self._n_parts > 1 and len(slices) > 1:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._n_parts, "streamgd-reader")
             cuts = np.linspace(0, len(slices), min(self._n_parts, len(slices)) + 1).astype(int)
             parts = [
-                self._pool.submit(self._place, window, slices[a:b], places[(ends[a - 1] if a else 0) : ends[b - 1]])
+                self._pool.submit(
+                    self._place, window, slices[a:b], places[(ends[a - 1] if a else 0) : ends[b - 1]], ready[a:b]
+                )
                 for a, b in itertools.pairwise(cuts)
             ]
             errors = [error for part in parts if (error := part.exception()) is not None]
             if errors:
                 raise errors[0]
         else:
-            self._place(window, slices, places)
+            self._place(window, slices, places, ready)
+        if self._loader is not None:
+            self._loader.placed(blocks, plan.table[:, 2])
         window.describe(plan)
         self.read_rows += plan.n_rows
 
-    def _place(self, window: Window, slices: NDArray[np.int64], places: NDArray[np.int32]) -> None:
+    def _place(
+        self, window: Window, slices: NDArray[np.int64], places: NDArray[np.int32], ready: NDArray[np.int64]
+    ) -> None:
         """Read and place slices, those of a bounded number of files at a time."""
         if self._rows.check is not None:
             self._rows.check(slices[:, 4], slices[:, 2])
         if self._one_file:
-            self._place_few(window, slices, places, slices[:1, 3], np.zeros(len(slices), np.intp))
+            self._place_few(window, slices, places, ready, slices[:1, 3], np.zeros(len(slices), np.intp))
             return
         files, of_slice = np.unique(slices[:, 3], return_inverse=True)
         for first in range(0, len(files), _OPEN_FILES):
@@ -147,24 +179,27 @@ class FlatFiller:
                 raise Stopped
             few = files[first : first + _OPEN_FILES]
             if len(files) == len(few):
-                self._place_few(window, slices, places, few, of_slice)
+                self._place_few(window, slices, places, ready, few, of_slice)
                 continue
             kept = (of_slice >= first) & (of_slice < first + len(few))
             rows = np.repeat(kept, slices[:, 2])
-            self._place_few(window, slices[kept], places[rows], few, of_slice[kept] - first)
+            there = ready[kept] if len(ready) else ready
+            self._place_few(window, slices[kept], places[rows], there, few, of_slice[kept] - first)
 
     def _place_few(
         self,
         window: Window,
         slices: NDArray[np.int64],
         places: NDArray[np.int32],
+        ready: NDArray[np.int64],
         files: NDArray[np.int64],
         of_slice: NDArray[np.intp],
     ) -> None:
         opened = [self._files.open(int(file)) for file in files]  # keeps descriptors until all is read
         strips = np.stack([table for table, _ in opened])
         if not self._with_target:
-            strips = strips[:, strips[0, :, placing.PART] != placing.TARGET]
+            wanted = strips[0, :, placing.PART] != placing.TARGET
+            strips, ready = strips[:, wanted], ready[:, wanted] if len(ready) else ready
         slices = slices.copy()
         slices[:, 3] = of_slice
         width = int((strips[:, :, placing.ROW_BYTES] * (strips[:, :, placing.FD] >= 0)).sum(axis=1).max())
@@ -173,6 +208,7 @@ class FlatFiller:
         status, failed = placing.place_flat(
             slices,
             strips,
+            ready,
             self._shift,
             self._factor,
             self._classes,
@@ -212,6 +248,16 @@ class FlatFiller:
         ]
         return ranges, held
 
+    def _pieces_of(self, block: int) -> tuple[list[Piece | None], list[OpenFile]]:
+        """Say where a block's rows of each strip lie, for reads past the page cache."""
+        table, held = self._unbuffered.open(int(self._rows.block_file[block]))
+        start, n_rows = int(self._rows.block_start[block]), int(self._source.block_rows[block])
+        pieces = [
+            None if fd < 0 else Piece(fd, offset + start * row_bytes, n_rows * row_bytes, start * row_bytes)
+            for fd, offset, row_bytes in table[:, [placing.FD, placing.OFFSET, placing.ROW_BYTES]].tolist()
+        ]
+        return pieces, held
+
     def _memory(self, name: str, size: int, dtype: type) -> Any:
         """Return memory that this thread keeps for the purpose."""
         found: NDArray[Any] | None = getattr(self._local, name, None)
@@ -223,6 +269,8 @@ class FlatFiller:
     def stop(self) -> None:
         """Make `fill` give up soon, from any thread."""
         self._stopped = True
+        if self._loader is not None:
+            self._loader.close()
 
     def close(self) -> None:
         """Stop the threads and close the files. Idempotent."""
@@ -231,6 +279,9 @@ class FlatFiller:
             self._pool.shutdown(wait=True)
             self._pool = None
         self._ahead.close()
+        if self._loader is not None:
+            self._loader.close()
+        self._unbuffered.close()
         if not self._shares:
             self._files.close()
 
@@ -260,10 +311,12 @@ class FlatFiles:
     ----------
     rows : FlatRows
         Where the rows of a source lie.
+    unbuffered : bool, default=False
+        Whether descriptors are for reads past the page cache.
     """
 
-    def __init__(self, rows: FlatRows) -> None:
-        self._rows = rows
+    def __init__(self, rows: FlatRows, *, unbuffered: bool = False) -> None:
+        self._rows, self._unbuffered = rows, unbuffered
         self._lock = threading.Lock()
         self._known: OrderedDict[int, tuple[NDArray[np.int64], list[OpenFile]]] = OrderedDict()
 
@@ -280,7 +333,7 @@ class FlatFiles:
                 return self._known[file]
             while len(self._known) >= _OPEN_FILES:
                 self._known.popitem(last=False)
-            found = self._known[file] = _numbers_of(self._rows.strips(file))
+            found = self._known[file] = _numbers_of(self._rows.strips(file), self._unbuffered)
             return found
 
     def close(self) -> None:
@@ -289,8 +342,10 @@ class FlatFiles:
             self._known.clear()
 
 
-def _numbers_of(strips: Sequence[Strip]) -> tuple[NDArray[np.int64], list[OpenFile]]:
-    opened = {path: OpenFile(path) for path in {strip.path for strip in strips} if path is not None}
+def _numbers_of(strips: Sequence[Strip], unbuffered: bool) -> tuple[NDArray[np.int64], list[OpenFile]]:
+    opened = {
+        path: OpenFile(path, unbuffered=unbuffered) for path in {strip.path for strip in strips} if path is not None
+    }
     table = [
         (
             -1 if strip.path is None else opened[strip.path].descriptor,

@@ -885,6 +885,7 @@ def find_arrow_columns(
 FD, OFFSET, ROW_BYTES, CODE, PART, COLUMN, N_COLUMNS = range(7)
 #: What a strip holds.
 FEATURES, TARGET, WEIGHT = range(3)
+_NOT_READY = -(2**63)
 #: How `place_flat` ended.
 PLACED, UNREADABLE, UNUSABLE = range(3)
 #: Values that are not scaled go through arrays of this many.
@@ -892,8 +893,13 @@ _CONVERTED_ROWS = 512
 
 
 @_compiled
-def _fetch(strip: NDArray[np.int64], first: int, n: int, scratch: int) -> Any:
-    """Return the address of `n` rows of a strip, read to `scratch` if they lie in a file; 0 if they cannot be read."""
+def _fetch(strip: NDArray[np.int64], first: int, n: int, scratch: int, ready: int) -> Any:
+    """Return the address of `n` rows of a strip, read to `scratch` if they lie in a file; 0 if they cannot be read.
+
+    `ready` is where the strip's first row would lie, if rows of a file have been read already, else `_NOT_READY`.
+    """
+    if ready != _NOT_READY:
+        return ready + first * strip[ROW_BYTES]
     at, wanted = strip[OFFSET] + first * strip[ROW_BYTES], n * strip[ROW_BYTES]
     if strip[FD] < 0:
         return at
@@ -938,6 +944,7 @@ def _place_numbers(
 def place_flat(
     slices: NDArray[np.int64],
     strips: NDArray[np.int64],
+    ready: NDArray[np.int64],
     shift: NDArray[np.float64],
     factor: NDArray[np.float64],
     classes: NDArray[np.float64],
@@ -957,6 +964,9 @@ def place_flat(
         Block, first row in the block, rows, file, first row in the file.
     strips : ndarray of shape (n_files, n_strips, 7), int64
         Where the values lie.
+    ready : ndarray of shape (n_slices, n_strips) or (0, 0), int64
+        For slices of files that have been read already, where the strip's first row would lie if all of it lay in
+        memory as the slice does; the lowest number for others.
     shift, factor : ndarrays of shape (n_features,), float64
         Each feature becomes ``(float64(value) - shift) * factor``.
     classes : ndarray of shape (n_classes,), float64
@@ -993,7 +1003,7 @@ def place_flat(
             free, whole = memory, False
             for s in range(strips.shape[1]):
                 strip = strips[file, s]
-                address = _fetch(strip, file_row + first, n, free)
+                address = _fetch(strip, file_row + first, n, free, ready[k, s] if len(ready) else _NOT_READY)
                 if address == 0:
                     return UNREADABLE, k
                 if address == free:

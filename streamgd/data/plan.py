@@ -232,6 +232,25 @@ class EpochPlan:
             )
             window += 1
 
+    def blocks_left(self, window: int = 0) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """List the blocks that windows from some window on take rows of, in the order of their turns.
+
+        Returns
+        -------
+        blocks : ndarray of int64
+            The blocks.
+        rows : ndarray of int64
+            The first row of each that is still to come; 0 for those not begun.
+        """
+        from streamgd.data.placing import N_LIVE, NEXT_BLOCK, TURN
+
+        slots, walk = self._start()
+        if window:
+            self._skip(slots, walk, window)
+        live = np.roll(slots[: walk[N_LIVE]], -int(walk[TURN]), axis=0)
+        rest = self.blocks[walk[NEXT_BLOCK] :]
+        return np.concatenate([live[:, 0], rest]), np.concatenate([live[:, 1], np.zeros(len(rest), np.int64)])
+
     def window_at(self, row: int) -> tuple[int, int]:
         """Find the window of a row of the lane's epoch.
 

@@ -164,8 +164,8 @@ class WindowStream:
             plan = EpochPlan(
                 source.block_rows, layout, seed=seed, epoch=epoch, shuffle=shuffle, lane=lane, n_lanes=n_lanes
             )
-            if isinstance(filler, FlatFiller) and not (epoch == first[0] and first[1]):
-                filler.expect(plan)
+            if isinstance(filler, FlatFiller):
+                filler.expect(plan, first[1] if epoch == first[0] else 0)
             return plan
 
         plans = _windows_of(plan_epoch, first, n_epochs)

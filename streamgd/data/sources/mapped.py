@@ -105,12 +105,21 @@ class MappedArray:
 
 
 class OpenFile:
-    """A descriptor that is closed with the last reference, so that a read under way in a thread keeps it."""
+    """A descriptor that is closed with the last reference, so that a read under way in a thread keeps it.
 
-    def __init__(self, path: str) -> None:
+    Parameters
+    ----------
+    path : str
+        The file.
+    unbuffered : bool, default=False
+        Whether to read past the page cache, where the system has ``O_DIRECT``.
+    """
+
+    def __init__(self, path: str, *, unbuffered: bool = False) -> None:
         self.descriptor = -1
+        flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | (getattr(os, "O_DIRECT", 0) if unbuffered else 0)
         try:
-            self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self.descriptor = os.open(path, flags)
         except OSError as err:
             if err.errno in (errno.EMFILE, errno.ENFILE):
                 raise DataError(
