@@ -17,6 +17,8 @@ from typing import Any
 _AHEAD_BYTES = 128 << 20
 #: Systems read no more than their own read-ahead for one request.
 _REQUEST_BYTES = 128 << 10
+#: After some blocks in a row that were there, as many are passed over before the next look, up to so many.
+_MOST_PASSED = 32
 #: Data bigger than this share of the memory does not stay in the page cache, where it would push out all else.
 _KEPT_SHARE = 0.5
 
@@ -44,6 +46,9 @@ class ReadAhead:
         self._asked: deque[tuple[int, int]] = deque()  # blocks not yet opened, and their bytes
         self._opened: deque[int] = deque()
         self._n_opened = self._ahead = 0
+        # Blocks in a row that were there, or passed over because of these; of them, those since the last look.
+        self._n_there = self._n_passed = 0
+        self._block_bytes = 0
         self._closed = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -86,13 +91,25 @@ class ReadAhead:
                     block = self._next()
                     if block is None:
                         break
-                    ranges, held = self._ranges_of(block)
-                    n_bytes = ask_for(ranges)
-                    del held  # not before: a descriptor that is closed meanwhile may be another file's by now
+                    n_bytes = self._ask_for(block)
                     self._ahead += n_bytes
                     self._asked.append((block, n_bytes))
             except Exception:  # what is wrong with a file, whoever reads it says
                 return
+
+    def _ask_for(self, block: int) -> int:
+        """Ask for a block, unless it is there, or those before it were: looking costs as much as some reading.
+
+        Returns how many bytes it has, or the one before.
+        """
+        if self._n_passed < min(self._n_there, _MOST_PASSED):
+            self._n_passed += 1
+            return self._block_bytes
+        ranges, held = self._ranges_of(block)
+        self._n_there, self._n_passed = (0 if ask_for(ranges) else self._n_there + self._n_passed + 1), 0
+        del held  # not before: a descriptor that is closed meanwhile may be another file's by now
+        self._block_bytes = sum(n_bytes for _, _, n_bytes in ranges)
+        return self._block_bytes
 
     def _has_work(self) -> bool:
         return bool(self._closed or self._n_opened or (self._epochs and self._ahead < _AHEAD_BYTES))
@@ -131,12 +148,14 @@ class ReadAhead:
 
 
 def ask_for(ranges: Sequence[Range]) -> int:
-    """Ask for ranges of files that are not in memory yet; return the bytes of all."""
+    """Ask for ranges of files that are not in memory yet; return how many bytes."""
+    asked = 0
     for descriptor, first, n_bytes in ranges:
         if not _is_there(descriptor, first):
             for at in range(first, first + n_bytes, _REQUEST_BYTES):
                 os.posix_fadvise(descriptor, at, min(_REQUEST_BYTES, first + n_bytes - at), os.POSIX_FADV_WILLNEED)
-    return sum(n_bytes for _, _, n_bytes in ranges)
+            asked += n_bytes
+    return asked
 
 
 def _is_there(descriptor: int, at: int) -> bool:

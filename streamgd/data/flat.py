@@ -6,11 +6,11 @@ from one window to the next but files, so that several threads may fill a window
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,8 @@ from streamgd.errors import CorruptDataError, OptionError
 
 Floats = NDArray[np.float64]
 
-#: No row lies in memory ahead of its turn.
-_NOWHERE = np.empty((0, 0), np.int64)
+#: No row lies in memory ahead of its turn; places are drawn already.
+_NOWHERE, _NO_KEY = np.empty((0, 0), np.int64), np.empty(0, np.uint64)
 _PARTS = {"features": placing.FEATURES, "target": placing.TARGET, "weight": placing.WEIGHT}
 #: What is read passes through so many bytes for each thread, so that it stays in the second cache.
 _SCRATCH_BYTES = 1 << 17
@@ -39,6 +39,26 @@ _SCRATCH_BYTES = 1 << 17
 _OPEN_FILES = 128
 #: Windows of fewer bytes are filled by one thread each, several at once; others by all threads together.
 _OWN_WINDOW_BYTES = 24 << 20
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Slices of a window, or some of them: the table that `streamgd.data.placing.place_flat` takes.
+
+    Places are drawn from the key when rows are placed; without one they have been drawn. `ready` says where blocks lie that are
+    in memory already, if any are.
+    """
+
+    slices: NDArray[np.int64]
+    key: NDArray[np.uint64]
+    places: NDArray[np.int32]
+    ready: NDArray[np.int64]
+
+    def those(self, kept: NDArray[np.bool_]) -> _Part:
+        """Return some of the slices, whose places must have been drawn."""
+        rows = np.repeat(kept, self.slices[:, 2])
+        ready = self.ready[kept] if len(self.ready) else self.ready
+        return _Part(self.slices[kept], self.key, self.places[rows], ready)
 
 
 class FlatFiller:
@@ -99,6 +119,7 @@ class FlatFiller:
         self._pool: ThreadPoolExecutor | None = None
         self._one_file = bool((rows.block_file == rows.block_file[0]).all())
         self._files, self._shares = files or FlatFiles(rows), files is not None
+        self._on_disk = any(strip.path is not None for strip in rows.strips(0))
         self._unbuffered = FlatFiles(rows, unbuffered=True)
         self._loader = self._make_loader(layout)
         self._ahead = ReadAhead(self._ranges_of, layout.n_open, source.stored_bytes)
@@ -109,7 +130,7 @@ class FlatFiller:
     def _make_loader(self, layout: Layout) -> BlockLoader | None:
         """Return what reads blocks past the page cache, if they would not stay in it and there is memory for them."""
         source = self._source
-        if not self._files.on_disk or stays_in_memory(source.stored_bytes):
+        if not self._on_disk or stays_in_memory(source.stored_bytes):
             return None
         strips = self._rows.strips(0)
         row_bytes = sum(strip.row_bytes for strip in strips if strip.path is not None)
@@ -122,7 +143,7 @@ class FlatFiller:
 
     def expect(self, plan: EpochPlan, first: int = 0) -> None:
         """Hear of the blocks of an epoch from a window on, before that is asked for."""
-        if not self._files.on_disk:
+        if not self._on_disk:
             return
         blocks, rows = plan.blocks_left(first)
         if self._loader is not None:
@@ -135,73 +156,66 @@ class FlatFiller:
         """Fill a window, see `streamgd.data.window.WindowFiller.fill`."""
         if plan.n_rows > len(window.ids):
             raise OptionError(f"a plan of {plan.n_rows:,} rows for a window of {len(window.ids):,}: layouts differ")
-        self._ahead.opened(int(np.count_nonzero(plan.table[:, 1] == 0)))
-        places = plan.places(self._memory("places", len(window.ids), np.int32))
+        if self._loader is None and self._on_disk:
+            self._ahead.opened(int(np.count_nonzero(plan.table[:, 1] == 0)))
         blocks = plan.table[:, 0]
         files = self._rows.block_file[blocks]
         slices = np.column_stack([plan.table, files, self._rows.block_start[blocks] + plan.table[:, 1]])
         if self._rows.origin is not None:
             slices[:, 0], slices[:, 1] = self._rows.origin[0][blocks], self._rows.origin[1][blocks] + plan.table[:, 1]
         ready = _NOWHERE if self._loader is None else self._loader.locate(blocks)
-        ends = np.cumsum(plan.table[:, 2])
+        places = self._memory("places", len(window.ids), np.int32)[: plan.n_rows]
+        part = _Part(slices, plan.key, places, ready)
+        if not (plan.shuffle and self._n_parts == 1 and self._one_file):
+            placing.draw_places(part.key, places)
+            part = replace(part, key=_NO_KEY)
         if self._n_parts > 1 and len(slices) > 1:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._n_parts, "streamgd-reader")
-            cuts = np.linspace(0, len(slices), min(self._n_parts, len(slices)) + 1).astype(int)
-            parts = [
-                self._pool.submit(
-                    self._place, window, slices[a:b], places[(ends[a - 1] if a else 0) : ends[b - 1]], ready[a:b]
-                )
-                for a, b in itertools.pairwise(cuts)
-            ]
-            errors = [error for part in parts if (error := part.exception()) is not None]
-            if errors:
-                raise errors[0]
+            self._place_parts(window, part)
         else:
-            self._place(window, slices, places, ready)
+            self._place(window, part)
         if self._loader is not None:
             self._loader.placed(blocks, plan.table[:, 2])
         window.describe(plan)
         self.read_rows += plan.n_rows
 
-    def _place(
-        self, window: Window, slices: NDArray[np.int64], places: NDArray[np.int32], ready: NDArray[np.int64]
-    ) -> None:
+    def _place_parts(self, window: Window, whole: _Part) -> None:
+        """Have several threads place a part each."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._n_parts, "streamgd-reader")
+        n_slices = len(whole.slices)
+        number = np.arange(n_slices) * self._n_parts // n_slices
+        parts = [self._pool.submit(self._place, window, whole.those(number == part)) for part in range(self._n_parts)]
+        errors = [error for part in parts if (error := part.exception()) is not None]
+        if errors:
+            raise errors[0]
+
+    def _place(self, window: Window, part: _Part) -> None:
         """Read and place slices, those of a bounded number of files at a time."""
         if self._rows.check is not None:
-            self._rows.check(slices[:, 4], slices[:, 2])
+            self._rows.check(part.slices[:, 4], part.slices[:, 2])
         if self._one_file:
-            self._place_few(window, slices, places, ready, slices[:1, 3], np.zeros(len(slices), np.intp))
+            self._place_few(window, part, part.slices[:1, 3], None)
             return
-        files, of_slice = np.unique(slices[:, 3], return_inverse=True)
+        files, of_slice = np.unique(part.slices[:, 3], return_inverse=True)
         for first in range(0, len(files), _OPEN_FILES):
             if self._stopped:
                 raise Stopped
             few = files[first : first + _OPEN_FILES]
-            if len(files) == len(few):
-                self._place_few(window, slices, places, ready, few, of_slice)
-                continue
             kept = (of_slice >= first) & (of_slice < first + len(few))
-            rows = np.repeat(kept, slices[:, 2])
-            there = ready[kept] if len(ready) else ready
-            self._place_few(window, slices[kept], places[rows], there, few, of_slice[kept] - first)
+            self._place_few(window, part if len(few) == len(files) else part.those(kept), few, of_slice[kept] - first)
 
     def _place_few(
-        self,
-        window: Window,
-        slices: NDArray[np.int64],
-        places: NDArray[np.int32],
-        ready: NDArray[np.int64],
-        files: NDArray[np.int64],
-        of_slice: NDArray[np.intp],
+        self, window: Window, part: _Part, files: NDArray[np.int64], of_slice: NDArray[np.intp] | None
     ) -> None:
+        """Read and place slices of a few files; `of_slice` says which of these each slice is in, None the first."""
         opened = [self._files.open(int(file)) for file in files]  # keeps descriptors until all is read
-        strips = np.stack([table for table, _ in opened])
+        strips = opened[0][0][None] if len(opened) == 1 else np.stack([table for table, _ in opened])
+        ready = part.ready
         if not self._with_target:
             wanted = strips[0, :, placing.PART] != placing.TARGET
             strips, ready = strips[:, wanted], ready[:, wanted] if len(ready) else ready
-        slices = slices.copy()
-        slices[:, 3] = of_slice
+        slices = part.slices.copy()
+        slices[:, 3] = 0 if of_slice is None else of_slice
         width = int((strips[:, :, placing.ROW_BYTES] * (strips[:, :, placing.FD] >= 0)).sum(axis=1).max())
         scratch = self._memory("scratch", max(_SCRATCH_BYTES, width) + 64 * (strips.shape[1] + 1), np.uint8)
         weight = np.empty((0, 0)) if window.weight is None else window.weight[:, None]
@@ -212,7 +226,8 @@ class FlatFiller:
             self._shift,
             self._factor,
             self._classes,
-            places,
+            part.key,
+            part.places,
             window.X,
             window.y,
             weight,
@@ -221,7 +236,7 @@ class FlatFiller:
             self._check,
         )
         if status != placing.PLACED:
-            self._explain(window, slices[failed], int(slices[:failed, 2].sum()), places)
+            self._explain(window, slices[failed], int(slices[:failed, 2].sum()), part.places)
 
     def _explain(self, window: Window, failed: NDArray[np.int64], first: int, places: NDArray[np.int32]) -> None:
         """Read the slice that failed as any other source is read, which raises the error that says why."""
@@ -319,11 +334,6 @@ class FlatFiles:
         self._rows, self._unbuffered = rows, unbuffered
         self._lock = threading.Lock()
         self._known: OrderedDict[int, tuple[NDArray[np.int64], list[OpenFile]]] = OrderedDict()
-
-    @property
-    def on_disk(self) -> bool:
-        """Whether the rows lie in files."""
-        return any(strip.path is not None for strip in self._rows.strips(0))
 
     def open(self, file: int) -> tuple[NDArray[np.int64], list[OpenFile]]:
         """Return the strips of a file; its descriptors stay open as long as the caller holds what is returned."""

@@ -323,6 +323,16 @@ def permute(key: NDArray[np.uint64], out: NDArray[np.int32]) -> None:
 
 
 @_compiled
+def draw_places(key: NDArray[np.uint64], out: NDArray[np.int32]) -> None:
+    """Write the places of a window's rows: a random permutation, or without a key their own order."""
+    if len(key):
+        permute(key, out)
+    else:
+        for i in range(len(out)):
+            out[i] = i
+
+
+@_compiled
 def identity(block: np.uint64, row: np.uint64) -> np.uint64:
     """Hash a row's identity; sums of these tell whether an epoch saw each row exactly once (Steele's splitmix64)."""
     z = ((block << _BLOCK_SHIFT) | row) + np.uint64(0x9E3779B97F4A7C15)
@@ -948,6 +958,7 @@ def place_flat(
     shift: NDArray[np.float64],
     factor: NDArray[np.float64],
     classes: NDArray[np.float64],
+    key: NDArray[np.uint64],
     places: NDArray[np.int32],
     X: NDArray[Any],
     y: NDArray[np.float64],
@@ -971,6 +982,8 @@ def place_flat(
         Each feature becomes ``(float64(value) - shift) * factor``.
     classes : ndarray of shape (n_classes,), float64
         Sorted classes, if targets become their index; empty for numbers.
+    key : ndarray of shape (2,), uint64
+        What places are drawn from, see `draw_places`; of shape (0,) if `places` says them.
     places : ndarray of shape (n_rows,), int32
         Row of the window for each row, slice after slice.
     X, y, weight, ids : ndarrays
@@ -985,6 +998,8 @@ def place_flat(
     int, int
         `PLACED`, `UNREADABLE` or `UNUSABLE` (bad numbers, unknown classes), and the slice.
     """
+    if len(key):
+        draw_places(key, places)
     n_features = X.shape[1]
     addresses, codes = np.empty(n_features, np.int64), np.empty(n_features, np.int64)
     strides = np.empty(n_features, np.int64)

@@ -55,6 +55,9 @@ __all__ = [
 ]
 
 
+_NO_KEY = np.empty(0, np.uint64)
+
+
 class SliceRef(NamedTuple):
     """Consecutive rows of a block.
 
@@ -117,12 +120,16 @@ class WindowPlan:
         out : ndarray of at least `n_rows` int32, default=None
             Memory to use; a view of it is returned.
         """
+        from streamgd.data.placing import draw_places
+
         found = np.empty(self.n_rows, np.int32) if out is None else out[: self.n_rows]
-        if self.shuffle:
-            _permute(found, self.seed, self.epoch, 1 + self.lane, 1 + self.index)
-        else:
-            found[:] = np.arange(self.n_rows, dtype=np.int32)
+        draw_places(self.key, found)
         return found
+
+    @property
+    def key(self) -> NDArray[np.uint64]:
+        """What `streamgd.data.placing.draw_places` draws the places from; empty if rows keep their order."""
+        return _key(self.seed, self.epoch, 1 + self.lane, 1 + self.index) if self.shuffle else _NO_KEY
 
 
 class EpochPlan:
@@ -314,8 +321,13 @@ def checksum_of(block_rows: NDArray[np.int64]) -> int:
 def _permute(out: NDArray[np.int32], seed: int, *spawn_key: int) -> None:
     from streamgd.data.placing import permute
 
-    key = np.random.SeedSequence(seed, spawn_key=spawn_key).generate_state(2, np.uint64)  # as Philox seeds itself
-    permute(key.astype(np.uint64, copy=False), out)
+    permute(_key(seed, *spawn_key), out)
+
+
+def _key(seed: int, *spawn_key: int) -> NDArray[np.uint64]:
+    """Return the key of a stream of random numbers, as Philox seeds itself."""
+    key = np.random.SeedSequence(seed, spawn_key=spawn_key).generate_state(2, np.uint64)
+    return key.astype(np.uint64, copy=False)
 
 
 def checked_seed(seed: int) -> int:

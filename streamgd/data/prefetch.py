@@ -256,7 +256,9 @@ class _Prefetcher:
     """What the consumer and the threads share; knows nothing of the `WindowStream`, which may therefore be collected.
 
     Each thread takes a free window first and a plan then, so that whoever fills the window that the consumer waits for
-    has one to fill. Windows are handed out in the order of their plans, whoever is done first.
+    has one to fill. Windows are handed out in the order of their plans, whoever is done first. Where several may fill
+    at once, a consumer that would have to wait fills one itself: it takes the place of a thread, which would have to be
+    woken, and to wait for the interpreter's lock.
     """
 
     def __init__(
@@ -275,7 +277,9 @@ class _Prefetcher:
         self._plans = _Ahead(plans)
         self._make_window = make_window
         self._n_unmade = depth  # windows are allocated when they are first needed: one epoch may need only one
-        self._n_callers = max(1, min(n_callers, depth))
+        n_callers = max(1, min(n_callers, depth))
+        self._helps = n_callers > 1
+        self._n_threads = n_callers - self._helps
         self._free: deque[Window] = deque()
         self._ready: dict[int, Window | BaseException] = {}  # by the number of the plan
         self._n_handed = self._n_planned = 0
@@ -283,13 +287,14 @@ class _Prefetcher:
         self._handed: Window | None = None
         self._error: BaseException | None = None
         self._closed = False
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._filled, self._freed = threading.Condition(lock), threading.Condition(lock)
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         # Daemons, so that a consumer that was forgotten does not keep Python from exiting; the finalizer joins them.
-        self._n_running = self._n_callers
-        for number in range(self._n_callers):
+        self._n_running = self._n_threads
+        for number in range(self._n_threads):
             thread = threading.Thread(target=self._run, name=f"streamgd-prefetch-{number}", daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -298,16 +303,17 @@ class _Prefetcher:
         if not self._threads:
             return self._get_now()
         begin = time.perf_counter()
-        with self._changed:
+        with self._filled:
             if self._handed is not None:
                 self._free.append(self._handed)
                 self._handed = None
-                self._changed.notify_all()
+                self._freed.notify()
             if self._error is not None:
                 raise self._error
-            answered = self._changed.wait_for(
-                lambda: self._n_handed in self._ready or self._n_running == 0 or self._closed, timeout_s
-            )
+        while self._helps and not self._answers() and self._help():
+            pass
+        with self._filled:
+            answered = self._filled.wait_for(self._answers, timeout_s)
             self.wait_s += time.perf_counter() - begin
             found = None if self._closed else self._ready.pop(self._n_handed, None)
             if isinstance(found, BaseException):
@@ -321,6 +327,21 @@ class _Prefetcher:
                 return None
             self.exhausted = True
             return END
+
+    def _answers(self) -> bool:
+        """Whether there is something to say to the consumer."""
+        return self._n_handed in self._ready or self._n_running == 0 or self._closed
+
+    def _help(self) -> bool:
+        """Fill a window in the consumer's thread, if there is one to fill."""
+        with self._filled:
+            if self._n_running == 0 or not (self._free or self._n_unmade):
+                return False
+            self._n_running += 1  # whoever leaves last closes the filler
+        try:
+            return self._fill_next(wait=False)
+        finally:
+            self._leave()
 
     def _get_now(self) -> Window | Literal[_End.END]:
         """Fill a window in the consumer's thread."""
@@ -343,33 +364,49 @@ class _Prefetcher:
         return self._handed
 
     def _run(self) -> None:
-        number, window = -1, None
         try:
-            while (window := self._free_window()) is not None:
-                with self._changed:
-                    number = self._n_planned
-                    plan, upcoming = self._plans.take()
-                    self._n_planned += plan is not None
-                if plan is None:
-                    break
-                begin = time.perf_counter()
-                self.filler.fill(window, plan, upcoming)
-                with self._changed:
-                    self.fill_s += time.perf_counter() - begin
-                    self._ready[number] = window
-                    self._changed.notify_all()
-        except Stopped:
-            pass
-        except BaseException as err:
-            with self._changed:
-                self._ready[number] = err
-                self._plans.end()
+            while self._fill_next(wait=True):
+                pass
         finally:
-            self._leave(number)
+            self._leave()
 
-    def _leave(self, number: int) -> None:
+    def _fill_next(self, *, wait: bool) -> bool:
+        """Fill the next window, or note what kept it from being filled; False if there will be no more."""
+        number = -1
+        try:
+            window = self._free_window(wait=wait)
+            if window is None:
+                return False
+            with self._freed:
+                number = self._n_planned
+                plan, upcoming = self._plans.take()
+                self._n_planned += plan is not None
+                if self._plans.exhausted:
+                    self._freed.notify_all()  # whoever waits for a window need not
+            if plan is None:
+                return False
+            begin = time.perf_counter()
+            self.filler.fill(window, plan, upcoming)
+            with self._filled:
+                self.fill_s += time.perf_counter() - begin
+                self._ready[number] = window
+                self._filled.notify()
+        except Stopped:
+            return False
+        except BaseException as err:
+            with self._filled:
+                self._ready[self._n_planned if number < 0 else number] = err
+                self._plans.end()
+                self._filled.notify()
+                self._freed.notify_all()
+            if not (wait or isinstance(err, Exception)):
+                raise  # the consumer is interrupted
+            return False
+        return True
+
+    def _leave(self) -> None:
         """Be the last to close the filler, if this thread is."""
-        with self._changed:
+        with self._filled:
             last = self._n_running == 1
         error: BaseException | None = None
         if last:
@@ -377,26 +414,30 @@ class _Prefetcher:
                 self.filler.close()
             except BaseException as err:
                 error = err
-        with self._changed:
+        with self._filled:
             self._n_running -= 1
             if error is not None:
                 self._ready.setdefault(self._n_planned, error)
-            self._changed.notify_all()
+            self._filled.notify()
 
-    def _free_window(self) -> Window | None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._free or self._n_unmade or self._closed or self._plans.exhausted)
+    def _free_window(self, *, wait: bool) -> Window | None:
+        with self._freed:
+            if wait:
+                self._freed.wait_for(lambda: self._free or self._n_unmade or self._closed or self._plans.exhausted)
             if self._closed or self._plans.exhausted:
                 return None
             if self._free:
                 return self._free.popleft()
+            if not self._n_unmade:
+                return None
             self._n_unmade -= 1
         return self._make_window()
 
     def close(self) -> None:
-        with self._changed:
+        with self._filled:
             self._closed = True
-            self._changed.notify_all()
+            self._filled.notify_all()
+            self._freed.notify_all()
         self.filler.stop()
         for thread in self._threads:
             if thread is not threading.current_thread():
