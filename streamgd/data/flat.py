@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,6 +37,8 @@ _PARTS = {"features": placing.FEATURES, "target": placing.TARGET, "weight": plac
 _SCRATCH_BYTES = 1 << 17
 #: Files kept open, and read in one call; most systems allow a process 1,024.
 _OPEN_FILES = 128
+#: Targets that are read in one call: as float64 they stay in the second cache.
+_NUMBERS = 262_144
 #: Windows of fewer bytes are filled by one thread each, several at once; others by all threads together.
 _OWN_WINDOW_BYTES = 24 << 20
 
@@ -45,8 +47,8 @@ _OWN_WINDOW_BYTES = 24 << 20
 class _Part:
     """Slices of a window, or some of them: the table that `streamgd.data.placing.place_flat` takes.
 
-    Places are drawn from the key when rows are placed; without one they have been drawn. `ready` says where blocks lie that are
-    in memory already, if any are.
+    Places are drawn from the key when rows are placed; without one they have been drawn. `ready` says where blocks lie
+    that are in memory already, if any are.
     """
 
     slices: NDArray[np.int64]
@@ -317,6 +319,38 @@ def reads_flat(source: Source, codec: TargetCodec | None) -> bool:
         exact = codec.dtype is not None and source.target.dtype in ("int64", "uint64")
         return source.target.numeric and not exact and codec.n_outputs == source.target.n_outputs
     return source.target.numeric and source.target.n_outputs == 1 and codec.sorted_numbers is not None
+
+
+def iter_numbers(source: Source, codec: TargetCodec) -> Iterator[tuple[int, Floats, Floats | None]] | None:
+    """Read numeric targets and weights as `Source.iter_targets` does, faster; None for sources that are not flat.
+
+    Each piece is one compiled call that does not hold the interpreter's lock. Pieces are overwritten by the next ones.
+    """
+    rows = source.flat_rows() if reads_flat(source, codec) and codec.classes is None else None
+    if rows is None or rows.origin is not None or rows.check is not None:
+        return None
+    return _numbers(source, rows, codec.n_outputs)
+
+
+def _numbers(source: Source, rows: FlatRows, n_outputs: int) -> Iterator[tuple[int, Floats, Floats | None]]:
+    y, weight = np.empty((_NUMBERS, n_outputs)), np.empty((_NUMBERS, 1 if source.has_weight else 0))
+    scratch = np.empty(_SCRATCH_BYTES, np.uint8)
+    files, first = FlatFiles(rows), 0
+    ends = np.flatnonzero(np.diff(rows.block_file, append=-1)) + 1  # blocks lie in the order of their files
+    for begin, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
+        file, n_rows = int(rows.block_file[begin]), int(source.block_rows[begin:end].sum())
+        start = int(rows.block_start[begin])
+        for at in range(0, n_rows, _NUMBERS):
+            strips, held = files.open(file)
+            n = min(_NUMBERS, n_rows - at)
+            if not placing.load_numbers(strips, start + at, y[:n], weight[:n], scratch):
+                raise CorruptDataError(
+                    f"{source.locate_row(first)}: the targets of {n:,} rows from here cannot be read. The file was cut "
+                    "short after it was opened, or the disk fails: restore it"
+                )
+            del held  # not before: a descriptor that is closed meanwhile may be another file's by now
+            yield first, y[:n], weight[:n, 0] if source.has_weight else None
+            first += n
 
 
 class FlatFiles:

@@ -1058,6 +1058,59 @@ def place_flat(
     return PLACED, 0
 
 
+@_compiled
+def load_numbers(
+    strips: NDArray[np.int64],
+    first: int,
+    y: NDArray[np.float64],
+    weight: NDArray[np.float64],
+    scratch: NDArray[np.uint8],
+) -> bool:
+    """Read targets and weights of consecutive rows of a file, as float64.
+
+    Parameters
+    ----------
+    strips : ndarray of shape (n_strips, 7), int64
+        Where the values lie.
+    first : int
+        First row in the file.
+    y, weight : ndarrays of shape (n_rows, n_outputs) and (n_rows, 1 or 0), float64
+        Are filled.
+    scratch : ndarray of uint8
+        Memory that what is read passes through.
+
+    Returns
+    -------
+    bool
+        Whether all could be read.
+    """
+    memory = _address(scratch)
+    loaded = np.empty(_CONVERTED_ROWS)
+    for s in range(strips.shape[0]):
+        strip = strips[s]
+        if strip[PART] == FEATURES:
+            continue
+        out = y if strip[PART] == TARGET else weight
+        size = _SIZES[strip[CODE]]
+        stride, most = strip[ROW_BYTES] // size, max(1, len(scratch) // strip[ROW_BYTES])
+        for begin in range(0, len(y), most):
+            n = min(most, len(y) - begin)
+            address = _fetch(strip, first + begin, n, memory, _NOT_READY)
+            if address == 0:
+                return False
+            if stride == 1 and out.shape[1] == 1:
+                _load(address, strip[CODE], 0, 1, n, out.reshape(out.size)[begin : begin + n])
+                continue
+            for j in range(strip[N_COLUMNS]):
+                column = strip[COLUMN] + j
+                for at in range(0, n, _CONVERTED_ROWS):
+                    m = min(_CONVERTED_ROWS, n - at)
+                    _load(address + j * size, strip[CODE], at * stride, stride, m, loaded)
+                    for i in range(m):
+                        out[begin + at + i, column] = loaded[i]
+    return True
+
+
 # Rows that are kept ------------------------------------------------------------------------------------------------
 
 

@@ -47,6 +47,11 @@ class Moments:
         """The weight of all rows."""
         return float(np.cumsum(self._total)[-1])
 
+    @property
+    def finite(self) -> bool:
+        """Whether all sums are finite; not if any value of a row with some weight was not."""
+        return bool(np.isfinite(self._mean).all() and np.isfinite(self._squares).all())
+
     def merged(self) -> tuple[Floats, Floats]:
         """Return the means and the sums of squared deviations from them, both of shape (n_columns,).
 

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,9 @@ from streamgd.run.checkpoint import (
     write_atomic,
 )
 
+#: Records of windows reach the file so often, in seconds, and with every checkpoint.
+_FLUSH_S = 0.25
+
 
 class RunFolder:
     """A folder that holds one run.
@@ -50,6 +54,7 @@ class RunFolder:
         self.checkpoints = CheckpointFolder(self.path / "checkpoints")
         self._lock: IO[str] | None = None
         self._metrics: IO[str] | None = None
+        self._flushed_at = float("-inf")
 
     @property
     def holds_run(self) -> bool:
@@ -203,6 +208,7 @@ class RunFolder:
         """Save a checkpoint, and before it flush the metrics that belong to it; see `CheckpointFolder.save`."""
         if self._metrics is not None:
             try:
+                self._flush_metrics(self._metrics)
                 os.fsync(self._metrics.fileno())
             except OSError as err:
                 raise self._unwritable_metrics(err) from err
@@ -214,13 +220,18 @@ class RunFolder:
                 self._metrics.close()
             self._metrics = None
 
+    def _flush_metrics(self, metrics: IO[str]) -> None:
+        metrics.flush()
+        self._flushed_at = time.monotonic()
+
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add a record to ``metrics.jsonl``."""
         try:
             if self._metrics is None:
-                self._metrics = self._metrics_path.open("a")
+                self._metrics, self._flushed_at = self._metrics_path.open("a"), float("-inf")
             self._metrics.write(json.dumps(record) + "\n")
-            self._metrics.flush()
+            if time.monotonic() - self._flushed_at >= _FLUSH_S:  # for whoever looks; what is lost is written again
+                self._flush_metrics(self._metrics)
         except OSError as err:
             raise self._unwritable_metrics(err) from err
 

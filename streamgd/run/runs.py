@@ -10,6 +10,7 @@ import hashlib
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -144,18 +145,25 @@ def _block_digest(source: Source) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions and the machine's type, to be stored; on resume they inform and are not compared."""
-    import llvmlite.binding as llvm
     import numba
 
+    cpu, features = _cpu()
     return {
         "streamgd": streamgd.__version__,
         "numpy": np.__version__,
         "numba": numba.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "cpu": llvm.get_host_cpu_name(),
-        "cpu_features": llvm.get_host_cpu_features().flatten(),
+        "cpu": cpu,
+        "cpu_features": features,
     }
+
+
+@cache
+def _cpu() -> tuple[str, str]:
+    import llvmlite.binding as llvm
+
+    return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
 
 
 def model_of(config: Config, survey: Survey, state: State, is_vector: bool) -> LinearModel:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streamgd.data.flat import iter_numbers
 from streamgd.data.rows import RowPlacer
 from streamgd.data.sources.base import Source
 from streamgd.data.targets import ClassCounter, TargetCodec
@@ -221,11 +222,12 @@ def _survey_values(source: Source) -> _Targets:
     moments = Moments(n_targets)
     step = source.n_rows // SAMPLE_ROWS + 1
     sample, sample_weight = [], []
-    for first, y, weight in source.iter_targets():
+    for first, y, weight in iter_numbers(source, codec) or source.iter_targets():
         values = codec.encode(y)
-        _require_finite(source, first, values, f"target {source.target.name!r}")
         weights = _checked_weights(source, first, weight)
         moments.add(values, weights)
+        if weights.size or not moments.finite:  # moments do not show what is wrong where the weight is zero
+            _require_finite(source, first, values, f"target {source.target.name!r}")
         sampled = values[-first % step :: step]
         sample.append(sampled.copy())
         sample_weight.append(weights[-first % step :: step].copy() if weights.size else np.ones(len(sampled)))

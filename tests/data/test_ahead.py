@@ -72,8 +72,28 @@ def test_lets_big_data_go_once_it_is_read(advice, monkeypatch):
 
 def test_what_is_there_is_not_asked_for(advice, monkeypatch):
     monkeypatch.setattr(module, "_is_there", lambda descriptor, at: at < 200)
-    assert module.ask_for([(0, 100, 50), (0, 300, 50)]) == 100
+    assert module.ask_for([(0, 100, 50), (0, 300, 50)]) == 50
     assert asked(advice) == [300]
+
+
+def test_looks_less_often_while_all_is_there(advice, monkeypatch):
+    looked = []
+
+    def there(descriptor, at):
+        looked.append(at // 100)
+        return at < 5000
+
+    monkeypatch.setattr(module, "_is_there", there)
+    monkeypatch.setattr(module, "_AHEAD_BYTES", 100_000)
+    ahead = ReadAhead(lambda block: ([(0, 100 * block, 100)], None), n_open=2, total_bytes=10_000)
+    ahead.expect(iter(range(100)))
+    wait_for(lambda: 99 in looked)
+    assert looked[:5] == [0, 2, 6, 14, 30]
+    first = looked[5]
+    assert looked[5:] == list(range(first, 100))  # every one, once something was missing
+    assert first <= 30 + module._MOST_PASSED + 1
+    assert asked(advice) == [100 * block for block in range(first, 100)]
+    ahead.close()
 
 
 def test_a_run_asks_for_blocks_in_the_order_of_its_plan(tmp_path, advice):

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import threading
+import time
 
 import h5py
 import numpy as np
@@ -9,9 +11,9 @@ import pandas as pd
 import pytest
 
 import streamgd.data.flat
-from streamgd.data.flat import FlatFiller, reads_flat
+from streamgd.data.flat import FlatFiller, iter_numbers, reads_flat
 from streamgd.data.plan import EpochPlan, plan_layout
-from streamgd.data.prefetch import WindowStream
+from streamgd.data.prefetch import END, WindowStream
 from streamgd.data.sources.hdf5 import Hdf5Source
 from streamgd.data.sources.mapped import OpenFile
 from streamgd.data.sources.memory import MemorySource
@@ -294,3 +296,134 @@ def test_files_stay_open_as_long_as_advice_is_given_on_them(tmp_path, monkeypatc
         del held
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(ranges[0][0])
+
+
+class TestHelping:
+    """A consumer that would have to wait fills a window itself."""
+
+    @pytest.fixture
+    def filling(self, tmp_path, monkeypatch):
+        """A source, its layout, and what to call before a window is filled; notes the thread of each."""
+        source = Hdf5Source(write(tmp_path / "a.h5", numbers("float32", (N, D)), np.arange(N)), block_bytes=600)
+        threads, fill = [], FlatFiller.fill
+        before = {"call": lambda: None}
+
+        def noted(self, *arguments):
+            threads.append(threading.current_thread())
+            before["call"]()
+            fill(self, *arguments)
+
+        monkeypatch.setattr(FlatFiller, "fill", noted)
+        return source, layout_of(source, window_rows=50, slice_rows=25), before, threads
+
+    def stream(self, source, layout, **options):
+        return WindowStream(source, layout, TargetCodec(None), seed=0, depth=4, **options)
+
+    def test_fills_what_the_threads_do_not(self, filling):
+        source, layout, before, threads = filling
+        own = threading.current_thread()
+        before["call"] = lambda: time.sleep(0 if threading.current_thread() is own else 0.02)
+        with self.stream(source, layout, n_threads=2) as stream:
+            rows = [row for window in stream for row in window.y[: window.n_rows, 0].tolist()]
+        assert sorted(rows) == list(range(N))
+        assert threads.count(own) > len(threads) // 2
+        assert len(set(threads)) == 2
+        expect_no_threads()
+
+    def test_leaves_a_single_thread_alone(self, filling):
+        source, layout, _, threads = filling
+        with self.stream(source, layout, n_threads=1) as stream:
+            for _ in stream:
+                pass
+        assert threading.current_thread() not in threads
+
+    def test_an_interrupt_is_heard_at_once(self, filling):
+        source, layout, before, _ = filling
+        own = threading.current_thread()
+
+        def interrupted():
+            time.sleep(0.02)
+            if threading.current_thread() is own:
+                raise KeyboardInterrupt
+
+        before["call"] = interrupted
+        with self.stream(source, layout, n_threads=2) as stream, pytest.raises(KeyboardInterrupt):
+            stream.get()
+        assert stream.get() is END
+        expect_no_threads()
+
+    def test_its_errors_come_after_the_windows_before(self, filling):
+        source, layout, before, threads = filling
+        own = threading.current_thread()
+
+        def failing():
+            if threading.current_thread() is own:
+                raise OSError("gone")
+            time.sleep(0.02)
+
+        before["call"] = failing
+        with self.stream(source, layout, n_threads=2) as stream:
+            assert stream.get().index == 0
+            with pytest.raises(OSError, match="gone"):
+                stream.get()
+            assert len(threads) <= 3
+        expect_no_threads()
+
+
+class TestNumbers:
+    def whole(self, pieces):
+        parts = [(first, y.copy(), None if weight is None else weight.copy()) for first, y, weight in pieces]
+        starts = np.cumsum([0, *(len(y) for _, y, _ in parts)])
+        assert [first for first, _, _ in parts] == starts[:-1].tolist()
+        y = np.concatenate([y.reshape(len(y), -1) for _, y, _ in parts])
+        return y, None if parts[0][2] is None else np.concatenate([weight for _, _, weight in parts])
+
+    @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype not in ("int64", "uint64")])
+    @pytest.mark.parametrize("n_targets", [1, 3])
+    @pytest.mark.parametrize("weighted", [False, True])
+    def test_are_those_of_the_source(self, tmp_path, monkeypatch, dtype, n_targets, weighted):
+        monkeypatch.setattr(streamgd.data.flat, "_NUMBERS", 130)
+        monkeypatch.setattr(streamgd.data.flat, "_SCRATCH_BYTES", 100)
+        paths = [tmp_path / f"{number}.h5" for number in range(3)]
+        for number, path in enumerate(paths):
+            n = N - 123 * number
+            y = numbers(dtype, (n, n_targets) if n_targets > 1 else n, number)
+            write(path, numbers("float32", (n, D)), y, np.abs(numbers("float32", n, 2)) if weighted else None)
+        source = Hdf5Source(paths, weight="w" if weighted else None, block_bytes=600)
+        found = self.whole(iter_numbers(source, TargetCodec(None, n_targets)))
+        expected = self.whole(source.iter_targets())
+        assert (found[0] == expected[0].astype(float)).all()
+        assert (found[1] is None) is not weighted
+        assert not weighted or (found[1] == expected[1]).all()
+
+    def test_whatever_must_be_decoded_or_looked_up_is_left_to_the_source(self, tmp_path):
+        write(tmp_path / "a.h5", numbers("float32", (N, D)), numbers("int64", N))
+        source = Hdf5Source(tmp_path / "a.h5")
+        assert iter_numbers(source, TargetCodec(np.array([0, 1]))) is None
+        assert iter_numbers(source, TargetCodec(None)) is not None
+        with h5py.File(tmp_path / "b.h5", "w") as file:
+            file["X"] = numbers("float32", (N, D))
+            file.create_dataset("y", data=np.arange(N), chunks=(10,))
+        assert iter_numbers(Hdf5Source(tmp_path / "b.h5"), TargetCodec(None)) is None
+
+    def test_a_file_cut_short_is_named(self, tmp_path):
+        write(tmp_path / "a.h5", numbers("float32", (N, D)), numbers("float32", N))
+        source = Hdf5Source(tmp_path / "a.h5")
+        pieces = iter_numbers(source, TargetCodec(None))
+        os.truncate(tmp_path / "a.h5", 4000)
+        with pytest.raises(DataError, match=r"a\.h5"):
+            list(pieces)
+
+
+def test_a_target_that_is_not_finite_is_found_where_its_weight_is_zero(tmp_path):
+    from streamgd.learn.recipe import Recipe
+    from streamgd.run.config import Config
+    from streamgd.run.survey import take_survey
+
+    for weighted in (False, True):
+        y, weight = numbers("float32", N), np.ones(N, np.float32)
+        y[431], weight[431] = np.nan, 0
+        path = write(tmp_path / f"{weighted}.h5", numbers("float32", (N, D)), y, weight)
+        source = Hdf5Source(path, weight="w" if weighted else None)
+        with pytest.raises(NonFiniteError, match=r"row 431.* is NaN"):
+            take_survey(source, Config(Recipe()))

@@ -235,12 +235,29 @@ def test_metrics_are_cut_back_to_the_cursor(tmp_path: Path, cursor: tuple[int, i
 def test_a_torn_last_line_is_dropped(tmp_path: Path, torn: str) -> None:
     with RunFolder(tmp_path) as folder:
         write_all(folder)
-        with (tmp_path / "metrics.jsonl").open("a") as file:
-            file.write(torn)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(torn)
     with RunFolder(tmp_path) as folder:
         folder.cut_metrics((9, 0, 0))
         folder.append_metrics({"epoch": 9, "window": 0})
     assert records(folder) == [*ALL, (9, 0)]
+
+
+def test_records_reach_the_file_now_and_then_and_with_every_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("streamgd.run.folder.time.monotonic", lambda: clock[0])
+    with RunFolder(tmp_path) as folder:
+        folder.append_metrics({"epoch": 0, "window": 0})
+        assert records(folder) == [(0, 0)]  # the first at once
+        folder.append_metrics({"epoch": 0, "window": 1})
+        clock[0] += 1
+        folder.append_metrics({"epoch": 0, "window": 2})
+        assert records(folder) == [(0, 0), (0, 1), (0, 2)]
+        folder.append_metrics({"epoch": 0, "window": 3})
+        folder.save(Checkpoint({}, {"format": 1}), 10)
+        assert records(folder) == [(0, 0), (0, 1), (0, 2), (0, 3)]
 
 
 def test_a_whole_last_line_without_its_end_stays_a_line(tmp_path: Path) -> None:
