@@ -30,6 +30,9 @@ from streamgd.learn.codes import (
 
 Floats = NDArray[np.float64]
 
+#: The rows of the open batch.
+_CARRIED = ("carry_X", "carry_y", "carry_weight")
+
 
 @dataclass
 class State:
@@ -158,23 +161,52 @@ class State:
     def from_tensors(cls, tensors: dict[str, NDArray[Any]], *, batch_size: int, has_weight: bool) -> State:
         """Undo `to_tensors`."""
         filled = int(tensors["counters"][N_CARRY])
-
-        def grown(name: str, rows: int) -> NDArray[Any]:
-            array = np.zeros((rows, *tensors[name].shape[1:]), tensors[name].dtype)
-            if rows:
-                array[:filled] = tensors[name]
-            return array
-
         kept = ("theta", "average", "slots", "scalars", "counters", "checksum", "moments")
         return cls(
             **{name: np.array(tensors[name]) for name in kept},
-            carry_X=grown("carry_X", batch_size),
-            carry_y=grown("carry_y", batch_size),
-            carry_weight=grown("carry_weight", batch_size if has_weight else 0),
+            carry_X=_grown(tensors["carry_X"], batch_size, filled),
+            carry_y=_grown(tensors["carry_y"], batch_size, filled),
+            carry_weight=_grown(tensors["carry_weight"], batch_size if has_weight else 0, filled),
             loss_curve=[float(value) for value in tensors["loss_curve"]],
         )
 
     def copy(self) -> State:
         """Return an independent copy."""
-        arrays = {name: np.array(getattr(self, name)) for name in self.__dataclass_fields__ if name != "loss_curve"}
-        return State(**arrays, loss_curve=list(self.loss_curve))
+        filled, own = int(self.counters[N_CARRY]), {}
+        for name, value in vars(self).items():
+            if name in _CARRIED:
+                own[name] = _grown(value, len(value), filled)
+            elif name != "loss_curve":
+                own[name] = np.array(value)
+        return State(**own, loss_curve=list(self.loss_curve))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of a pickle what says nothing: unfilled rows of the open batch, and moments that are all zero.
+
+        A wide batch is many times as big as the rest of the state, and between rounds it is empty.
+        """
+        filled = int(self.counters[N_CARRY])
+        found = dict(vars(self))
+        found["lengths"] = {name: len(found[name]) for name in _CARRIED}
+        for name in _CARRIED:
+            found[name] = found[name][:filled]
+        if not self.moments.any():
+            found["moments"] = self.moments.shape
+        return found
+
+    def __setstate__(self, found: dict[str, Any]) -> None:
+        """Undo `__getstate__`."""
+        filled, lengths = int(found["counters"][N_CARRY]), found.pop("lengths")
+        for name in _CARRIED:
+            found[name] = _grown(found[name], lengths[name], filled)
+        if isinstance(found["moments"], tuple):
+            found["moments"] = np.zeros(found["moments"])
+        self.__dict__.update(found)
+
+
+def _grown(rows: NDArray[Any], length: int, filled: int) -> NDArray[Any]:
+    """Copy the filled rows of an open batch to memory for `length`; of the rest no page is touched until it is used."""
+    array = np.zeros((length, *rows.shape[1:]), rows.dtype)
+    if length:
+        array[:filled] = rows[:filled]
+    return array
