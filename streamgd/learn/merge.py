@@ -20,7 +20,9 @@ on from the result. With δₗ the change of the coefficients in lane l and wₗ
 Averages are merged by rows in every case: θ̄ ← Σ wₗ θ̄ₗ. The number of updates is that of the busiest lane, so that
 rates and averages go by the steps a lane has taken, and Adam's powers are that lane's.
 
-Sums are taken in lane order, and by element: the bits do not depend on the processor.
+Lanes are added up in pairs, pairs of pairs, and so on, by their numbers alone: lanes 0 and 1, 2 and 3; then 0 to 3. So
+whoever took the turns of lanes 0 to 3 hands on one sum in place of four states, and the bits are the same however the
+lanes were grouped. Within an array sums go by element, in order: the bits do not depend on the processor either.
 
 References
 ----------
@@ -30,7 +32,8 @@ rows). Agarwal et al. (2014), A reliable effective terascale linear learning sys
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +47,10 @@ Floats = NDArray[np.float64]
 #: What a turn counts from zero, and the merge adds up.
 _SUMS = [kernels.LOSS_SUM, kernels.WEIGHT_SUM, kernels.PENALTY_SUM]
 _COUNTS = [kernels.EPOCH_ROWS, kernels.N_ROWS]
+#: What is that of the busiest lane.
+_POWERS = [kernels.BETA_1_POWER, kernels.BETA_2_POWER]
+#: Values squared at a time, which the processor's caches hold.
+_PIECE = 4096
 
 
 def begin_turn(start: State) -> State:
@@ -54,23 +61,159 @@ def begin_turn(start: State) -> State:
     start : State
         Without an open batch; stays as it is.
     """
-    state = start.copy()
+    state = replace(start, moments=np.empty((0, 0))).copy()
+    state.moments = np.zeros(start.moments.shape)
     state.scalars[_SUMS] = 0.0
     state.counters[_COUNTS] = 0
     state.checksum[:] = 0
-    state.moments[:] = 0.0
     return state
 
 
-def merge(start: State, lanes: Sequence[State], packed: Packed) -> State:
-    """Merge the states of lanes.
+@dataclass(frozen=True)
+class Found:
+    """What one or several lanes found, added up.
+
+    Attributes
+    ----------
+    n_lanes : int
+        How many have trained.
+    theta, slots : ndarray of float64
+        Sums of the changes for ``"auto"``, of the values times the lane's rows for others.
+    sizes : ndarray of shape (n_outputs,)
+        Sums of the squared changes of each output.
+    average : ndarray of float64
+        Sum of the averages times the lane's rows.
+    zero : ndarray of bool, or None
+        What is zero in every lane, where that matters.
+    scalars, counters, checksum, moments : ndarray
+        As in the state: sums, the busiest lane's updates and powers, the greatest distance, the first lane's failure.
+    """
+
+    n_lanes: int
+    theta: Floats
+    slots: Floats
+    sizes: Floats
+    average: Floats
+    zero: NDArray[np.bool_] | None
+    scalars: Floats
+    counters: NDArray[np.int64]
+    checksum: NDArray[np.uint64]
+    moments: Floats | None
+
+
+def found_by(start: State, state: State, packed: Packed) -> Found:
+    """Say what a lane found.
 
     Parameters
     ----------
     start : State
-        What all lanes started from.
-    lanes : sequence of State
-        As `begin_turn` gave them, trained on at least one row each, without open batches; in lane order.
+        What the lane started from.
+    state : State
+        As `begin_turn` gave it, trained on at least one row, without an open batch. Its arrays are used up.
+    packed : Packed
+        The recipe.
+    """
+    rows = float(state.counters[kernels.EPOCH_ROWS])
+    zero = state.theta == 0 if packed.params[kernels.PARAM_L1] > 0 else None
+    sizes = np.zeros(0)
+    with np.errstate(all="ignore"):  # a lane that diverged
+        if packed.codes[kernels.CODE_OPTIMIZER] == kernels.AUTO:
+            state.theta -= start.theta
+            state.slots -= start.slots
+            sizes = _squares(state.theta)
+        else:
+            state.theta *= rows
+            state.slots *= rows
+        state.average *= rows
+        state.scalars[kernels.DOWG_SUM] *= rows
+    moments = state.moments if packed.codes[kernels.CODE_MOMENTS] else None
+    return Found(
+        n_lanes=1,
+        theta=state.theta,
+        slots=state.slots,
+        sizes=sizes,
+        average=state.average,
+        zero=zero,
+        scalars=state.scalars,
+        counters=state.counters,
+        checksum=state.checksum,
+        moments=moments,
+    )
+
+
+def added(left: Found, right: Found) -> Found:
+    """Add up what lanes found, those with lower numbers on the left; both stay as they are."""
+    scalars, counters = left.scalars.copy(), left.counters.copy()
+    with np.errstate(all="ignore"):
+        scalars[_SUMS] += right.scalars[_SUMS]
+        scalars[kernels.DOWG_SUM] += right.scalars[kernels.DOWG_SUM]
+        theta, slots = left.theta + right.theta, left.slots + right.slots
+        sizes, average = left.sizes + right.sizes, left.average + right.average
+    scalars[kernels.DOWG_DISTANCE] = max(left.scalars[kernels.DOWG_DISTANCE], right.scalars[kernels.DOWG_DISTANCE])
+    if right.counters[kernels.N_UPDATES] > left.counters[kernels.N_UPDATES]:
+        counters[kernels.N_UPDATES] = right.counters[kernels.N_UPDATES]
+        scalars[_POWERS] = right.scalars[_POWERS]
+    if counters[kernels.STATUS] == kernels.OK:
+        counters[kernels.STATUS] = right.counters[kernels.STATUS]
+        scalars[kernels.BAD_VALUE] = right.scalars[kernels.BAD_VALUE]
+    counters[_COUNTS] += right.counters[_COUNTS]
+    return Found(
+        n_lanes=left.n_lanes + right.n_lanes,
+        theta=theta,
+        slots=slots,
+        sizes=sizes,
+        average=average,
+        zero=None if left.zero is None or right.zero is None else left.zero & right.zero,
+        scalars=scalars,
+        counters=counters,
+        checksum=left.checksum + right.checksum,
+        moments=None if left.moments is None or right.moments is None else left.moments + right.moments,
+    )
+
+
+#: What stretches of lanes found, by (level, index): lanes ``index * 2**level`` up to the next index's first one, as far
+#: as there are so many. None where no lane had rows.
+Stretches = dict[tuple[int, int], Found | None]
+
+
+def fold(stretches: Mapping[tuple[int, int], Found | None], n_lanes: int) -> Stretches:
+    """Add up neighbours as far as they are there.
+
+    Parameters
+    ----------
+    stretches : mapping of (level, index) to Found or None
+        Single lanes are of level 0. None of them may overlap.
+    n_lanes : int
+        Lanes of the run.
+
+    Returns
+    -------
+    dict
+        The fewest stretches; a single one if every lane is there.
+    """
+    left = dict(stretches)
+    level = 0
+    while 1 << level < n_lanes:
+        for at, index in sorted(key for key in left if key[0] == level):
+            first, other = index & ~1, index | 1
+            if other << level >= n_lanes:  # there are no such lanes
+                left[level + 1, index >> 1] = left.pop((at, index))
+            elif index == first and (level, other) in left:
+                one, two = left.pop((level, first)), left.pop((level, other))
+                left[level + 1, index >> 1] = added(one, two) if one and two else one or two
+        level += 1
+    return left
+
+
+def merge(start: State, found: Found, packed: Packed) -> State:
+    """Go on from what all lanes found.
+
+    Parameters
+    ----------
+    start : State
+        What all lanes started from; stays as it is.
+    found : Found
+        Of all lanes.
     packed : Packed
         The recipe.
 
@@ -79,64 +222,50 @@ def merge(start: State, lanes: Sequence[State], packed: Packed) -> State:
     State
         A new one. If a lane has diverged, so has the result.
     """
-    merged = start.copy()
-    rows = np.array([state.counters[kernels.EPOCH_ROWS] for state in lanes], np.float64)
-    shares = rows / rows.sum()
-    if packed.codes[kernels.CODE_OPTIMIZER] == kernels.AUTO:
-        merged.theta[:] = _joined(
-            start.theta, [state.theta for state in lanes], bool(packed.codes[kernels.CODE_SOFTMAX])
-        )
-        for state in lanes:
-            merged.slots += state.slots - start.slots
-    else:
-        merged.theta[:] = _mean([state.theta for state in lanes], shares)
-        merged.slots[:] = _mean([state.slots for state in lanes], shares)
-    merged.average[:] = _mean([state.average for state in lanes], shares)
-    if packed.params[kernels.PARAM_L1] > 0:  # what is zero in every lane is zero
-        merged.theta[np.all([state.theta == 0 for state in lanes], axis=0)] = 0.0
-    busiest = max(lanes, key=lambda state: int(state.counters[kernels.N_UPDATES]))
-    merged.counters[kernels.N_UPDATES] = busiest.counters[kernels.N_UPDATES]
-    kept = [kernels.BETA_1_POWER, kernels.BETA_2_POWER]
-    merged.scalars[kept] = busiest.scalars[kept]
-    distances = [state.scalars[kernels.DOWG_DISTANCE] for state in lanes]
-    merged.scalars[kernels.DOWG_DISTANCE] = max(distances)
-    merged.scalars[kernels.DOWG_SUM] = _mean([state.scalars[[kernels.DOWG_SUM]] for state in lanes], shares)[0]
-    for state in lanes:
-        merged.scalars[_SUMS] += state.scalars[_SUMS]
-        merged.counters[_COUNTS] += state.counters[_COUNTS]
-        merged.checksum += state.checksum
-        merged.moments += state.moments
-        if state.counters[kernels.STATUS] != kernels.OK and merged.counters[kernels.STATUS] == kernels.OK:
-            merged.counters[kernels.STATUS] = state.counters[kernels.STATUS]
-            merged.scalars[kernels.BAD_VALUE] = state.scalars[kernels.BAD_VALUE]
+    rows = float(found.counters[kernels.EPOCH_ROWS])
+    with np.errstate(all="ignore"):  # diverged lanes; no change at all
+        if packed.codes[kernels.CODE_OPTIMIZER] == kernels.AUTO:
+            factor = _factor(found, bool(packed.codes[kernels.CODE_SOFTMAX]))
+            theta = start.theta + factor[:, None] * found.theta
+            slots = start.slots + found.slots
+        else:
+            theta, slots = found.theta / rows, found.slots / rows
+        average = found.average / rows
+    if found.zero is not None:  # what is zero in every lane is zero
+        theta[found.zero] = 0.0
+    none = np.empty((0, 0))
+    merged = replace(start, theta=none, average=none, slots=none).copy()
+    merged.theta, merged.average, merged.slots = theta, average, slots
+    scalars, counters = merged.scalars, merged.counters
+    scalars[_POWERS] = found.scalars[_POWERS]
+    scalars[kernels.DOWG_DISTANCE] = found.scalars[kernels.DOWG_DISTANCE]
+    scalars[kernels.DOWG_SUM] = found.scalars[kernels.DOWG_SUM] / rows
+    scalars[kernels.BAD_VALUE] = found.scalars[kernels.BAD_VALUE]
+    scalars[_SUMS] += found.scalars[_SUMS]
+    counters[_COUNTS] += found.counters[_COUNTS]
+    counters[kernels.N_UPDATES] = found.counters[kernels.N_UPDATES]
+    counters[kernels.STATUS] = found.counters[kernels.STATUS]
+    merged.checksum += found.checksum
+    if found.moments is not None:
+        merged.moments += found.moments
     return merged
 
 
-def _mean(arrays: Sequence[Floats], shares: Floats) -> Floats:
-    total = np.zeros_like(arrays[0])
-    for array, share in zip(arrays, shares, strict=True):
-        total += share * array
-    return total
-
-
-def _joined(start: Floats, lanes: Sequence[Floats], softmax: bool) -> Floats:
-    """Add to the coefficients what the lanes found: the more of it, the less they agree."""
-    total, sizes = np.zeros_like(start), np.zeros(len(start))
-    for theta in lanes:
-        change = theta - start
-        total += change
-        sizes += _squares(change)
-    together = _squares(total)
+def _factor(found: Found, softmax: bool) -> Floats:
+    """Say how much of the sum of the changes counts: the more, the less the lanes agree."""
+    sizes, together = found.sizes, _squares(found.theta)
     if softmax:
         sizes, together = sizes.sum(keepdims=True), together.sum(keepdims=True)
-    with np.errstate(all="ignore"):  # diverged lanes; no change at all
-        factor = np.where(together > 0, sizes / together, 1.0)
-    factor = np.clip(factor, 1.0 / len(lanes), 1.0)
-    joined: Floats = start + factor[:, None] * total
-    return joined
+    factor = np.where(together > 0, sizes / together, 1.0)
+    return np.clip(factor, 1.0 / found.n_lanes, 1.0)
 
 
 def _squares(change: Floats) -> Floats:
     """Sum the squares of each row, one after the other: NumPy's own sums depend on the processor."""
-    sums: Floats = np.cumsum(change * change, axis=1)[:, -1]
-    return sums
+    total = np.zeros(len(change))
+    for first in range(0, change.shape[1], _PIECE):
+        piece = change[:, first : first + _PIECE]
+        squares = piece * piece
+        squares[:, 0] += total
+        total = np.cumsum(squares, axis=1)[:, -1]
+    return total

@@ -28,8 +28,8 @@ from streamgd.learn.state import State
 from streamgd.run.config import RunOptions
 from streamgd.run.delivery import DeliveredBlocks
 from streamgd.run.epochs import Watcher
-from streamgd.run.lanes import LaneWork, Turn, take_turn
-from streamgd.run.rounds import Crew, Round, merge_turns, play_rounds
+from streamgd.run.lanes import LaneWork, take_turn
+from streamgd.run.rounds import Crew, Part, Round, joined, merge_parts, play_rounds
 from streamgd.run.runs import Run, versions
 from streamgd.run.turns import Turns
 from streamgd.run.workers import WorkerReport, assign, costs_of, describe, lanes_kept, same_versions, unfit
@@ -216,7 +216,6 @@ class ClusterCrew(Crew):
                 _merged,
                 start,
                 tasks[-len(groups) :],
-                [lanes for lanes, _ in groups],
                 packed,
                 end,
                 key=(f"merge-lanes-{name}", *where),
@@ -226,12 +225,12 @@ class ClusterCrew(Crew):
         return _Flight(epoch, row, ends, merged, tasks, chained)
 
     def _groups(self) -> list[tuple[list[int], str]]:
-        """Divide each worker's lanes among its threads: fewer tasks cost less."""
+        """Divide each worker's lanes among its threads, neighbours together: fewer tasks, and fewer sums to hand on."""
         groups = []
         for address in sorted(set(self._lanes.values())):
             lanes = sorted(lane for lane, where in self._lanes.items() if where == address)
             n = min(len(lanes), self._reports[address].n_threads)
-            groups += [(lanes[i::n], address) for i in range(n)]
+            groups += [(lanes[i * len(lanes) // n : (i + 1) * len(lanes) // n], address) for i in range(n)]
         return groups
 
     def _at(self, address: str) -> dict[str, Any]:
@@ -453,11 +452,15 @@ def _turns(
     end: int,
     extra: Mapping[str, Any],
     blocks: Mapping[int, Mapping[int, Any]] | None,
-) -> list[Turn]:
-    """Take the turns of some lanes on a worker."""
+) -> Part:
+    """Take the turns of some lanes on a worker, and join them as soon as they are neighbours."""
     _make_ready(work, extra)
     state = _begun(start)
-    return [take_turn(work, state, packed, lane, row, end, None if blocks is None else blocks[lane]) for lane in lanes]
+    parts: list[Part] = []
+    for lane in lanes:
+        turn = take_turn(work, state, packed, lane, row, end, None if blocks is None else blocks[lane])
+        parts = [joined([*parts, Part.of(lane, turn)], work.plans.n_lanes)]
+    return parts[0]
 
 
 def _rounds(
@@ -492,18 +495,9 @@ def _make_ready(work: LaneWork, extra: Mapping[str, Any]) -> None:
     work.most_readers = lanes_kept(extra["costs"], work.n_threads, int(worker.memory_manager.memory_limit or 0))
 
 
-def _merged(
-    start: State | Round | list[Round],
-    turns: Sequence[Sequence[Turn]],
-    lanes: Sequence[Sequence[int]],
-    packed: Packed,
-    end: int,
-) -> Round:
-    """Merge the turns in lane order, however they were grouped."""
-    by_lane = {
-        lane: turn for some, group in zip(lanes, turns, strict=True) for lane, turn in zip(some, group, strict=True)
-    }
-    return merge_turns(_begun(start), [by_lane[lane] for lane in sorted(by_lane)], packed, end)
+def _merged(start: State | Round | list[Round], parts: Sequence[Part], packed: Packed, end: int) -> Round:
+    """Merge what the turns of all lanes gave."""
+    return merge_parts(_begun(start), parts, packed, end)
 
 
 def _close(key: Any, dask_worker: Any = None) -> None:

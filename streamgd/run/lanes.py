@@ -20,7 +20,7 @@ from streamgd.data.sources.base import Source
 from streamgd.data.window import Stopped, Window
 from streamgd.errors import RowAccountingError
 from streamgd.learn import kernels
-from streamgd.learn.merge import begin_turn
+from streamgd.learn.merge import Found, begin_turn, found_by
 from streamgd.learn.recipe import Packed
 from streamgd.learn.state import State
 from streamgd.run.lane_rows import LanePlans, LaneReader, Readers, RowInputs
@@ -37,8 +37,9 @@ class Turn:
 
     Attributes
     ----------
-    state : State or None
-        As trained; None if the lane had no rows left.
+    found : Found, State or None
+        What the lane found, to be merged, or the state as trained if there is only one lane; None if the lane had no
+        rows left.
     done : bool
         Whether the lane's epoch is over.
     read_rows : int
@@ -47,7 +48,7 @@ class Turn:
         Seconds that training waited for windows.
     """
 
-    state: State | None
+    found: Found | State | None
     done: bool
     read_rows: int
     wait_s: float
@@ -140,7 +141,7 @@ def take_turn(
     except BaseException:
         reader.close()
         raise
-    leave_reader(work, reader, turn.state)
+    leave_reader(work, reader, turn.found)
     return turn
 
 
@@ -162,7 +163,8 @@ def train_turn(work: LaneWork, start: State, packed: Packed, lane: int, reader: 
     if n_rows != expected and state.counters[kernels.STATUS] == kernels.OK:
         raise RowAccountingError(f"lane {lane} saw {n_rows:,} rows of a turn of {expected:,}; this is a bug")
     wait_s, read_rows = reader.wait_s - wait_s, reader.read_rows - read_rows
-    return Turn(state if n_rows else None, end >= reader.lane_rows, read_rows, wait_s)
+    found = None if not n_rows else state if alone else found_by(start, state, packed)
+    return Turn(found, end >= reader.lane_rows, read_rows, wait_s)
 
 
 def open_reader(
@@ -173,7 +175,7 @@ def open_reader(
     return work.readers.take(work.plans, work.inputs, work.n_threads, lane, epoch, row, delivered)
 
 
-def leave_reader(work: LaneWork, reader: LaneReader, state: State | None) -> None:
+def leave_reader(work: LaneWork, reader: LaneReader, state: Found | State | None) -> None:
     """Keep a reader for the lane's next turn, unless it was left where it stood when the lane diverged."""
     if state is not None and state.counters[kernels.STATUS] != kernels.OK:
         reader.close()

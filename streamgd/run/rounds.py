@@ -14,12 +14,12 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from streamgd.data.prefetch import default_threads
 from streamgd.errors import ClusterError, DataError
 from streamgd.learn import kernels
-from streamgd.learn.merge import merge
+from streamgd.learn.merge import Stretches, fold, merge
 from streamgd.learn.recipe import Packed
 from streamgd.learn.state import State
 from streamgd.run.config import RunOptions
@@ -58,32 +58,78 @@ class Round:
     wait_s: float
 
 
-def merge_turns(start: State, turns: Sequence[Turn], packed: Packed, end: int) -> Round:
-    """Merge what the lanes' turns gave, in lane order.
+@dataclass(frozen=True)
+class Part:
+    """What the turns of some lanes gave, added up as far as they are neighbours.
+
+    Attributes
+    ----------
+    n_lanes : int
+        How many turns were taken.
+    stretches : dict of (level, index) to Found or None
+        See `streamgd.learn.merge.fold`.
+    alone : State or None
+        As trained, if the run has one lane.
+    done : bool
+        Whether the epoch is over for all of them.
+    read_rows : int
+        Rows read.
+    wait_s : float
+        Seconds that training waited for windows, the sum of all.
+    """
+
+    n_lanes: int
+    stretches: Stretches
+    alone: State | None
+    done: bool
+    read_rows: int
+    wait_s: float
+
+    @classmethod
+    def of(cls, lane: int, turn: Turn) -> Self:
+        """Return that of one turn."""
+        found, alone = (None, turn.found) if isinstance(turn.found, State) else (turn.found, None)
+        return cls(1, {(0, lane): found}, alone, turn.done, turn.read_rows, turn.wait_s)
+
+
+def joined(parts: Sequence[Part], n_lanes: int) -> Part:
+    """Join parts, of the `n_lanes` lanes of the run, to one; they stay as they are."""
+    stretches: Stretches = {}
+    for part in parts:
+        stretches |= part.stretches
+    return Part(
+        sum(part.n_lanes for part in parts),
+        fold(stretches, n_lanes),
+        parts[0].alone,
+        all(part.done for part in parts),
+        sum(part.read_rows for part in parts),
+        sum(part.wait_s for part in parts),
+    )
+
+
+def merge_parts(start: State, parts: Sequence[Part], packed: Packed, end: int) -> Round:
+    """Merge what the turns of all lanes gave, however they were grouped.
 
     Parameters
     ----------
     start : State
         What all lanes started from.
-    turns : sequence of Turn
-        One for each lane.
+    parts : sequence of Part
+        Of all lanes.
     packed : Packed
         The recipe.
     end : int
         Row of each lane's epoch where the next turn begins.
     """
-    trained = [turn.state for turn in turns if turn.state is not None]
-    if len(turns) == 1:
-        state = trained[0] if trained else start  # with one lane the cursor is that of a run without lanes
+    n_lanes = sum(part.n_lanes for part in parts)
+    whole = joined(parts, n_lanes)
+    if n_lanes == 1:
+        state = start if whole.alone is None else whole.alone  # the cursor is that of a run without lanes
     else:
-        state = merge(start, trained, packed) if trained else start.copy()
+        (found,) = whole.stretches.values()
+        state = start.copy() if found is None else merge(start, found, packed)
         state.counters[[kernels.WINDOW, kernels.ROW]] = start.counters[kernels.WINDOW] + 1, end
-    return Round(
-        state,
-        all(turn.done for turn in turns),
-        sum(turn.read_rows for turn in turns),
-        sum(turn.wait_s for turn in turns) / len(turns),
-    )
+    return Round(state, whole.done, whole.read_rows, whole.wait_s / n_lanes)
 
 
 def play_rounds(
@@ -124,8 +170,11 @@ def play_rounds(
             delivered = None if blocks is None else blocks[lane]
             readers.append(open_reader(work, lane, start.epoch, row, ends[-1], delivered))
         for end in ends:
-            turns = [train_turn(work, state, packed, lane, reader, row, end) for lane, reader in enumerate(readers)]
-            played.append(merge_turns(state, turns, packed, end))
+            parts = [
+                Part.of(lane, train_turn(work, state, packed, lane, reader, row, end))
+                for lane, reader in enumerate(readers)
+            ]
+            played.append(merge_parts(state, parts, packed, end))
             state, row = played[-1].state, end
             if played[-1].done or state.counters[kernels.STATUS] != kernels.OK:
                 break
@@ -193,7 +242,8 @@ class LocalCrew(Crew):
         for future in futures:
             if future.done() and (error := future.exception()) is not None:
                 raise error
-        return merge_turns(start, [future.result() for future in futures], packed, end)
+        parts = [Part.of(lane, future.result()) for lane, future in enumerate(futures)]
+        return merge_parts(start, parts, packed, end)
 
     def close(self) -> None:
         """Stop all threads."""

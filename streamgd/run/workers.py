@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -179,6 +179,9 @@ def _copied_bytes(run: Run) -> int:
 def assign(n_lanes: int, threads: Mapping[str, int], before: Mapping[int, str]) -> dict[int, str]:
     """Give each lane a worker, as evenly as threads go, and leave lanes where they were as far as that allows.
 
+    Lanes that move go to workers in order, so that each has neighbours, which hand on one sum: see
+    `streamgd.learn.merge`.
+
     Parameters
     ----------
     n_lanes : int
@@ -189,18 +192,20 @@ def assign(n_lanes: int, threads: Mapping[str, int], before: Mapping[int, str]) 
         Where lanes were.
     """
     total = sum(threads.values())
-    room = {address: math.ceil(n_lanes * n / total) for address, n in sorted(threads.items())}
+    held = Counter(before.values())
+    room = {address: n_lanes * n // total for address, n in sorted(threads.items())}
+    # What is left over goes first to those that had more than their share anyway.
+    fractions = {address: n_lanes * n % total for address, n in threads.items()}
+    takers = sorted(room, key=lambda each: (held[each] <= room[each], -fractions[each], each))
+    for address in takers[: n_lanes - sum(room.values())]:
+        room[address] += 1
     found: dict[int, str] = {}
     for lane, address in sorted(before.items()):
         if room.get(address, 0) > 0 and lane < n_lanes:
             found[lane] = address
             room[address] -= 1
-    for lane in range(n_lanes):
-        if lane not in found:
-            address = max(room, key=lambda each: room[each] / threads[each])
-            found[lane] = address
-            room[address] -= 1
-    return found
+    free = (address for address, n in room.items() for _ in range(n))
+    return found | {lane: next(free) for lane in range(n_lanes) if lane not in found}
 
 
 _checked = threading.local()

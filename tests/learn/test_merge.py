@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from streamgd.learn import kernels
-from streamgd.learn.merge import begin_turn, merge
+from streamgd.learn import merge as merge_module
+from streamgd.learn.merge import begin_turn, fold, found_by
+from streamgd.learn.merge import merge as merge_found
 from streamgd.learn.recipe import Recipe
 from streamgd.learn.state import State
 
@@ -32,6 +36,14 @@ def state_of(n_outputs: int = 1, n_features: int = 3, seed: int = 0) -> State:
 
 def packed_of(optimizer: str = "auto", **options: object):
     return Recipe(optimizer=optimizer, **options).pack(n_classes=0, n_updates=10, mean_weight=1.0, moments=False)
+
+
+def merge(start: State, lanes: list[State], packed: Any) -> State:
+    """Merge lanes, each added to what others found on its own."""
+    stretches = {(0, lane): found_by(start, state.copy(), packed) for lane, state in enumerate(lanes)}
+    (found,) = fold(stretches, len(lanes)).values()
+    assert found is not None
+    return merge_found(start, found, packed)
 
 
 def lane_of(start: State, change: np.ndarray, rows: int = 10, updates: int = 2) -> State:
@@ -144,3 +156,49 @@ def test_neither_start_nor_lanes_are_changed():
     assert before == {name: array.tobytes() for name, array in start.to_tensors().items()}
     for lane, theta in zip(lanes, kept, strict=True):
         np.testing.assert_array_equal(lane.theta, theta)
+
+
+@pytest.mark.parametrize("optimizer", ["auto", "adam"])
+@pytest.mark.parametrize("n_lanes", [2, 3, 5, 6, 8, 11])
+def test_bits_do_not_depend_on_how_lanes_are_grouped(n_lanes, optimizer):
+    """Whoever took which turns: alone, in runs, or every other one; neighbours are added up where they are."""
+    start, packed, rng = state_of(), packed_of(optimizer, penalty="l1", alpha=0.1), np.random.default_rng(1)
+    lanes = [lane_of(start, rng.normal(size=(1, 4)), rows=lane + 1, updates=lane % 3 + 1) for lane in range(n_lanes)]
+    expected = bits_of(merge(start, lanes, packed))
+    for groups in (
+        [range(n_lanes)],
+        [range(n_lanes // 2), range(n_lanes // 2, n_lanes)],
+        [range(0, n_lanes, 2), range(1, n_lanes, 2)],
+        [range(1), range(1, n_lanes)],
+    ):
+        parts = [fold({(0, i): found_by(start, lanes[i].copy(), packed) for i in some}, n_lanes) for some in groups]
+        whole = fold({key: found for part in parts for key, found in part.items()}, n_lanes)
+        assert len(whole) == 1
+        assert bits_of(merge_found(start, next(iter(whole.values())), packed)) == expected
+
+
+def test_neighbours_hand_on_one_sum():
+    start, packed = state_of(), packed_of()
+    found = {(0, lane): found_by(start, lane_of(start, axis(0)), packed) for lane in range(8)}
+    assert list(fold({(0, i): found[0, i] for i in range(4)}, 8)) == [(2, 0)]
+    assert list(fold({(0, i): found[0, i] for i in range(4, 7)}, 7)) == [(2, 1)]  # there is no eighth lane
+    assert sorted(fold({(0, i): found[0, i] for i in range(1, 6)}, 8)) == [(0, 1), (1, 1), (1, 2)]
+    assert sorted(fold({(0, i): found[0, i] for i in (0, 2, 4, 6)}, 8)) == [(0, 0), (0, 2), (0, 4), (0, 6)]
+
+
+def test_lanes_without_rows_are_passed_over():
+    start, packed = state_of(), packed_of()
+    lane = lane_of(start, axis(0))
+    alone = fold({(0, 0): found_by(start, lane.copy(), packed)}, 1)[0, 0]
+    found = fold({(0, 0): None, (0, 1): None, (0, 2): found_by(start, lane.copy(), packed), (0, 3): None}, 4)[2, 0]
+    assert bits_of(merge_found(start, found, packed)) == bits_of(merge_found(start, alone, packed))
+    assert fold({(0, 0): None, (0, 1): None}, 2) == {(1, 0): None}
+
+
+def bits_of(state: State) -> dict[str, bytes]:
+    return {name: array.tobytes() for name, array in state.to_tensors().items()}
+
+
+def test_squares_are_added_up_in_order_however_many_there_are():
+    change = np.random.default_rng(0).normal(size=(2, 10_001))
+    np.testing.assert_array_equal(merge_module._squares(change), np.cumsum(change * change, axis=1)[:, -1])

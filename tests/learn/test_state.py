@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 from safetensors.numpy import load, save
@@ -111,3 +113,25 @@ def test_a_copy_is_independent():
     copy.loss_curve.append(2.0)
     assert bits_of(state) == before
     assert bits_of(copy) != before
+
+
+@pytest.mark.parametrize("stop", [0, 20, 32])
+def test_a_pickled_state_goes_on_to_the_same_bits_and_holds_no_unfilled_rows(stop):
+    rows, recipe = make_rows(40, 300), Recipe(batch_size=16)
+    packed = pack(recipe, rows)
+    state = begin(recipe, rows)
+    feed(state, rows, packed, stop=stop, close=False)
+    sent = pickle.dumps(state)
+    assert len(sent) < 5 * 8 * 301 + (stop % 16) * 301 * 8 + 5_000
+    again = pickle.loads(sent)
+    assert (again.carry_X.shape, again.carry_y.shape) == (state.carry_X.shape, state.carry_y.shape)
+    assert (again.moments.shape, again.moments.dtype) == (state.moments.shape, state.moments.dtype)
+    for one in (state, again):
+        feed(one, rows, packed, start=stop)
+    assert bits_of(again) == bits_of(state)
+
+
+def test_moments_are_pickled():
+    state = begin(Recipe(), make_rows(4, 2))
+    state.moments[1, 0] = 2.0
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(state)).moments, state.moments)

@@ -104,9 +104,9 @@ class TestTurns:
         fresh = LaneWork(run, run.source, n_threads=2, most_readers=0)
         elsewhere = take_turn(fresh, run.state, packed, 1, 0, 64)
         for turn in (again, elsewhere):
-            assert turn.state is not None
-            assert turn.state.theta.tobytes() == first.state.theta.tobytes()
-            assert turn.state.checksum == first.state.checksum
+            assert turn.found is not None
+            assert turn.found.theta.tobytes() == first.found.theta.tobytes()
+            assert turn.found.checksum == first.found.checksum
         assert small.bits(run) == before
         work.readers.close()
         fresh.readers.close()
@@ -122,14 +122,14 @@ class TestTurns:
         came_by = take_turn(work, run.state, packed, 1, row, row + 32)
         work.readers.close()
         jumped = take_turn(LaneWork(run, run.source, n_threads=1, most_readers=0), run.state, packed, 1, row, row + 32)
-        assert came_by.state.theta.tobytes() == jumped.state.theta.tobytes()
-        assert came_by.state.checksum == jumped.state.checksum
+        assert came_by.found.theta.tobytes() == jumped.found.theta.tobytes()
+        assert came_by.found.checksum == jumped.found.checksum
 
     def test_a_lane_without_rows_left_says_so(self):
         run = begin_lanes()
         work = LaneWork(run, run.source, n_threads=1, most_readers=0)
         turn = take_turn(work, run.state, run.packed(moments=False), 0, 10_000, 10_032)
-        assert turn.state is None
+        assert turn.found is None
         assert turn.done
 
     def test_kept_readers_are_bounded(self):
