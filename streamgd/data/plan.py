@@ -2,7 +2,9 @@
 
 Order is a function of (rows of each block, layout, seed, epoch, lane) alone:
 
-1. An epoch permutes the blocks and deals them to the lanes, each to the lane with the fewest rows so far.
+1. Blocks are permuted and dealt to the lanes, each to the lane with the fewest rows so far, once for the run: a lane has
+   the same blocks in every epoch, so that whoever takes its turns need read, cache or fetch no others. An epoch permutes
+   the blocks anew, and a lane takes its own in that order.
 2. A lane keeps up to ``n_open`` blocks open, in slots. A window takes the next ``slice_rows`` rows (or what the block
    has left) from each slot in turn. A finished block's slot goes to the next block of the order; when there is none,
    the slot is gone. The window ends when the next slice would not fit, or no rows are left; the next window goes on
@@ -13,8 +15,9 @@ If one window holds everything, blocks stay in file order: the window's permutat
 shuffling there is one slot, blocks are taken in file order and rows keep their order.
 
 Random numbers are the raw stream of ``numpy.random.Philox(SeedSequence(seed, spawn_key))``, with the spawn key
-``(epoch, 0)`` for the order of blocks and ``(epoch, 1 + lane, 1 + window)`` for the places in a window, turned into
-permutations by `streamgd.data.placing.permute`. NumPy promises to keep that stream, but not `Generator.permutation`.
+``(0,)`` for the deal, ``(epoch, 0)`` for the order of blocks and ``(epoch, 1 + lane, 1 + window)`` for the places in a
+window, turned into permutations by `streamgd.data.placing.permute`. NumPy promises to keep that stream, but not
+`Generator.permutation`.
 """
 
 from __future__ import annotations
@@ -191,11 +194,20 @@ class EpochPlan:
         if shuffle and len(blocks) > 1 and (n_lanes > 1 or int(self.block_rows.sum()) > layout.window_rows):
             _permute(blocks, self.seed, epoch, 0)
         if n_lanes > 1:
-            from streamgd.data.placing import deal_blocks
-
-            blocks = blocks[deal_blocks(blocks, self.block_rows, n_lanes) == lane]
+            blocks = blocks[self._dealt(n_lanes)[blocks] == lane]
         self.blocks = blocks
         self.n_rows = int(self.block_rows[blocks].sum())
+
+    def _dealt(self, n_lanes: int) -> NDArray[np.int32]:
+        """Return the lane of each block."""
+        from streamgd.data.placing import deal_blocks
+
+        order = np.arange(len(self.block_rows), dtype=np.int32)
+        if self.shuffle:
+            _permute(order, self.seed, 0)
+        lanes = np.empty_like(order)
+        lanes[order] = deal_blocks(order, self.block_rows, n_lanes)
+        return lanes
 
     @cached_property
     def n_windows(self) -> int:

@@ -220,6 +220,22 @@ class TestOrder:
         assert max(sizes) - min(sizes) <= source.block_rows.max()
         assert sum(lane.checksum for lane in lanes) % 2**64 == checksum_of(source.block_rows)
 
+    def test_a_lane_has_the_same_blocks_in_every_epoch_in_another_order(self):
+        source = FakeSource([7] * 40)
+        layout = layout_of(source, window_rows=50)
+        for lane in range(4):
+            orders = [
+                EpochPlan(source.block_rows, layout, seed=9, epoch=epoch, lane=lane, n_lanes=4).blocks.tolist()
+                for epoch in range(5)
+            ]
+            assert len({tuple(sorted(order)) for order in orders}) == 1
+            assert len(set(map(tuple, orders))) == 5
+        dealt = {
+            tuple(sorted(EpochPlan(source.block_rows, layout, seed=seed, epoch=0, n_lanes=4).blocks.tolist()))
+            for seed in range(5)
+        }
+        assert len(dealt) == 5
+
     def test_epochs_and_seeds_differ(self):
         source = FakeSource([7] * 30)
         layout = layout_of(source, window_rows=50)
@@ -270,6 +286,9 @@ class TestOrder:
                 assert window.places().tolist() == reference(window.n_rows, 2**40 + 7, 3, 1 + lane, 1 + window.index)
         order = EpochPlan(np.full(20, 10), layout, seed=5, epoch=0).blocks.tolist()
         assert order == reference(20, 5, 0, 0)
+        first = EpochPlan(np.full(20, 10), layout, seed=5, epoch=3, n_lanes=2).blocks.tolist()
+        mine = set(reference(20, 5, 0)[::2])  # dealt once for all epochs, one by one as they are equally long
+        assert first == [block for block in reference(20, 5, 3, 0) if block in mine]
 
     def test_every_permutation_is_as_likely(self):
         layout = layout_of(FakeSource([3]), window_rows=3)
