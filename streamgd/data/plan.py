@@ -2,9 +2,9 @@
 
 Order is a function of (rows of each block, layout, seed, epoch, lane) alone:
 
-1. Blocks are permuted and dealt to the lanes, each to the lane with the fewest rows so far, once for the run: a lane has
-   the same blocks in every epoch, so that whoever takes its turns need read, cache or fetch no others. An epoch permutes
-   the blocks anew, and a lane takes its own in that order.
+1. Blocks are permuted and dealt to the lanes, each to the lane with the fewest rows so far, once for the run: a lane
+   has the same blocks in every epoch, so that whoever takes its turns need read, cache or fetch no others. An epoch
+   permutes the blocks anew, and a lane takes its own in that order.
 2. A lane keeps up to ``n_open`` blocks open, in slots. A window takes the next ``slice_rows`` rows (or what the block
    has left) from each slot in turn. A finished block's slot goes to the next block of the order; when there is none,
    the slot is gone. The window ends when the next slice would not fit, or no rows are left; the next window goes on

@@ -28,6 +28,7 @@ from streamgd.learn.state import State
 from streamgd.run.config import RunOptions
 from streamgd.run.delivery import DeliveredBlocks
 from streamgd.run.epochs import Watcher
+from streamgd.run.lane_rows import Delivery
 from streamgd.run.lanes import LaneWork, take_turn
 from streamgd.run.rounds import Crew, Part, Round, joined, merge_parts, play_rounds
 from streamgd.run.runs import Run, versions
@@ -88,7 +89,7 @@ class ClusterCrew(Crew):
         source: Any = run.source
         self._blocks: DeliveredBlocks | None = None
         if source.kind == "dask":
-            self._blocks = DeliveredBlocks(run, client, self._turns)
+            self._blocks = DeliveredBlocks(run, client)
             source = source.detached()
         self._closed = False
         self._stop = stop
@@ -96,6 +97,8 @@ class ClusterCrew(Crew):
         self._flown_from: State | None = None
         self._played: deque[Round] = deque()  # rounds that came with others before them
         self._round_s, self._flights = 0.0, 0
+        self._ahead: list[Any] = []  # futures of blocks for the next round
+        self._attempt = 0
         work = LaneWork(run, source, n_threads=1, most_readers=1)
         self._costs = costs_of(run)
         self._extra = {"versions": versions(), "costs": self._costs}
@@ -127,7 +130,7 @@ class ClusterCrew(Crew):
                 if self._may_fly_ahead(flight):
                     self._next = self._submit(flight.merged, packed, start.epoch, flight.ends[-1], behind=flight)
                 elif self._blocks is not None:
-                    self._blocks.deliver_ahead(start.epoch, flight.ends[-1], self._lanes, self._fit)
+                    self._deliver_ahead(start.epoch, flight.ends[-1])
                 while not self._finished(flight.merged):
                     if stop.is_set():
                         return None
@@ -143,6 +146,7 @@ class ClusterCrew(Crew):
                         f"a round was lost {lost} times: {again}. If workers die, see their logs; they may have too "
                         "little memory"
                     ) from again.__cause__
+                self._ahead, self._attempt = [], self._attempt + 1
                 if self._blocks is not None:
                     self._blocks.clear()
                 self._looked = float("-inf")
@@ -199,18 +203,16 @@ class ClusterCrew(Crew):
                 start = client.submit(_keep, start, key=(f"round-state-{name}", *where), priority=20)
                 tasks.append(start)
             together = len(ends) > 1
-            lanes_at = dict.fromkeys(self._lanes, self._lanes[0]) if together else self._lanes
-            blocks = {} if self._blocks is None else self._blocks.deliver(epoch, row, end, lanes_at, self._fit)
+            groups = [(list(range(self._n_lanes)), self._lanes[0])] if together else self._groups()
+            deliveries = self._delivered(epoch, row, end, groups)
             if together:
                 key: Any = (f"lane-rounds-{name}", *where, len(ends))
-                several = self._work, start, packed, row, ends, self._extra, blocks or None
+                several = self._work, start, packed, row, ends, self._extra, deliveries[0]
                 merged = client.submit(_rounds, *several, key=key, priority=10, **self._at(self._lanes[0]))
-                return _Flight(epoch, row, ends, merged, tasks, chained)
-            groups = self._groups()
-            for lanes, address in groups:
-                delivered = {lane: blocks[lane] for lane in lanes} if blocks else None
-                key = (f"lane-turns-{name}", *where, " ".join(map(str, lanes)))
-                arguments = self._work, start, packed, lanes, row, end, self._extra, delivered
+                return _Flight(epoch, row, ends, merged, [*tasks, *filter(None, deliveries)], chained)
+            for (lanes, address), delivery in zip(groups, deliveries, strict=True):
+                key = (f"lane-turns-{name}", *where, _names(lanes))
+                arguments = self._work, start, packed, lanes, row, end, self._extra, delivery
                 tasks.append(client.submit(_turns, *arguments, key=key, priority=10, **self._at(address)))
             merged = client.submit(
                 _merged,
@@ -222,7 +224,35 @@ class ClusterCrew(Crew):
                 priority=20,
                 **self._at(self._lanes[0]),
             )
-        return _Flight(epoch, row, ends, merged, tasks, chained)
+        return _Flight(epoch, row, ends, merged, [*tasks, *filter(None, deliveries)], chained)
+
+    def _deliver_ahead(self, epoch: int, row: int) -> None:
+        """Have the lanes read on where the next round cannot be handed over yet."""
+        assert self._blocks is not None
+        following = self._blocks.next_turn(epoch, row)
+        if following is not None:
+            ends = self._ends(*following)
+            groups = [(list(range(self._n_lanes)), self._lanes[0])] if len(ends) > 1 else self._groups()
+            self._ahead = self._delivered(*following, ends[-1], groups)
+
+    def _delivered(self, epoch: int, row: int, end: int, groups: Sequence[tuple[list[int], str]]) -> list[Any]:
+        """Bring blocks of a Dask collection to the lanes that need them, and have these fill windows meanwhile.
+
+        A turn's own blocks would come only once the merge before it is done, because then it is given to a worker; and
+        a turn that names one task in place of all blocks is cheaper to schedule.
+        """
+        if self._blocks is None:
+            return [None] * len(groups)
+        at = {lane: address for lanes, address in groups for lane in lanes}
+        blocks = self._blocks.deliver(epoch, row, end, at, self._fit)
+        found = []
+        for lanes, address in groups:
+            # The same turn of the same lanes has the same key: what was delivered ahead is not delivered again.
+            key = (f"lane-blocks-{self._name}-{self._attempt}", epoch, row, end, _names(lanes))
+            arguments = self._work, epoch, row, end, {lane: blocks[lane] for lane in lanes}
+            with _quiet_about_size():
+                found.append(self._client.submit(_deliver, *arguments, key=key, priority=15, **self._at(address)))
+        return found
 
     def _groups(self) -> list[tuple[list[int], str]]:
         """Divide each worker's lanes among its threads, neighbours together: fewer tasks, and fewer sums to hand on."""
@@ -384,6 +414,7 @@ class ClusterCrew(Crew):
             return
         self._closed = True
         self._drop_next()
+        self._ahead = []
         if self._blocks is not None:
             self._blocks.clear()
         if self._client.status == "running":
@@ -438,6 +469,11 @@ class _Unfit(Exception):
     """A turn came to a worker that cannot take it."""
 
 
+def _names(lanes: Sequence[int]) -> str:
+    """Name lanes in a key."""
+    return " ".join(map(str, lanes))
+
+
 def _keep(value: Any) -> Any:
     """Hold a value where tasks can find it; should it be lost, the scheduler has it still."""
     return value
@@ -451,16 +487,26 @@ def _turns(
     row: int,
     end: int,
     extra: Mapping[str, Any],
-    blocks: Mapping[int, Mapping[int, Any]] | None,
+    delivered: Mapping[int, Delivery] | None,
 ) -> Part:
     """Take the turns of some lanes on a worker, and join them as soon as they are neighbours."""
     _make_ready(work, extra)
     state = _begun(start)
     parts: list[Part] = []
     for lane in lanes:
-        turn = take_turn(work, state, packed, lane, row, end, None if blocks is None else blocks[lane])
+        turn = take_turn(work, state, packed, lane, row, end, None if delivered is None else delivered[lane])
         parts = [joined([*parts, Part.of(lane, turn)], work.plans.n_lanes)]
     return parts[0]
+
+
+def _deliver(
+    work: LaneWork, epoch: int, row: int, end: int, blocks: Mapping[int, Mapping[int, Any]]
+) -> dict[int, Delivery]:
+    """Hold blocks where turns can find them, and let the readers of lanes that are here go on over them."""
+    found = {lane: Delivery(epoch, row, end, some) for lane, some in blocks.items()}
+    for lane, delivery in found.items():
+        work.readers.expect(lane, delivery)
+    return found
 
 
 def _rounds(
@@ -470,11 +516,11 @@ def _rounds(
     row: int,
     ends: Sequence[int],
     extra: Mapping[str, Any],
-    blocks: Mapping[int, Mapping[int, Any]] | None,
+    delivered: Mapping[int, Delivery] | None,
 ) -> list[Round]:
     """Play several short rounds on a worker."""
     _make_ready(work, extra)
-    return play_rounds(work, _begun(start), packed, row, ends, blocks)
+    return play_rounds(work, _begun(start), packed, row, ends, delivered)
 
 
 def _begun(start: State | Round | list[Round]) -> State:

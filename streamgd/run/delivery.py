@@ -12,7 +12,6 @@ from typing import Any
 from streamgd.data.plan import EpochPlan
 from streamgd.run.lane_rows import LanePlans
 from streamgd.run.runs import Run
-from streamgd.run.turns import Turns
 
 
 class DeliveredBlocks:
@@ -24,13 +23,11 @@ class DeliveredBlocks:
         Over a `DaskSource`.
     client : distributed.Client
         Of the cluster.
-    turns : Turns
-        Where turns end.
     """
 
-    def __init__(self, run: Run, client: Any, turns: Turns) -> None:
+    def __init__(self, run: Run, client: Any) -> None:
         self._collection: Any = run.source
-        self._client, self._turns = client, turns
+        self._client = client
         self._plans = LanePlans.of(run)
         self._epochs: dict[tuple[int, int], EpochPlan] = {}
         self._futures: dict[int, list[Any]] = {}
@@ -60,13 +57,11 @@ class DeliveredBlocks:
         self._futures = {block: futures for block, futures in self._futures.items() if block in kept}
         return {lane: self._computed(blocks, workers or [lanes[lane]]) for lane, blocks in wanted.items()}
 
-    def deliver_ahead(self, epoch: int, row: int, lanes: Mapping[int, str], workers: Sequence[str] | None) -> None:
-        """Begin with the blocks of the round that begins at a row, or with the next epoch's if this one is over."""
-        for lane in lanes:
-            next_epoch, next_row = (epoch, row) if row < self._plan(epoch, lane).n_rows else (epoch + 1, 0)
-            if next_epoch < self._plans.n_epochs:
-                end = self._turns.end(next_epoch, next_row)
-                self._computed(self._blocks_of(next_epoch, lane, next_row, end), workers or [lanes[lane]])
+    def next_turn(self, epoch: int, row: int) -> tuple[int, int] | None:
+        """Return where the turn after one that ends at a row begins: perhaps in the next epoch, if there is one."""
+        if all(row >= self._plan(epoch, lane).n_rows for lane in range(self._plans.n_lanes)):
+            epoch, row = epoch + 1, 0
+        return (epoch, row) if epoch < self._plans.n_epochs else None
 
     def clear(self) -> None:
         """Release what was computed."""

@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -90,6 +90,24 @@ class RowInputs:
     factor: NDArray[np.float64] | None
 
 
+@dataclass(frozen=True, eq=False)
+class Delivery:
+    """The blocks of a Dask collection behind a lane's turn, computed.
+
+    Attributes
+    ----------
+    epoch, row, end : int
+        The turn's epoch, and its rows; the lane may have fewer.
+    blocks : mapping of int to computed blocks
+        What the windows of these rows draw on.
+    """
+
+    epoch: int
+    row: int
+    end: int
+    blocks: Mapping[int, Any]
+
+
 class LaneReader:
     """The rows of a lane in order, from some row of some epoch on; fills the next window ahead.
 
@@ -103,9 +121,9 @@ class LaneReader:
         Fills windows.
     lane, epoch, row : int
         Where to begin.
-    until : int or None
-        Row of the epoch to stop reading at, because no blocks beyond it have been delivered; None reads ahead, beyond
-        the epoch too.
+    delivery : Delivery or None
+        Blocks of a Dask collection, for a turn that begins here; no more than these and those that are delivered later
+        can be read. None reads ahead without them.
     files : FlatFiles or None
         Files that all lanes of the process share.
     """
@@ -118,13 +136,16 @@ class LaneReader:
         lane: int,
         epoch: int,
         row: int,
-        until: int | None = None,
+        delivery: Delivery | None = None,
         files: FlatFiles | None = None,
     ) -> None:
         self.lane, self.epoch, self.row = lane, epoch, row
         self.wait_s, self.read_rows = 0.0, 0
         self._pool = pool
         source, layout = inputs.source, plans.layout
+        if delivery is not None:
+            collection: Any = source  # a DaskSource; importing it would import Dask
+            source = collection.with_blocks(delivery.blocks)
         self._filler = make_filler(
             source, layout, inputs.codec, shift=inputs.shift, factor=inputs.factor, n_threads=1, files=files
         )
@@ -132,8 +153,12 @@ class LaneReader:
         self.lane_rows = first.n_rows
         index, before = first.window_at(row)
         self._at = row - before  # next row of the window
-        self._source, self._planned, self.until = source, before, until
-        self._plans = _windows(plans, first, index, beyond=until is None)
+        self._source = source
+        # Places are counted through all epochs, in each of which the lane has as many rows.
+        self._planned = epoch * self.lane_rows + before
+        self._deliveries = [] if delivery is None else [delivery]
+        self._until = None if delivery is None else self._end_of(delivery)
+        self._plans = _windows(plans, first, index)
         self._free = [Window(layout, source) for _ in range(2)]
         self._window: Window | None = None
         self._upcoming = next(self._plans, None)
@@ -161,13 +186,36 @@ class LaneReader:
                 self._free.append(window)
                 self._window, self._at = None, 0
 
-    def deliver(self, blocks: Mapping[int, Any], until: int) -> None:
-        """Go on to a row over blocks that were delivered since; what was read of others before stays as it is."""
+    @property
+    def place(self) -> int:
+        """The next row, counted through all epochs."""
+        return self.epoch * self.lane_rows + self.row
+
+    def deliver(self, delivery: Delivery) -> bool:
+        """Read on over more blocks; say whether they are what comes next, or were here before."""
+        assert self._until is not None
+        if not self.place <= delivery.epoch * self.lane_rows + delivery.row <= self._until:
+            return False
+        if self._end_of(delivery) > self._until:
+            self._until = self._end_of(delivery)
+            self._deliveries.append(delivery)
+            self._open_delivered()
+            if self._filling is None:
+                self._fill_next()
+        return True
+
+    def let_go(self) -> None:
+        """Let go of the blocks of turns that are over; what is open keeps its own."""
+        if self._until is not None:
+            self._deliveries = [each for each in self._deliveries if self._end_of(each) > self.place]
+            self._open_delivered()
+
+    def _open_delivered(self) -> None:
         collection: Any = self._source
-        collection.deliver(blocks)
-        self.until = until
-        if self._filling is None:
-            self._fill_next()
+        collection.deliver({block: found for each in self._deliveries for block, found in each.blocks.items()})
+
+    def _end_of(self, delivery: Delivery) -> int:
+        return delivery.epoch * self.lane_rows + min(delivery.end, self.lane_rows)
 
     def next_epoch(self, lane_rows: int) -> None:
         """Go on with the next epoch, which is what comes next."""
@@ -183,7 +231,7 @@ class LaneReader:
 
     def _fill_next(self) -> None:
         plan = self._upcoming
-        if plan is None or not self._free or (self.until is not None and self._planned >= self.until):
+        if plan is None or not self._free or (self._until is not None and self._planned >= self._until):
             return
         window = self._free.pop()
         self._planned += plan.n_rows
@@ -196,11 +244,10 @@ def _filled(filler: WindowFiller | FlatFiller, window: Window, plan: WindowPlan,
     return window
 
 
-def _windows(plans: LanePlans, first: EpochPlan, index: int, *, beyond: bool) -> Iterator[WindowPlan]:
+def _windows(plans: LanePlans, first: EpochPlan, index: int) -> Iterator[WindowPlan]:
     yield from first.windows(index)
-    if beyond:
-        for epoch in range(first.epoch + 1, plans.n_epochs):
-            yield from plans.epoch(epoch, first.lane).windows()
+    for epoch in range(first.epoch + 1, plans.n_epochs):
+        yield from plans.epoch(epoch, first.lane).windows()
 
 
 class Readers:
@@ -209,6 +256,7 @@ class Readers:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._idle: OrderedDict[int, LaneReader] = OrderedDict()
+        self._early: dict[int, Delivery] = {}  # what came while a lane's reader was in use
         self._pool: ThreadPoolExecutor | None = None
         self._files: FlatFiles | None = None
         self._closed = False
@@ -231,29 +279,31 @@ class Readers:
         lane: int,
         epoch: int,
         row: int,
-        delivered: tuple[Mapping[int, Any], int] | None = None,
+        delivery: Delivery | None = None,
     ) -> LaneReader:
         """Return a reader that stands where a turn begins; it is the caller's until it is given back.
 
-        `delivered` are the blocks of a Dask collection for rows up to another.
+        `delivery` are the blocks of a Dask collection behind the turn.
         """
         with self._lock:
             found = self._idle.pop(lane, None)
         if found is not None:
-            if delivered is None and found.epoch + 1 == epoch and found.row == found.lane_rows and row == 0:
+            if found.epoch + 1 == epoch and found.row == found.lane_rows and row == 0:
                 found.next_epoch(plans.epoch(epoch, lane).n_rows)
-            if (found.epoch, found.row) == (epoch, row):
-                if delivered is not None:
-                    found.deliver(*delivered)
+            if (found.epoch, found.row) == (epoch, row) and (delivery is None or found.deliver(delivery)):
                 return found
             found.close()
-        pool = self.pool(n_threads)
-        if delivered is not None:
-            collection: Any = inputs.source  # a DaskSource; importing it would import Dask
-            blocks, until = delivered
-            inputs = replace(inputs, source=collection.with_blocks(blocks))
-            return LaneReader(plans, inputs, pool, lane, epoch, row, until=until)
-        return LaneReader(plans, inputs, pool, lane, epoch, row, files=self._files_of(inputs.source))
+        files = self._files_of(inputs.source) if delivery is None else None
+        return LaneReader(plans, inputs, self.pool(n_threads), lane, epoch, row, delivery, files)
+
+    def expect(self, lane: int, delivery: Delivery) -> None:
+        """Have a lane read on over blocks for its turn after the next one; if it cannot, that turn will."""
+        with self._lock:
+            reader = self._idle.get(lane)
+            if reader is None:
+                self._early[lane] = delivery
+            elif not self._closed:
+                reader.deliver(delivery)
 
     def _files_of(self, source: Source) -> FlatFiles | None:
         """Return the files that all lanes read from: one each, and many lanes would run out of descriptors."""
@@ -265,10 +315,12 @@ class Readers:
 
     def give_back(self, reader: LaneReader, most: int) -> None:
         """Keep a reader for its lane's next turn; those that were used least recently go when there are too many."""
-        if reader.until is not None:
-            reader.deliver({}, reader.until)  # lets go of blocks: what is open keeps its own
+        reader.let_go()
         leaving = []
         with self._lock:
+            early = self._early.pop(reader.lane, None)
+            if early is not None and not self._closed:
+                reader.deliver(early)
             old = self._idle.pop(reader.lane, None)
             self._idle[reader.lane] = reader
             while self._idle and (self._closed or len(self._idle) > most):
@@ -282,6 +334,7 @@ class Readers:
             self._closed = self.stopping = True
             idle, pool, files = list(self._idle.values()), self._pool, self._files
             self._idle.clear()
+            self._early.clear()
             self._pool = self._files = None
         for reader in idle:
             reader.close()

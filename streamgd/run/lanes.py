@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ from streamgd.learn import kernels
 from streamgd.learn.merge import Found, begin_turn, found_by
 from streamgd.learn.recipe import Packed
 from streamgd.learn.state import State
-from streamgd.run.lane_rows import LanePlans, LaneReader, Readers, RowInputs
+from streamgd.run.lane_rows import Delivery, LanePlans, LaneReader, Readers, RowInputs
 from streamgd.run.runs import Run
 
 #: Rows times values of one kernel call, so that a request to stop is seen within a second.
@@ -111,7 +110,7 @@ def take_turn(
     lane: int,
     row: int,
     end: int,
-    blocks: Mapping[int, Any] | None = None,
+    delivery: Delivery | None = None,
 ) -> Turn:
     """Train a lane on rows `row` to `end` of its epoch, from the state that all lanes share.
 
@@ -127,7 +126,7 @@ def take_turn(
         Which.
     row, end : int
         Rows of the lane's epoch; the lane may have fewer.
-    blocks : mapping of int to computed blocks, optional
+    delivery : Delivery, optional
         The blocks of a Dask collection that the rows lie in.
 
     Returns
@@ -135,7 +134,7 @@ def take_turn(
     Turn
         The batch that is open after the last row is closed, unless there is only one lane and its epoch goes on.
     """
-    reader = open_reader(work, lane, start.epoch, row, end, blocks)
+    reader = open_reader(work, lane, start.epoch, row, delivery)
     try:
         turn = train_turn(work, start, packed, lane, reader, row, end)
     except BaseException:
@@ -167,12 +166,9 @@ def train_turn(work: LaneWork, start: State, packed: Packed, lane: int, reader: 
     return Turn(found, end >= reader.lane_rows, read_rows, wait_s)
 
 
-def open_reader(
-    work: LaneWork, lane: int, epoch: int, row: int, end: int, blocks: Mapping[int, Any] | None
-) -> LaneReader:
-    """Return a reader of a lane's rows from `row` on; of blocks delivered for rows up to `end`, if there are any."""
-    delivered = None if blocks is None else (blocks, end)
-    return work.readers.take(work.plans, work.inputs, work.n_threads, lane, epoch, row, delivered)
+def open_reader(work: LaneWork, lane: int, epoch: int, row: int, delivery: Delivery | None) -> LaneReader:
+    """Return a reader of a lane's rows from `row` on; of blocks that were delivered, if it reads a Dask collection."""
+    return work.readers.take(work.plans, work.inputs, work.n_threads, lane, epoch, row, delivery)
 
 
 def leave_reader(work: LaneWork, reader: LaneReader, state: Found | State | None) -> None:

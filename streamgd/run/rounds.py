@@ -25,7 +25,7 @@ from streamgd.learn.state import State
 from streamgd.run.config import RunOptions
 from streamgd.run.epochs import Reading, Training, Watcher
 from streamgd.run.folder import RunFolder
-from streamgd.run.lane_rows import LaneReader
+from streamgd.run.lane_rows import Delivery, LaneReader
 from streamgd.run.lanes import LaneWork, Turn, leave_reader, open_reader, take_turn, train_turn
 from streamgd.run.runs import Run
 from streamgd.run.turns import Turns
@@ -138,7 +138,7 @@ def play_rounds(
     packed: Packed,
     row: int,
     ends: Sequence[int],
-    blocks: Mapping[int, Mapping[int, Any]] | None = None,
+    delivered: Mapping[int, Delivery] | None = None,
 ) -> list[Round]:
     """Play several rounds in this thread, one lane's turn after the other.
 
@@ -154,7 +154,7 @@ def play_rounds(
         Row of each lane's epoch where the first round begins.
     ends : sequence of int
         Where the rounds end; they end earlier with the epoch, or if a lane diverges.
-    blocks : mapping of int to computed blocks, optional
+    delivered : mapping of int to Delivery, optional
         For each lane, the blocks of a Dask collection that the rows lie in.
 
     Returns
@@ -167,8 +167,8 @@ def play_rounds(
     state = start
     try:
         for lane in range(work.plans.n_lanes):
-            delivered = None if blocks is None else blocks[lane]
-            readers.append(open_reader(work, lane, start.epoch, row, ends[-1], delivered))
+            delivery = None if delivered is None else delivered[lane]
+            readers.append(open_reader(work, lane, start.epoch, row, delivery))
         for end in ends:
             parts = [
                 Part.of(lane, train_turn(work, state, packed, lane, reader, row, end))

@@ -118,10 +118,10 @@ class TestTurns:
         packed = run.packed(moments=False)
         work = LaneWork(run, run.source, n_threads=1, most_readers=3)
         for first in range(0, row, 32):
-            take_turn(work, run.state, packed, 1, first, first + 32)
-        came_by = take_turn(work, run.state, packed, 1, row, row + 32)
+            take_turn(work, run.state, packed, 0, first, first + 32)
+        came_by = take_turn(work, run.state, packed, 0, row, row + 32)
         work.readers.close()
-        jumped = take_turn(LaneWork(run, run.source, n_threads=1, most_readers=0), run.state, packed, 1, row, row + 32)
+        jumped = take_turn(LaneWork(run, run.source, n_threads=1, most_readers=0), run.state, packed, 0, row, row + 32)
         assert came_by.found.theta.tobytes() == jumped.found.theta.tobytes()
         assert came_by.found.checksum == jumped.found.checksum
 
