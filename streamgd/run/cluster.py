@@ -18,8 +18,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from streamgd.errors import ClusterError, DataError, OptionError, StreamgdError
@@ -28,12 +27,12 @@ from streamgd.learn.state import State
 from streamgd.run.config import RunOptions
 from streamgd.run.delivery import DeliveredBlocks
 from streamgd.run.epochs import Watcher
-from streamgd.run.lane_rows import Delivery
-from streamgd.run.lanes import LaneWork, take_turn
-from streamgd.run.rounds import Crew, Part, Round, joined, merge_parts, play_rounds
+from streamgd.run.flights import Flight, Unfit, deliver, keep, merge_flight, play_short, take_turns
+from streamgd.run.lanes import LaneWork
+from streamgd.run.rounds import Crew, Round
 from streamgd.run.runs import Run, versions
 from streamgd.run.turns import Turns
-from streamgd.run.workers import WorkerReport, assign, costs_of, describe, lanes_kept, same_versions, unfit
+from streamgd.run.workers import WorkerReport, assign, costs_of, describe, lanes_kept, unfit
 
 #: How often to look whether somebody asked to stop, and whether workers came or went.
 _POLL_S, _LOOK_S = 0.25, 1.0
@@ -41,8 +40,12 @@ _POLL_S, _LOOK_S = 0.25, 1.0
 _FETCH_RATE, _FETCH_S = 10e6, 2.0
 #: Times that a round is played again before what keeps it from ending is taken to be for good.
 _MOST_ATTEMPTS = 5
-#: Rounds that take longer than this, in seconds, are handed over one at a time; of others so many are chained at most.
+#: When what was handed over last took longer than this, in seconds, nothing is handed over behind what is under way; of
+#: others so many are chained at most.
 _LONG_S, _MOST_CHAINED = 1.0, 32
+#: Rounds are handed over for so many seconds at once, so many of them at most; those of more groups of lanes than this
+#: one by one, with a task for the merge, because otherwise every group gets what every other one found.
+_FLIGHT_S, _MOST_IN_FLIGHT, _FEW_GROUPS = 0.25, 8, 8
 #: Rounds of up to so many bytes of rows are short; so many of them make one task at most, as long as their states, and
 #: their rows, come to no more than so many bytes.
 _SHORT_BYTES, _MOST_TOGETHER, _STATES_BYTES, _TOGETHER_BYTES = 16_000_000, 100, 20_000_000, 128_000_000
@@ -93,18 +96,19 @@ class ClusterCrew(Crew):
             source = source.detached()
         self._closed = False
         self._stop = stop
-        self._next: _Flight | None = None
+        self._next: Flight | None = None
         self._flown_from: State | None = None
         self._played: deque[Round] = deque()  # rounds that came with others before them
-        self._round_s, self._flights = 0.0, 0
+        self._flight_s, self._row_s, self._flights = 0.0, 0.0, 0
         self._ahead: list[Any] = []  # futures of blocks for the next round
+        self._planned: tuple[int, int, list[int], bool] | None = None  # that round, its ends, and whether together
         self._attempt = 0
         work = LaneWork(run, source, n_threads=1, most_readers=1)
         self._costs = costs_of(run)
         self._extra = {"versions": versions(), "costs": self._costs}
         self._look(first=True)
         with _quiet_about_size():
-            self._work = client.submit(_keep, work, key=f"lane-work-{self._name}")
+            self._work = client.submit(keep, work, key=f"lane-work-{self._name}")
 
     @property
     def workers(self) -> int | None:
@@ -128,7 +132,7 @@ class ClusterCrew(Crew):
                 if stop.is_set():
                     return None  # perhaps without a worker: nobody is waited for then
                 if self._may_fly_ahead(flight):
-                    self._next = self._submit(flight.merged, packed, start.epoch, flight.ends[-1], behind=flight)
+                    self._next = self._submit(flight.last, packed, start.epoch, flight.ends[-1], behind=flight)
                 elif self._blocks is not None:
                     self._deliver_ahead(start.epoch, flight.ends[-1])
                 while not self._finished(flight.merged):
@@ -136,7 +140,8 @@ class ClusterCrew(Crew):
                         return None
                     self._look()
                 self._played.extend(self._result(flight))
-                self._round_s = time.monotonic() - began
+                self._flight_s = time.monotonic() - began
+                self._row_s = self._flight_s / (flight.ends[-1] - flight.row)
                 return self._hand_out(self._played)
             except _Again as again:
                 lost += again.counts
@@ -146,7 +151,7 @@ class ClusterCrew(Crew):
                         f"a round was lost {lost} times: {again}. If workers die, see their logs; they may have too "
                         "little memory"
                     ) from again.__cause__
-                self._ahead, self._attempt = [], self._attempt + 1
+                self._ahead, self._planned, self._attempt = [], None, self._attempt + 1
                 if self._blocks is not None:
                     self._blocks.clear()
                 self._looked = float("-inf")
@@ -160,26 +165,32 @@ class ClusterCrew(Crew):
         self._flown_from = found.state
         return found
 
-    def _may_fly_ahead(self, flight: _Flight) -> bool:
+    def _may_fly_ahead(self, flight: Flight) -> bool:
         """Whether to hand over the next round before this one has ended, so that nothing waits for the client.
 
         Not when rounds are long, or many have been chained already: what is lost with a worker is computed again from
         the last state that the client sent. And not beyond an epoch, which the client closes.
         """
         far = flight.ends[-1] >= self._turns.lane_rows
-        return self._round_s < _LONG_S and flight.chained < _MOST_CHAINED and not far
+        return self._flight_s < _LONG_S and flight.chained < _MOST_CHAINED and not far
 
-    def _ends(self, epoch: int, row: int) -> list[int]:
-        """Say where the rounds end that are handed over together: one, or as many short ones as a worker has room for.
+    def _ends(self, epoch: int, row: int) -> tuple[list[int], bool]:
+        """Say where the rounds end that are handed over at once, and whether they make one task together.
 
-        Only where rounds are played depends on it, and not what comes of them.
+        Only where and when rounds are played depends on it, and not what comes of them.
         """
+        if self._planned is not None and self._planned[:2] == (epoch, row):
+            return self._planned[2:]  # what was delivered ahead
+        short = self._short_ends(epoch, row)
+        return (short, True) if len(short) > 1 else (self._flight_ends(epoch, row), False)
+
+    def _short_ends(self, epoch: int, row: int) -> list[int]:
+        """Say where short rounds end, as many as a worker has room for."""
         ends = [self._turns.end(epoch, row)]
         report = self._reports[self._lanes[0]]
         if lanes_kept(self._costs, report.n_threads, report.memory_limit) < self._n_lanes:
             return ends
-        state_bytes = sum(array.nbytes for array in self._run.state.to_tensors().values())
-        most, n_bytes = min(_MOST_TOGETHER, _STATES_BYTES // state_bytes), 0
+        most, n_bytes = min(_MOST_TOGETHER, _STATES_BYTES // self._state_bytes), 0
         while True:
             size = (ends[-1] - row) * self._n_lanes * self._run.layout.row_bytes
             n_bytes += size
@@ -190,50 +201,70 @@ class ClusterCrew(Crew):
             row = ends[-1]
             ends.append(self._turns.end(epoch, row))
 
-    def _submit(self, start: Any, packed: Packed, epoch: int, row: int, *, behind: _Flight | None) -> _Flight:
-        """Hand the tasks of rounds to the scheduler, to begin from a state or from the merge of the round before."""
+    def _flight_ends(self, epoch: int, row: int) -> list[int]:
+        """Say where rounds end that follow one another without the client: for a moment's work, as far as is known."""
+        ends = [self._turns.end(epoch, row)]
+        most = min(_MOST_IN_FLIGHT, _STATES_BYTES // (2 * self._state_bytes)) if self._row_s else 1
+        # Of Dask collections, the blocks behind all of the rounds wait in memory, as those of the longest turn may.
+        most_rows = self._turns.most_rows if self._blocks is not None else sys.maxsize
+        if self._row_s:
+            most_rows = min(most_rows, int(_FLIGHT_S / self._row_s))
+        while len(ends) < most and ends[-1] < self._turns.lane_rows and len(self._groups()) <= _FEW_GROUPS:
+            end = self._turns.end(epoch, ends[-1])
+            if end - row > most_rows:
+                break
+            ends.append(end)
+        return ends
+
+    @property
+    def _state_bytes(self) -> int:
+        return sum(array.nbytes for array in self._run.state.to_tensors().values())
+
+    def _submit(self, start: Any, packed: Packed, epoch: int, row: int, *, behind: Flight | None) -> Flight:
+        """Hand the tasks of rounds to the scheduler, to begin from a state or from what came of the rounds before."""
         client = self._client
         self._flights += 1
-        name, where = f"{self._name}-{self._flights}", (epoch, row)
+        name = f"{self._name}-{self._flights}"
         tasks: list[Any] = []
-        ends, chained = self._ends(epoch, row), 0 if behind is None else behind.chained + 1
-        end = ends[-1]
+        (ends, together), chained = self._ends(epoch, row), 0 if behind is None else behind.chained + 1
         with _quiet_about_size():
-            if behind is None and sum(array.nbytes for array in start.to_tensors().values()) > _EMBEDDED_BYTES:
-                start = client.submit(_keep, start, key=(f"round-state-{name}", *where), priority=20)
+            if behind is None and self._state_bytes > _EMBEDDED_BYTES:
+                start = client.submit(keep, start, key=(f"round-state-{name}", epoch, row), priority=20)
                 tasks.append(start)
-            together = len(ends) > 1
-            groups = [(list(range(self._n_lanes)), self._lanes[0])] if together else self._groups()
-            deliveries = self._delivered(epoch, row, end, groups)
+            groups = self._grouped(together=together)
+            deliveries = self._delivered(epoch, row, ends[-1], groups)
+            tasks += filter(None, deliveries)
             if together:
-                key: Any = (f"lane-rounds-{name}", *where, len(ends))
+                key: Any = (f"lane-rounds-{name}", epoch, row, len(ends))
                 several = self._work, start, packed, row, ends, self._extra, deliveries[0]
-                merged = client.submit(_rounds, *several, key=key, priority=10, **self._at(self._lanes[0]))
-                return _Flight(epoch, row, ends, merged, [*tasks, *filter(None, deliveries)], chained)
-            for (lanes, address), delivery in zip(groups, deliveries, strict=True):
-                key = (f"lane-turns-{name}", *where, _names(lanes))
-                arguments = self._work, start, packed, lanes, row, end, self._extra, delivery
-                tasks.append(client.submit(_turns, *arguments, key=key, priority=10, **self._at(address)))
+                merged = client.submit(play_short, *several, key=key, priority=10, **self._at(self._lanes[0]))
+                return Flight(epoch, row, ends, merged, merged, tasks, chained)
+            few, first = len(groups) <= _FEW_GROUPS, row
+            firsts: list[Any] = []
+            taken: list[Any] = []
+            for end in ends:
+                taken = []
+                for (lanes, address), delivery in zip(groups, deliveries, strict=True):
+                    key = (f"lane-turns-{name}", epoch, row, _names(lanes))
+                    arguments = self._work, start, packed, lanes, row, end, self._extra, delivery
+                    taken.append(client.submit(take_turns, *arguments, key=key, priority=10, **self._at(address)))
+                firsts.append(taken[0])
+                tasks += taken
+                start, row = taken, end
+            key = (f"merge-lanes-{name}", epoch, row)
             merged = client.submit(
-                _merged,
-                start,
-                tasks[-len(groups) :],
-                packed,
-                end,
-                key=(f"merge-lanes-{name}", *where),
-                priority=20,
-                **self._at(self._lanes[0]),
+                merge_flight, firsts, taken, packed, key=key, priority=20, **self._at(self._lanes[0])
             )
-        return _Flight(epoch, row, ends, merged, [*tasks, *filter(None, deliveries)], chained)
+        return Flight(epoch, first, ends, merged, taken if few else merged, tasks, chained)
 
     def _deliver_ahead(self, epoch: int, row: int) -> None:
         """Have the lanes read on where the next round cannot be handed over yet."""
         assert self._blocks is not None
         following = self._blocks.next_turn(epoch, row)
         if following is not None:
-            ends = self._ends(*following)
-            groups = [(list(range(self._n_lanes)), self._lanes[0])] if len(ends) > 1 else self._groups()
-            self._ahead = self._delivered(*following, ends[-1], groups)
+            ends, together = self._ends(*following)
+            self._planned = (*following, ends, together)
+            self._ahead = self._delivered(*following, ends[-1], self._grouped(together=together))
 
     def _delivered(self, epoch: int, row: int, end: int, groups: Sequence[tuple[list[int], str]]) -> list[Any]:
         """Bring blocks of a Dask collection to the lanes that need them, and have these fill windows meanwhile.
@@ -251,8 +282,12 @@ class ClusterCrew(Crew):
             key = (f"lane-blocks-{self._name}-{self._attempt}", epoch, row, end, _names(lanes))
             arguments = self._work, epoch, row, end, {lane: blocks[lane] for lane in lanes}
             with _quiet_about_size():
-                found.append(self._client.submit(_deliver, *arguments, key=key, priority=15, **self._at(address)))
+                found.append(self._client.submit(deliver, *arguments, key=key, priority=15, **self._at(address)))
         return found
+
+    def _grouped(self, *, together: bool) -> list[tuple[list[int], str]]:
+        """Say which lanes take their turns in one task, and where."""
+        return [(list(range(self._n_lanes)), self._lanes[0])] if together else self._groups()
 
     def _groups(self) -> list[tuple[list[int], str]]:
         """Divide each worker's lanes among its threads, neighbours together: fewer tasks, and fewer sums to hand on."""
@@ -274,7 +309,7 @@ class ClusterCrew(Crew):
         """The workers that may take part, if not all may."""
         return sorted(self._reports) if self._refused else None
 
-    def _drop(self, flight: _Flight | None) -> None:
+    def _drop(self, flight: Flight | None) -> None:
         """Cancel what still runs of a round and release the rest, even if a traceback holds the futures."""
         if flight is None:
             return
@@ -303,7 +338,7 @@ class ClusterCrew(Crew):
             return True
         return True
 
-    def _result(self, flight: _Flight) -> list[Round]:
+    def _result(self, flight: Flight) -> list[Round]:
         """Fetch what came of rounds, or say what kept them from ending."""
         from concurrent.futures import CancelledError
 
@@ -312,7 +347,7 @@ class ClusterCrew(Crew):
 
         try:
             return self._fetched(flight)
-        except _Unfit as err:
+        except Unfit as err:
             raise _Again(str(err)) from err
         except (StreamgdError, _Again):
             raise
@@ -332,9 +367,9 @@ class ClusterCrew(Crew):
                 "collection by itself, or training without the cluster, shows it too"
             ) from err
 
-    def _fetched(self, flight: _Flight) -> list[Round]:
+    def _fetched(self, flight: Flight) -> list[Round]:
         """Fetch what came of rounds, unless it is lost meanwhile with the worker that has it."""
-        size = len(flight.ends) * sum(array.nbytes for array in self._run.state.to_tensors().values())
+        size = len(flight.ends) * self._state_bytes
         patience_s = _FETCH_S + size / _FETCH_RATE
         for _ in range(_MOST_ATTEMPTS):
             with contextlib.suppress(TimeoutError):
@@ -445,18 +480,6 @@ def require_client(client: Any) -> None:
         raise ClusterError(f"the client is {client.status}: connect anew, and give that distributed.Client")
 
 
-@dataclass(frozen=True)
-class _Flight:
-    """Rounds on their way: where they end, the future of the last merge, and other futures."""
-
-    epoch: int
-    row: int
-    ends: list[int]
-    merged: Any
-    tasks: list[Any]
-    chained: int
-
-
 class _Again(Exception):
     """A round was lost, and is to be played again; `counts` unless it was because a worker left."""
 
@@ -465,85 +488,9 @@ class _Again(Exception):
         self.counts = counts
 
 
-class _Unfit(Exception):
-    """A turn came to a worker that cannot take it."""
-
-
 def _names(lanes: Sequence[int]) -> str:
     """Name lanes in a key."""
     return " ".join(map(str, lanes))
-
-
-def _keep(value: Any) -> Any:
-    """Hold a value where tasks can find it; should it be lost, the scheduler has it still."""
-    return value
-
-
-def _turns(
-    work: LaneWork,
-    start: State | Round | list[Round],
-    packed: Packed,
-    lanes: Sequence[int],
-    row: int,
-    end: int,
-    extra: Mapping[str, Any],
-    delivered: Mapping[int, Delivery] | None,
-) -> Part:
-    """Take the turns of some lanes on a worker, and join them as soon as they are neighbours."""
-    _make_ready(work, extra)
-    state = _begun(start)
-    parts: list[Part] = []
-    for lane in lanes:
-        turn = take_turn(work, state, packed, lane, row, end, None if delivered is None else delivered[lane])
-        parts = [joined([*parts, Part.of(lane, turn)], work.plans.n_lanes)]
-    return parts[0]
-
-
-def _deliver(
-    work: LaneWork, epoch: int, row: int, end: int, blocks: Mapping[int, Mapping[int, Any]]
-) -> dict[int, Delivery]:
-    """Hold blocks where turns can find them, and let the readers of lanes that are here go on over them."""
-    found = {lane: Delivery(epoch, row, end, some) for lane, some in blocks.items()}
-    for lane, delivery in found.items():
-        work.readers.expect(lane, delivery)
-    return found
-
-
-def _rounds(
-    work: LaneWork,
-    start: State | Round | list[Round],
-    packed: Packed,
-    row: int,
-    ends: Sequence[int],
-    extra: Mapping[str, Any],
-    delivered: Mapping[int, Delivery] | None,
-) -> list[Round]:
-    """Play several short rounds on a worker."""
-    _make_ready(work, extra)
-    return play_rounds(work, _begun(start), packed, row, ends, delivered)
-
-
-def _begun(start: State | Round | list[Round]) -> State:
-    """Return the state that rounds begin from: one that was sent, or what came of those before."""
-    last = start[-1] if isinstance(start, list) else start
-    return last.state if isinstance(last, Round) else last
-
-
-def _make_ready(work: LaneWork, extra: Mapping[str, Any]) -> None:
-    """Give the lanes as many threads and readers as this worker has room for."""
-    from distributed import get_worker
-
-    wrong = same_versions(extra["versions"])
-    if wrong is not None:
-        raise _Unfit(f"a worker has {wrong}")
-    worker = get_worker()
-    work.n_threads = int(worker.state.nthreads)
-    work.most_readers = lanes_kept(extra["costs"], work.n_threads, int(worker.memory_manager.memory_limit or 0))
-
-
-def _merged(start: State | Round | list[Round], parts: Sequence[Part], packed: Packed, end: int) -> Round:
-    """Merge what the turns of all lanes gave."""
-    return merge_parts(_begun(start), parts, packed, end)
 
 
 def _close(key: Any, dask_worker: Any = None) -> None:

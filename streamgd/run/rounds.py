@@ -91,6 +91,11 @@ class Part:
         found, alone = (None, turn.found) if isinstance(turn.found, State) else (turn.found, None)
         return cls(1, {(0, lane): found}, alone, turn.done, turn.read_rows, turn.wait_s)
 
+    @classmethod
+    def nothing(cls, lanes: Sequence[int]) -> Self:
+        """Return that of lanes that were not trained."""
+        return cls(len(lanes), {(0, lane): None for lane in lanes}, None, True, 0, 0.0)
+
 
 def joined(parts: Sequence[Part], n_lanes: int) -> Part:
     """Join parts, of the `n_lanes` lanes of the run, to one; they stay as they are."""
@@ -100,7 +105,7 @@ def joined(parts: Sequence[Part], n_lanes: int) -> Part:
     return Part(
         sum(part.n_lanes for part in parts),
         fold(stretches, n_lanes),
-        parts[0].alone,
+        next((part.alone for part in parts if part.alone is not None), None),
         all(part.done for part in parts),
         sum(part.read_rows for part in parts),
         sum(part.wait_s for part in parts),
