@@ -46,9 +46,11 @@ _LONG_S, _MOST_CHAINED = 1.0, 32
 #: Rounds are handed over for so many seconds at once, so many of them at most; those of more groups of lanes than this
 #: one by one, with a task for the merge, because otherwise every group gets what every other one found.
 _FLIGHT_S, _MOST_IN_FLIGHT, _FEW_GROUPS = 0.25, 8, 8
-#: Rounds of up to so many bytes of rows are short; so many of them make one task at most, as long as their states, and
-#: their rows, come to no more than so many bytes.
-_SHORT_BYTES, _MOST_TOGETHER, _STATES_BYTES, _TOGETHER_BYTES = 16_000_000, 100, 20_000_000, 128_000_000
+#: Rounds are short that one worker would play in so many seconds, or, before that is known, that have so many bytes of
+#: rows; so many short ones make one task at most, as long as their states, and their rows, come to no more than so many
+#: bytes.
+_SHORT_S, _SHORT_BYTES = 0.02, 4_000_000
+_MOST_TOGETHER, _STATES_BYTES, _TOGETHER_BYTES = 100, 20_000_000, 128_000_000
 #: States up to this size are sent with each task that needs them, others once.
 _EMBEDDED_BYTES = 100_000
 #: A wait for workers is told after this, and then now and again.
@@ -99,7 +101,9 @@ class ClusterCrew(Crew):
         self._next: Flight | None = None
         self._flown_from: State | None = None
         self._played: deque[Round] = deque()  # rounds that came with others before them
-        self._flight_s, self._row_s, self._flights = 0.0, 0.0, 0
+        # Seconds of what was handed over last, for a row of each lane, and for one where a worker plays by itself.
+        self._flight_s, self._row_s, self._together_s = 0.0, 0.0, 0.0
+        self._flights = 0
         self._ahead: list[Any] = []  # futures of blocks for the next round
         self._planned: tuple[int, int, list[int], bool] | None = None  # that round, its ends, and whether together
         self._attempt = 0
@@ -142,6 +146,8 @@ class ClusterCrew(Crew):
                 self._played.extend(self._result(flight))
                 self._flight_s = time.monotonic() - began
                 self._row_s = self._flight_s / (flight.ends[-1] - flight.row)
+                if flight.merged is flight.last:
+                    self._together_s = self._row_s
                 return self._hand_out(self._played)
             except _Again as again:
                 lost += again.counts
@@ -194,7 +200,8 @@ class ClusterCrew(Crew):
         while True:
             size = (ends[-1] - row) * self._n_lanes * self._run.layout.row_bytes
             n_bytes += size
-            if size > _SHORT_BYTES or n_bytes > _TOGETHER_BYTES or len(ends) > most:
+            short = (ends[-1] - row) * self._together_s <= _SHORT_S if self._together_s else size <= _SHORT_BYTES
+            if not short or n_bytes > _TOGETHER_BYTES or len(ends) > most:
                 return ends[:-1] or ends
             if ends[-1] >= self._turns.lane_rows:
                 return ends

@@ -8,6 +8,7 @@ of a smaller source. Moments do not depend on where blocks end, see `streamgd.le
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -191,7 +192,8 @@ def _look(source: Source, config: Config, classes: NDArray[Any] | None) -> tuple
     if source.kind == "memory" or not config.standardize:
         return targets(), features()
     with ThreadPoolExecutor(1, "streamgd-survey") as pool:
-        sampled = pool.submit(features)
+        # In this thread's context, which names the Dask client to use.
+        sampled = pool.submit(contextvars.copy_context().run, features)
         found = targets()  # what is wrong with the target is said first, whoever is faster
         return found, sampled.result()
 
@@ -333,11 +335,12 @@ def _survey_features(source: Source, *, everything: bool, centred: bool) -> tupl
     offsets = np.cumsum(source.block_rows) - source.block_rows
     n_rows = 0
     placer = RowPlacer(source, None, None, None, check=False)
-    for block, start, n in sample_runs(source, everything=everything):
-        piece = max(1, min(n, (1 << 22) // (8 * source.n_features)))
-        with source.open_block(block, start, piece_rows=piece) as reader:
+    piece = max(1, (1 << 22) // (8 * source.n_features))
+    runs = [(block, n) for block, _, n in sample_runs(source, everything=everything)]
+    for (block, n), opened in zip(runs, source.open_heads(runs, piece_rows=piece), strict=True):
+        with opened as reader:
             for done in range(0, n, piece):
-                rows, first = reader.read(min(piece, n - done)), int(offsets[block]) + start + done
+                rows, first = reader.read(min(piece, n - done)), int(offsets[block]) + done
                 places = np.arange(min(piece, n - done), dtype=np.int32)
                 X = np.empty((len(places), source.n_features))
                 placer.place_features(rows.X, places, X, block)

@@ -89,10 +89,21 @@ def open_data_files() -> int:
     return found
 
 
-@pytest.fixture(params=[0, cluster_module._SHORT_BYTES], ids=["each by itself", "short ones together"])
+#: Ways to hand rounds over: what `cluster` is told.
+SINGLY = {"_SHORT_BYTES": 0, "_SHORT_S": 0.0, "_FEW_GROUPS": 0}
+CHAINED = {"_SHORT_BYTES": 0, "_SHORT_S": 0.0, "_FLIGHT_S": 100.0}
+TOGETHER = {"_SHORT_S": 100.0}
+
+
+def hand_over(monkeypatch: pytest.MonkeyPatch, way: dict[str, Any]) -> None:
+    for name, value in way.items():
+        monkeypatch.setattr(cluster_module, name, value)
+
+
+@pytest.fixture(params=[CHAINED, TOGETHER], ids=["chained", "together"])
 def rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hand rounds over each by itself, and as many together as make one task."""
-    monkeypatch.setattr(cluster_module, "_SHORT_BYTES", request.param)
+    """Hand rounds over several at once, and as many as make one task."""
+    hand_over(monkeypatch, request.param)
 
 
 @pytest.mark.usefixtures("rounds")
@@ -377,7 +388,7 @@ def test_stopping_while_workers_are_awaited_ends_quietly(two, folder, monkeypatc
         return {}
 
     monkeypatch.setattr(cluster_module, "_LOOK_S", 0.0)
-    monkeypatch.setattr(cluster_module, "_SHORT_BYTES", 0)
+    hand_over(monkeypatch, SINGLY)
     monkeypatch.setattr(cluster_module.ClusterCrew, "_present", present)
     run = prepare(open_source(folder / "rows.h5", "y"), Config(n_lanes=2, max_iter=3, tol=None))
     assert train(run, client=two[1], stop=stop) is False

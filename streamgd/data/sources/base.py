@@ -282,6 +282,19 @@ class Source(abc.ABC):
             If it cannot be read.
         """
 
+    def open_heads(self, heads: Sequence[tuple[int, int]], *, piece_rows: int) -> Iterator[BlockReader]:
+        """Open blocks one after the other, of which no more than their first rows will be read.
+
+        Parameters
+        ----------
+        heads : sequence of (block, n_rows)
+            How many rows of which. Each reader is closed by the caller before it asks for the next.
+        piece_rows : int
+            Hint: the most rows that will be asked for at once.
+        """
+        for block, n_rows in heads:
+            yield self.open_block(block, piece_rows=min(n_rows, piece_rows))
+
     @abc.abstractmethod
     def iter_targets(self) -> Iterator[tuple[int, Any, Array | None]]:
         """Read the target and weight columns alone, in file order, in bounded pieces.

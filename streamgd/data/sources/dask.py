@@ -29,6 +29,10 @@ _OBJECT_BYTES = 64
 _HASHED_ROWS = 1024
 #: Up to so many blocks the fingerprint lists their lengths.
 _LISTED_BLOCKS = 64
+#: Targets of so many rows come from the cluster at once, and of so many blocks.
+_TARGET_ROWS, _TARGET_BLOCKS = 500_000, 200
+#: First rows of blocks come by themselves where they are this part of the blocks at most; so many bytes at once.
+_FEW, _HEADS_BYTES = 4, 8_000_000
 #: Blocks from this size on are worth a hint.
 _BIG_BLOCK_BYTES = 16 << 20
 
@@ -187,6 +191,30 @@ class DaskSource(Source):
         assert X is not None
         return _Reader(self, X, y, weight, start)
 
+    def open_heads(self, heads: Sequence[tuple[int, int]], *, piece_rows: int) -> Iterator[BlockReader]:
+        """Open blocks of which only the first rows are wanted: from a cluster no others come."""
+        client = None if self.compute_here else active_client()
+        if client is None or any(_FEW * n > int(self.block_rows[block]) for block, n in heads):
+            yield from super().open_heads(heads, piece_rows=piece_rows)
+            return
+        graph, row_bytes = self._graph(targets_only=False), max(1, self.stored_bytes // self.n_rows)
+        at_once = max(1, _HEADS_BYTES // (row_bytes * max(n for _, n in heads)))
+        for first in range(0, len(heads), at_once):
+            group = list(heads[first : first + at_once])
+            futures = graph.submit_all(client, self._numbers[[block for block, _ in group]].tolist())
+            try:
+                found = client.gather(
+                    [client.submit(_first_rows, futures[int(self._numbers[block])], n) for block, n in group]
+                )
+            except Exception:  # which block it is, and why, comes out block by block
+                yield from super().open_heads(group, piece_rows=piece_rows)
+                continue
+            del futures
+            for (block, n), parts in zip(group, found, strict=True):
+                X, y, weight = self._checked(block, parts, targets_only=False, n_rows=n)
+                assert X is not None
+                yield _Reader(self, X, y, weight, 0)
+
     def announce(self, blocks: Sequence[int]) -> None:
         """Have the client, if there is one, begin with a few of these blocks."""
         client = None if self.compute_here else active_client()
@@ -198,15 +226,48 @@ class DaskSource(Source):
         """Compute target and weights alone, a block at a time."""
         if self.target is None and not self.has_weight:
             return
-        ahead, first = Ahead(), 0
-        for block, n_rows in enumerate(self.block_rows.tolist()):
-            client = None if self.compute_here else active_client()
-            if client is not None:
-                numbers = self._numbers[block:].tolist()
-                ahead.announce(self._graph(targets_only=True), client, numbers, 0)
-            _, y, weight = self._compute(block, targets_only=True, ahead=ahead)
+        first = 0
+        for block, (_, y, weight) in self._targets():
+            n_rows = int(self.block_rows[block])
             yield first, None if y is None else y.read(0, n_rows), None if weight is None else weight.read(0, n_rows)
             first += n_rows
+
+    def _targets(self) -> Iterator[tuple[int, Any]]:
+        """Compute target and weights of every block: on a cluster, those of many blocks for one answer of it."""
+        client = None if self.compute_here else active_client()
+        if client is None:
+            for block in range(self.n_blocks):
+                yield block, self._compute(block, targets_only=True)
+            return
+        graph = self._graph(targets_only=True)
+        groups = self._target_groups()
+        upcoming = graph.submit_all(client, self._numbers[groups[0]].tolist())
+        for blocks, following in zip(groups, [*groups[1:], None], strict=True):
+            futures = upcoming
+            if following is not None:
+                upcoming = graph.submit_all(client, self._numbers[following].tolist())
+            try:
+                found = client.gather(futures)
+            except Exception:
+                found = {}  # which block it is, and why, comes out block by block
+            for block in blocks:
+                number = int(self._numbers[block])
+                if number in found:
+                    yield block, self._checked(block, found[number], targets_only=True)
+                else:
+                    yield block, self._compute(block, targets_only=True)
+
+    def _target_groups(self) -> list[list[int]]:
+        """Divide the blocks into runs whose targets may be in memory together."""
+        groups: list[list[int]] = [[]]
+        n_rows = 0
+        for block, rows in enumerate(self.block_rows.tolist()):
+            if groups[-1] and (n_rows + rows > _TARGET_ROWS or len(groups[-1]) == _TARGET_BLOCKS):
+                groups.append([])
+                n_rows = 0
+            groups[-1].append(block)
+            n_rows += rows
+        return groups
 
     # Elsewhere
 
@@ -256,9 +317,7 @@ class DaskSource(Source):
                 self._graphs[targets_only] = BlockGraph(parts.collections())
             return self._graphs[targets_only]
 
-    def _compute(
-        self, block: int, *, targets_only: bool, ahead: Ahead | None = None
-    ) -> tuple[Features | None, Target | None, Column | None]:
+    def _compute(self, block: int, *, targets_only: bool) -> tuple[Features | None, Target | None, Column | None]:
         """Compute a block and check that it is what was promised."""
         number = int(self._numbers[block])
         client = None if self.compute_here else active_client()
@@ -269,7 +328,7 @@ class DaskSource(Source):
             if client is None:
                 computed = graph.compute(number)
             else:
-                computed = (ahead or self._ahead).compute(graph, client, number)
+                computed = (Ahead() if targets_only else self._ahead).compute(graph, client, number)
         except FileNotFoundError as err:
             raise SourceNotFoundError(f"Dask block {number} cannot be computed: {err}. Put the file back") from err
         except Exception as err:
@@ -280,16 +339,16 @@ class DaskSource(Source):
         return self._checked(block, computed, targets_only=targets_only)
 
     def _checked(
-        self, block: int, computed: Sequence[Any], *, targets_only: bool
+        self, block: int, computed: Sequence[Any], *, targets_only: bool, n_rows: int | None = None
     ) -> tuple[Features | None, Target | None, Column | None]:
-        """Check that a computed block is what was promised."""
+        """Check that a computed block, or its first rows, is what was promised."""
         number = int(self._numbers[block])
         try:
             parts = self._target_parts if targets_only else self._parts
             found = self._typed(parts.split(computed))
         except StreamgdError as err:
             raise SchemaError(f"Dask block {number} is not what its collection promised: {err}") from err
-        self._check(number, int(self.block_rows[block]), *found)
+        self._check(number, int(self.block_rows[block]) if n_rows is None else n_rows, *found)
         return found
 
     def _typed(self, arrays: tuple[Any, Any, Any]) -> tuple[Features | None, Target | None, Column | None]:
@@ -410,6 +469,11 @@ class _Reader(BlockReader):
         if self._parts is not None:
             self._parts = None
             self._source.count_open(-1)
+
+
+def _first_rows(parts: Sequence[Any], n_rows: int) -> list[Any]:
+    """Cut a computed block on the worker that has it."""
+    return [part.iloc[:n_rows] if hasattr(part, "iloc") else part[:n_rows] for part in parts]
 
 
 def _add(digest: Any, arrays: Sequence[Array]) -> None:
