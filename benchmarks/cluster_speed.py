@@ -1,10 +1,11 @@
 """How fast is a cluster of two single-threaded workers, and what does a round cost?
 
-``workers``: rows/s of an epoch over gzip-compressed HDF5, one worker against two, in turn. ``dask-ml``: rows/s beside
-dask-ml's ``Incremental(SGDRegressor)`` on the same persisted Dask array and workers. ``round``: milliseconds of rounds
-with little work, eight lanes, each handed over by itself, for a small state and one of 1 MB; and of the same ones here.
+``workers``: rows/s over gzip-compressed HDF5, one worker against two, in turn: of the whole fit, of the second epoch,
+and of the last. ``dask-ml``: rows/s beside dask-ml's ``Incremental(SGDRegressor)`` on the same persisted Dask array and
+workers. ``round``: milliseconds of rounds with little work, eight lanes, none of them made one task with others, for a
+small state and one of 1 MB; and of the same ones here.
 
-    python benchmarks/cluster_speed.py [workers] [dask-ml] [round] [--rows 1000000] [--repeats 5]
+    python benchmarks/cluster_speed.py [workers] [dask-ml] [round] [--rows 1000000] [--epochs 3] [--repeats 5]
 """
 
 from __future__ import annotations
@@ -55,13 +56,17 @@ def laps_of(source: Any, client: Any, n_lanes: int, n_epochs: int = 2, batch_siz
     return laps
 
 
-def rows_per_s(source: Any, client: Any, n_lanes: int) -> float:
-    """Measure the second epoch: in the first one turns are short at first."""
-    laps = laps_of(source, client, n_lanes)
-    return source.n_rows / (laps.epochs[2] - laps.epochs[1])
+def rates(source: Any, client: Any, n_epochs: int) -> tuple[float, float, float]:
+    """Measure rows/s of the whole fit, of the second epoch (in the first one turns are short), and of the last."""
+    laps = laps_of(source, client, 4, n_epochs).epochs
+    return (
+        n_epochs * source.n_rows / (laps[-1] - laps[0]),
+        source.n_rows / (laps[2] - laps[1]),
+        source.n_rows / (laps[-1] - laps[-2]),
+    )
 
 
-def compare_workers(folder: Path, n_rows: int, repeats: int) -> None:
+def compare_workers(folder: Path, n_rows: int, n_epochs: int, repeats: int) -> None:
     rng = np.random.default_rng(0)
     path = folder / "rows.h5"
     with h5py.File(path, "w") as file:
@@ -70,17 +75,22 @@ def compare_workers(folder: Path, n_rows: int, repeats: int) -> None:
             X[first : first + (1 << 17)] = rng.standard_normal((min(1 << 17, n_rows - first), N_FEATURES), np.float32)
         file.create_dataset("y", data=rng.standard_normal(n_rows))
     source = streamgd.open_source(path, "y")
-    found: dict[int, list[float]] = {1: [], 2: []}
+    found: dict[int, list[tuple[float, float, float]]] = {1: [], 2: []}
     with cluster(1) as (_, one), cluster(2) as (_, two):
         for client in (one, two):
-            rows_per_s(source, client, 4)  # compiles
+            rates(source, client, 2)  # compiles
         for _ in range(repeats):
             for n, client in ((1, one), (2, two)):
-                found[n].append(rows_per_s(source, client, 4))
-    one_s, two_s = (statistics.median(found[n]) for n in (1, 2))
-    ratios = [b / a for a, b in zip(found[1], found[2], strict=True)]
-    print(f"gzip HDF5, {n_rows:,} rows: 1 worker {one_s / 1e6:.2f} M rows/s, 2 workers {two_s / 1e6:.2f} M rows/s")
-    print(f"ratio of medians {two_s / one_s:.2f}; of pairs {', '.join(f'{ratio:.2f}' for ratio in sorted(ratios))}")
+                found[n].append(rates(source, client, n_epochs))
+    print(f"gzip HDF5, {n_rows:,} rows, {n_epochs} epochs")
+    for k, what in enumerate(("whole fit", "second epoch", "last epoch")):
+        one_s, two_s = ([rate[k] for rate in found[n]] for n in (1, 2))
+        a, b = statistics.median(one_s), statistics.median(two_s)
+        ratios = sorted(y / x for x, y in zip(one_s, two_s, strict=True))
+        print(
+            f"{what:13s} 1 worker {a / 1e6:.2f} M rows/s, 2 workers {b / 1e6:.2f}: ratio of medians {b / a:.2f}; of "
+            f"pairs {', '.join(f'{ratio:.2f}' for ratio in ratios)}"
+        )
 
 
 def compare_dask_ml(n_rows: int, repeats: int) -> None:
@@ -96,7 +106,7 @@ def compare_dask_ml(n_rows: int, repeats: int) -> None:
         wait([X, y])
         source = training_source(streamgd.SGDRegressor(), X, y, None, reset=True, labels=False)
         ours, theirs, whole = [], [], []
-        rows_per_s(source, client, 4)
+        rates(source, client, 2)
         for _ in range(repeats):
             began = time.perf_counter()
             Incremental(SGDRegressor(), assume_equal_chunks=True).fit(X, y)
@@ -106,10 +116,10 @@ def compare_dask_ml(n_rows: int, repeats: int) -> None:
             whole.append(3 * n_rows / (time.perf_counter() - began))
             ours.append(n_rows / (laps.epochs[2] - laps.epochs[1]))
     a, b, c = statistics.median(ours), statistics.median(theirs), statistics.median(whole)
-    print(
-        f"persisted Dask array, {n_rows:,} rows, two workers: {a / 1e6:.2f} M rows/s (three epochs with survey and all"
-    )
-    print(f"short rounds {c / 1e6:.2f}); Incremental(SGDRegressor) {b / 1e6:.2f}: {a / b:.1f} and {c / b:.1f} times")
+    print(f"persisted Dask array, {n_rows:,} rows, two workers: Incremental(SGDRegressor) {b / 1e6:.2f} M rows/s")
+    for what, rate, all_of in (("second epoch", a, ours), ("three epochs with survey", c, whole)):
+        times = [x / y for x, y in zip(all_of, theirs, strict=True)]
+        print(f"{what} {rate / 1e6:.2f} M rows/s: {rate / b:.2f} times, of pairs {min(times):.2f} to {max(times):.2f}")
 
 
 def measure_rounds(folder: Path, repeats: int) -> None:
@@ -125,7 +135,7 @@ def measure_rounds(folder: Path, repeats: int) -> None:
         source = streamgd.open_source(path, "y")
         rounds: list[float] = []
         here: list[float] = []
-        cluster_module._SHORT_BYTES = 0  # each round by itself
+        cluster_module._SHORT_BYTES, cluster_module._SHORT_S = 0, 0.0
         with cluster(2) as (_, client):
             laps_of(source, client, 8, 1)
             for _ in range(repeats):
@@ -146,11 +156,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="*", default=["workers", "dask-ml", "round"])
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if "workers" in options.what:
-            compare_workers(Path(folder), options.rows, options.repeats)
+            compare_workers(Path(folder), options.rows, options.epochs, options.repeats)
         if "dask-ml" in options.what:
             compare_dask_ml(options.rows, options.repeats)
         if "round" in options.what:

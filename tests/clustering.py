@@ -1,11 +1,13 @@
 """Runs in lanes, here or on a cluster of real processes, and what they come to, to the bit.
 
-Run as a program, it is a client that can be killed: ``python -m tests.clustering KIND FOLDER SCHEDULER OPTIMIZER``.
+Run as a program, it is a client that can be killed: ``python -m tests.clustering KIND FOLDER SCHEDULER OPTIMIZER
+[SETTINGS]``, the last as JSON for the module that hands rounds over.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -147,7 +149,11 @@ def await_workers(client: Any, n_workers: int, timeout_s: float = 60.0) -> None:
 def main() -> None:
     from distributed import Client
 
-    kind, folder, scheduler, optimizer = sys.argv[1:]
+    from streamgd.run import cluster as cluster_module
+
+    kind, folder, scheduler, optimizer, *way = sys.argv[1:]
+    for name, value in (json.loads(way[0]) if way else {}).items():
+        setattr(cluster_module, name, value)
     run = Path(folder) / f"run-{kind}-{optimizer}"
     with Client(scheduler, set_as_default=False) as client:
         found = fit(Path(folder), kind, optimizer, client, checkpoint_dir=run, checkpoint_every_s=0)

@@ -102,7 +102,7 @@ class ClusterCrew(Crew):
         self._flown_from: State | None = None
         self._played: deque[Round] = deque()  # rounds that came with others before them
         # Seconds of what was handed over last, for a row of each lane, and for one where a worker plays by itself.
-        self._flight_s, self._row_s, self._together_s = 0.0, 0.0, 0.0
+        self._flight_s, self._row_s, self._together_s, self._round_s = 0.0, 0.0, 0.0, 0.0
         self._flights = 0
         self._ahead: list[Any] = []  # futures of blocks for the next round
         self._planned: tuple[int, int, list[int], bool] | None = None  # that round, its ends, and whether together
@@ -118,6 +118,11 @@ class ClusterCrew(Crew):
     def workers(self) -> int | None:
         """How many workers take part."""
         return len(self._reports)
+
+    @property
+    def round_s(self) -> float | None:
+        """Seconds of each of the rounds that came last, on average."""
+        return self._round_s
 
     def play(self, start: State, packed: Packed, row: int, end: int, stop: threading.Event) -> Round | None:
         """Play a round, again if need be; see `Crew.play`."""
@@ -146,6 +151,7 @@ class ClusterCrew(Crew):
                 self._played.extend(self._result(flight))
                 self._flight_s = time.monotonic() - began
                 self._row_s = self._flight_s / (flight.ends[-1] - flight.row)
+                self._round_s = self._flight_s / len(self._played)
                 if flight.merged is flight.last:
                     self._together_s = self._row_s
                 return self._hand_out(self._played)

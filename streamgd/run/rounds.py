@@ -210,6 +210,11 @@ class Crew(abc.ABC):
         """How many workers there are; None if there is no cluster."""
         return None
 
+    @property
+    def round_s(self) -> float | None:
+        """Seconds that the last round took, if several came at once; None if that is the time of the call."""
+        return None
+
     @abc.abstractmethod
     def close(self) -> None:
         """Leave nothing behind. Idempotent."""
@@ -331,7 +336,8 @@ class RoundTraining(Training):
             self._reading.wait_s += played.wait_s
             self._read_rows += played.read_rows
             self._reading.read_bytes = round(self._read_rows * run.source.stored_bytes / run.source.n_rows)
-            self._reading.round_s = time.perf_counter() - began
+            took_s = crew.round_s
+            self._reading.round_s = time.perf_counter() - began if took_s is None else took_s
             self._reading.workers = crew.workers
             self.watcher.advanced(run, self._reading)
             self._record(several)

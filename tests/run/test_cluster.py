@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import signal
 import subprocess
@@ -67,6 +68,12 @@ def two() -> Any:
         yield made
 
 
+@pytest.fixture(scope="module")
+def four() -> Any:
+    with cluster(4) as made:
+        yield made
+
+
 def task_states(client: Any) -> dict[str, int]:
     """Count what the scheduler still knows, once it has had time to forget."""
     for _ in range(50):
@@ -104,6 +111,26 @@ def hand_over(monkeypatch: pytest.MonkeyPatch, way: dict[str, Any]) -> None:
 def rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hand rounds over several at once, and as many as make one task."""
     hand_over(monkeypatch, request.param)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_of_rounds_that_are_handed_over_one_by_one(two, folder, here, monkeypatch, kind):
+    """With a task for each merge, as where many workers take part."""
+    hand_over(monkeypatch, SINGLY)
+    assert fit(folder, kind, client=two[1]) == here(kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_on_four_workers_one_of_which_is_killed(four, folder, here, monkeypatch, kind):
+    client = four[1]
+    assert fit(folder, kind, client=client) == here(kind)
+    hand_over(monkeypatch, CHAINED)
+    await_workers(client, 4)
+    killing = threading.Timer(0.2, kill_worker, (client, KINDS.index(kind)))
+    killing.start()
+    found = fit(folder, kind, client=client)
+    killing.join()
+    assert found == here(kind)
 
 
 @pytest.mark.usefixtures("rounds")
@@ -213,10 +240,12 @@ class TestFaults:
             training.join()
             assert done == [here("parquet")]
 
+    @pytest.mark.parametrize("way", [SINGLY, CHAINED, TOGETHER], ids=["singly", "chained", "together"])
     @pytest.mark.parametrize("kind", KINDS)
-    def test_the_client_is_killed_and_resumed_elsewhere(self, two, folder, here, kind, tmp_path):
+    def test_the_client_is_killed_and_resumed_elsewhere(self, two, folder, here, kind, way, tmp_path):
         make_data(tmp_path)
-        command = [sys.executable, "-m", "tests.clustering", kind, str(tmp_path), two[0].scheduler_address, "auto"]
+        scheduler = two[0].scheduler_address
+        command = [sys.executable, "-m", "tests.clustering", kind, str(tmp_path), scheduler, "auto", json.dumps(way)]
         child = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
         run = tmp_path / f"run-{kind}-auto"
         until = time.monotonic() + 100
