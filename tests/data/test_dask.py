@@ -23,6 +23,7 @@ import pytest
 from distributed import Client
 from scipy import sparse
 
+from streamgd.data.sources import dask as dask_module
 from streamgd.data.sources.base import Source
 from streamgd.data.sources.dask import DaskSource
 from streamgd.errors import DataError, EmptySourceError, SchemaError, SourceNotFoundError
@@ -436,6 +437,35 @@ class TestWithClient:
         np.testing.assert_array_equal(found[0], X)
         np.testing.assert_allclose(found[1], X.sum(axis=1), rtol=1e-6)
         source.close()
+
+    def test_first_rows_come_by_themselves(self, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+        X, y, lazy_X, lazy_y = lazy(200, 10, seed=5)
+        source = DaskSource(lazy_X, lazy_y)
+        monkeypatch.setattr(source, "open_block", lambda *_, **__: pytest.fail("a whole block was fetched"))
+        heads = [(0, 3), (4, 5), (9, 1)]
+        for (block, n), reader in zip(heads, source.open_heads(heads, piece_rows=100), strict=True):
+            with reader:
+                rows = reader.read(n)
+            np.testing.assert_array_equal(rows.X, X[20 * block : 20 * block + n])
+            np.testing.assert_array_equal(rows.y, y[20 * block : 20 * block + n])
+        source.close()
+        assert eventually(lambda: not client.futures)
+
+    def test_first_rows_that_are_most_of_a_block_come_with_it(self, client: Client) -> None:
+        X, _, lazy_X, lazy_y = lazy(200, 10, seed=5)
+        source = DaskSource(lazy_X, lazy_y)
+        with next(source.open_heads([(2, 18)], piece_rows=100)) as reader:
+            np.testing.assert_array_equal(reader.read(18).X, X[40:58])
+
+    def test_targets_of_many_blocks_come_at_once(self, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+        _, y, lazy_X, lazy_y = lazy(200, 20, seed=6)
+        asked: list[int] = []
+        gather = client.gather
+        monkeypatch.setattr(client, "gather", lambda futures, **options: asked.append(1) or gather(futures, **options))
+        monkeypatch.setattr(dask_module, "_TARGET_ROWS", 100)
+        found = [part for _, part, _ in DaskSource(lazy_X, lazy_y).iter_targets()]
+        np.testing.assert_array_equal(np.concatenate(found), y)
+        assert len(asked) == 2
 
     def test_failing_block(self, client: Client, caplog: pytest.LogCaptureFixture) -> None:
         def fail(block: np.ndarray) -> np.ndarray:

@@ -75,6 +75,10 @@ class TestAssign:
         after = assign(8, {"b": 1}, before)
         assert set(after.values()) == {"b"}
 
+    def test_workers_get_neighbours_which_hand_on_one_sum(self):
+        assert assign(8, {"a": 1, "b": 1}, {}) == dict.fromkeys(range(4), "a") | dict.fromkeys(range(4, 8), "b")
+        assert list(assign(7, {"a": 1, "b": 1, "c": 1}, {}).values()) == list("aaabbcc")
+
     def test_more_workers_than_lanes(self):
         lanes = assign(2, dict.fromkeys("abcde", 1), {})
         assert len(set(lanes.values())) == 2

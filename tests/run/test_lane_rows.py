@@ -1,0 +1,89 @@
+"""Readers of lanes over blocks of a Dask collection, which come in portions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from streamgd.data.sources import open_source
+from streamgd.run.config import Config
+from streamgd.run.lane_rows import Delivery
+from streamgd.run.lanes import LaneWork, take_turn
+from streamgd.run.runs import Run, prepare
+from tests.clustering import load, make_data
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    make_data(tmp_path)
+    X, y = load(tmp_path, "dask")
+    return prepare(open_source(X, y), Config(n_lanes=2, max_iter=3, tol=None, buffer_bytes=80_000))
+
+
+def computed(run: Run) -> dict[int, list[Any]]:
+    collection: Any = run.source
+    X, y, _ = collection._parts.rows, collection._parts.target, None
+    return {block: [np.asarray(X.blocks[block]), np.asarray(y.blocks[block])] for block in range(run.source.n_blocks)}
+
+
+def work_of(run: Run) -> LaneWork:
+    collection: Any = run.source
+    return LaneWork(run, collection.detached(), n_threads=1, most_readers=2)
+
+
+def reader_of(work: LaneWork, lane: int) -> Any:
+    return work.readers._idle[lane]
+
+
+def test_a_reader_goes_on_over_blocks_that_come_early_and_into_the_next_epoch(run):
+    blocks, work, packed = computed(run), work_of(run), run.packed(moments=False)
+    turns = [(0, 0, 640), (0, 640, 1100), (0, 1100, 10_000), (1, 0, 900)]
+    take_turn(work, run.state, packed, 0, 0, 640, Delivery(*turns[0], blocks))
+    reader = reader_of(work, 0)
+    for epoch, row, end in turns[1:]:
+        planned = reader._planned
+        assert planned < epoch * reader.lane_rows + row + run.layout.window_rows  # no farther than it may
+        work.readers.expect(0, Delivery(epoch, row, end, blocks))
+        assert reader._filling is not None
+        start = run.state.copy()
+        start.counters[0] = epoch
+        found = take_turn(work, start, packed, 0, row, end, Delivery(epoch, row, end, blocks)).found
+        fresh = work_of(run)
+        afresh = take_turn(fresh, start, packed, 0, row, end, Delivery(epoch, row, end, blocks)).found
+        assert found.theta.tobytes() == afresh.theta.tobytes()
+        assert found.checksum == afresh.checksum
+        assert reader_of(work, 0) is reader
+        fresh.readers.close()
+    work.readers.close()
+
+
+def test_blocks_that_come_while_a_reader_is_in_use_are_there_when_it_is_given_back(run):
+    blocks, work = computed(run), work_of(run)
+    first = Delivery(0, 0, 640, blocks)
+    reader = work.readers.take(work.plans, work.inputs, 1, 0, 0, 0, first)
+    list(reader.pieces(640))
+    work.readers.expect(0, Delivery(0, 640, 1100, blocks))
+    work.readers.give_back(reader, 2)
+    assert reader._until == 1100
+    work.readers.close()
+
+
+def test_blocks_with_others_missing_before_them_are_left_alone(run):
+    blocks, work, packed = computed(run), work_of(run), run.packed(moments=False)
+    take_turn(work, run.state, packed, 0, 0, 640, Delivery(0, 0, 640, blocks))
+    reader = reader_of(work, 0)
+    work.readers.expect(0, Delivery(0, 900, 1500, blocks))
+    assert reader._until == 640
+    work.readers.close()
+
+
+def test_blocks_of_turns_that_are_over_are_let_go(run):
+    blocks, work, packed = computed(run), work_of(run), run.packed(moments=False)
+    take_turn(work, run.state, packed, 0, 0, 640, Delivery(0, 0, 640, blocks))
+    assert reader_of(work, 0)._source._delivered == {}
+    work.readers.expect(0, Delivery(0, 640, 1100, blocks))
+    assert reader_of(work, 0)._source._delivered == blocks
+    work.readers.close()
