@@ -1,8 +1,8 @@
 """The blocks of a Dask collection on their way to the lanes.
 
-The blocks of the rounds that are handed over at once are computed on workers, near the lanes that need them, and go from
-worker to worker; the client holds their futures, those of these rounds and the next. So no more of the collection is in
-memory than two of the longest turns need.
+The blocks of the rounds that are handed over at once are computed on workers, near the lanes that need them, and go
+from worker to worker; the client holds their futures, those of these rounds and the next. So no more of the
+collection is in memory than two of the longest turns need.
 """
 
 from __future__ import annotations
