@@ -50,7 +50,7 @@ _FLIGHT_S, _MOST_IN_FLIGHT, _FEW_GROUPS = 0.25, 8, 8
 #: Rounds are short that one worker would play in so many seconds, or, before that is known, that have so many bytes of
 #: rows; so many short ones make one task at most, as long as their states, and their rows, come to no more than so many
 #: bytes.
-_SHORT_S, _SHORT_BYTES = 0.02, 4_000_000
+_SHORT_S, _SHORT_BYTES = 0.02, 8_000_000
 _MOST_TOGETHER, _STATES_BYTES, _TOGETHER_BYTES = 100, 20_000_000, 128_000_000
 #: States up to this size are sent with each task that needs them, others once.
 _EMBEDDED_BYTES = 100_000
@@ -104,7 +104,7 @@ class ClusterCrew(Crew):
         self._played: deque[Round] = deque()  # rounds that came with others before them
         # Seconds of what was handed over last, for a row of each lane, and for one where a worker plays by itself.
         self._flight_s, self._row_s, self._together_s, self._round_s = 0.0, 0.0, 0.0, 0.0
-        self._flights = 0
+        self._flights, self._spread = 0, False
         self._ahead: list[Any] = []  # futures of blocks for the next round
         self._planned: tuple[int, int, list[int], bool] | None = None  # that round, its ends, and whether together
         self._attempt = 0
@@ -153,8 +153,9 @@ class ClusterCrew(Crew):
                 self._flight_s = time.monotonic() - began
                 self._row_s = self._flight_s / (flight.ends[-1] - flight.row)
                 self._round_s = self._flight_s / len(self._played)
-                if flight.merged is flight.last:
-                    self._together_s = self._row_s
+                if flight.merged is flight.last and flight.chained:  # the first one opens files, and compiles
+                    took_s = sum(each.took_s for each in self._played) / (flight.ends[-1] - flight.row)
+                    self._together_s = max(self._together_s, took_s)
                 return self._hand_out(self._played)
             except _Again as again:
                 lost += again.counts
@@ -194,8 +195,11 @@ class ClusterCrew(Crew):
         """
         if self._planned is not None and self._planned[:2] == (epoch, row):
             return self._planned[2:]  # what was delivered ahead
-        short = self._short_ends(epoch, row)
-        return (short, True) if len(short) > 1 else (self._flight_ends(epoch, row), False)
+        short = [] if self._spread else self._short_ends(epoch, row)
+        if len(short) > 1:
+            return short, True
+        self._spread = True  # lanes that went back to one worker would be read anew there
+        return self._flight_ends(epoch, row), False
 
     def _short_ends(self, epoch: int, row: int) -> list[int]:
         """Say where short rounds end, as many as a worker has room for."""

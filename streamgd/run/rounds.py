@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from streamgd.data.prefetch import default_threads
@@ -50,12 +50,15 @@ class Round:
         Rows read by all lanes.
     wait_s : float
         Seconds that lanes waited for windows, the mean of all.
+    took_s : float
+        Seconds that one worker took who played it by itself; 0 if several did.
     """
 
     state: State
     done: bool
     read_rows: int
     wait_s: float
+    took_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -175,11 +178,13 @@ def play_rounds(
             delivery = None if delivered is None else delivered[lane]
             readers.append(open_reader(work, lane, start.epoch, row, delivery))
         for end in ends:
+            began = time.perf_counter()
             parts = [
                 Part.of(lane, train_turn(work, state, packed, lane, reader, row, end))
                 for lane, reader in enumerate(readers)
             ]
-            played.append(merge_parts(state, parts, packed, end))
+            found = merge_parts(state, parts, packed, end)
+            played.append(replace(found, took_s=time.perf_counter() - began))
             state, row = played[-1].state, end
             if played[-1].done or state.counters[kernels.STATUS] != kernels.OK:
                 break
