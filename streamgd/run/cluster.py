@@ -50,7 +50,7 @@ _FLIGHT_S, _MOST_IN_FLIGHT, _FEW_GROUPS = 0.25, 8, 8
 #: Rounds are short that one worker would play in so many seconds, or, before that is known, that have so many bytes of
 #: rows; so many short ones make one task at most, as long as their states, and their rows, come to no more than so many
 #: bytes.
-_SHORT_S, _SHORT_BYTES = 0.02, 8_000_000
+_SHORT_S, _SHORT_BYTES = 0.006, 8_000_000
 _MOST_TOGETHER, _STATES_BYTES, _TOGETHER_BYTES = 100, 20_000_000, 128_000_000
 #: States up to this size are sent with each task that needs them, others once.
 _EMBEDDED_BYTES = 100_000
