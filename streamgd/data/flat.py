@@ -7,8 +7,6 @@ from one window to the next but files, so that several threads may fill a window
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,28 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamgd.data import placing
-from streamgd.data.ahead import Range, ReadAhead, stays_in_memory
+from streamgd.data.early import EarlyBlocks
+from streamgd.data.flat_files import OPEN_FILES, FlatFiles
 from streamgd.data.plan import MAX_READERS, EpochPlan, Layout, WindowPlan
 from streamgd.data.rows import RowPlacer, Window
 from streamgd.data.sources.base import Source
-from streamgd.data.sources.flat import FlatRows, Strip
-from streamgd.data.sources.mapped import OpenFile
+from streamgd.data.sources.flat import FlatRows
 from streamgd.data.targets import TargetCodec
-from streamgd.data.unbuffered import BlockLoader, Piece, blocks_at_once, reads_unbuffered
 from streamgd.data.window import Stopped
 from streamgd.errors import CorruptDataError, OptionError
 
 Floats = NDArray[np.float64]
 
-#: No row lies in memory ahead of its turn; places are drawn already.
-_NOWHERE, _NO_KEY = np.empty((0, 0), np.int64), np.empty(0, np.uint64)
-_PARTS = {"features": placing.FEATURES, "target": placing.TARGET, "weight": placing.WEIGHT}
+#: Places are drawn already.
+_NO_KEY = np.empty(0, np.uint64)
 #: What is read passes through so many bytes for each thread, so that it stays in the second cache.
 _SCRATCH_BYTES = 1 << 17
-#: Files kept open, and read in one call; most systems allow a process 1,024.
-_OPEN_FILES = 128
-#: Targets that are read in one call: as float64 they stay in the second cache.
-_NUMBERS = 262_144
 #: Windows of fewer bytes are filled by one thread each, several at once; others by all threads together.
 _OWN_WINDOW_BYTES = 24 << 20
 
@@ -121,51 +113,25 @@ class FlatFiller:
         self._pool: ThreadPoolExecutor | None = None
         self._one_file = bool((rows.block_file == rows.block_file[0]).all())
         self._files, self._shares = files or FlatFiles(rows), files is not None
-        self._on_disk = any(strip.path is not None for strip in rows.strips(0))
-        self._unbuffered = FlatFiles(rows, unbuffered=True)
-        self._loader = self._make_loader(layout)
-        self._ahead = ReadAhead(self._ranges_of, layout.n_open, source.stored_bytes)
+        self._early = EarlyBlocks(source, rows, layout, self._files)
         self._local = threading.local()
         self._stopped = False
         self.read_rows = 0
 
-    def _make_loader(self, layout: Layout) -> BlockLoader | None:
-        """Return what reads blocks past the page cache, if they would not stay in it and there is memory for them."""
-        source = self._source
-        if not self._on_disk or stays_in_memory(source.stored_bytes):
-            return None
-        strips = self._rows.strips(0)
-        row_bytes = sum(strip.row_bytes for strip in strips if strip.path is not None)
-        block_bytes = int(source.block_rows.max()) * row_bytes
-        open_blocks = max(layout.n_open, -(-layout.window_rows // layout.slice_rows))
-        most = blocks_at_once(open_blocks, block_bytes, len(strips), layout.spare_bytes)
-        if not most or not all(reads_unbuffered(strip.path) for strip in strips if strip.path is not None):
-            return None
-        return BlockLoader(self._pieces_of, len(strips), block_bytes, most)
-
     def expect(self, plan: EpochPlan, first: int = 0) -> None:
-        """Hear of the blocks of an epoch from a window on, before that is asked for."""
-        if not self._on_disk:
-            return
-        blocks, rows = plan.blocks_left(first)
-        if self._loader is not None:
-            left = self._source.block_rows[blocks] - rows
-            self._loader.expect(zip(blocks.tolist(), left.tolist(), strict=True))
-        else:
-            self._ahead.expect(iter(blocks[rows == 0].tolist()))
+        """Hear of an epoch from a window on, before that is asked for."""
+        self._early.expect(plan, first)
 
     def fill(self, window: Window, plan: WindowPlan, upcoming: WindowPlan | None = None) -> None:
         """Fill a window, see `streamgd.data.window.WindowFiller.fill`."""
         if plan.n_rows > len(window.ids):
             raise OptionError(f"a plan of {plan.n_rows:,} rows for a window of {len(window.ids):,}: layouts differ")
-        if self._loader is None and self._on_disk:
-            self._ahead.opened(int(np.count_nonzero(plan.table[:, 1] == 0)))
         blocks = plan.table[:, 0]
         files = self._rows.block_file[blocks]
         slices = np.column_stack([plan.table, files, self._rows.block_start[blocks] + plan.table[:, 1]])
         if self._rows.origin is not None:
             slices[:, 0], slices[:, 1] = self._rows.origin[0][blocks], self._rows.origin[1][blocks] + plan.table[:, 1]
-        ready = _NOWHERE if self._loader is None else self._loader.locate(blocks)
+        ready = self._early.locate(plan)
         places = self._memory("places", len(window.ids), np.int32)[: plan.n_rows]
         part = _Part(slices, plan.key, places, ready)
         if not (plan.shuffle and self._n_parts == 1 and self._one_file):
@@ -175,8 +141,7 @@ class FlatFiller:
             self._place_parts(window, part)
         else:
             self._place(window, part)
-        if self._loader is not None:
-            self._loader.placed(blocks, plan.table[:, 2])
+        self._early.placed(plan)
         window.describe(plan)
         self.read_rows += plan.n_rows
 
@@ -199,10 +164,10 @@ class FlatFiller:
             self._place_few(window, part, part.slices[:1, 3], None)
             return
         files, of_slice = np.unique(part.slices[:, 3], return_inverse=True)
-        for first in range(0, len(files), _OPEN_FILES):
+        for first in range(0, len(files), OPEN_FILES):
             if self._stopped:
                 raise Stopped
-            few = files[first : first + _OPEN_FILES]
+            few = files[first : first + OPEN_FILES]
             kept = (of_slice >= first) & (of_slice < first + len(few))
             self._place_few(window, part if len(few) == len(files) else part.those(kept), few, of_slice[kept] - first)
 
@@ -254,27 +219,6 @@ class FlatFiller:
             "moment later: the data changes while it is read. Train on data that nobody writes to"
         )
 
-    def _ranges_of(self, block: int) -> tuple[list[Range], list[OpenFile]]:
-        """Say which bytes of which open files a block takes; these stay open as long as they are held."""
-        table, held = self._files.open(int(self._rows.block_file[block]))
-        start, n_rows = int(self._rows.block_start[block]), int(self._source.block_rows[block])
-        ranges = [
-            (fd, offset + start * row_bytes, n_rows * row_bytes)
-            for fd, offset, row_bytes in table[:, [placing.FD, placing.OFFSET, placing.ROW_BYTES]].tolist()
-            if fd >= 0
-        ]
-        return ranges, held
-
-    def _pieces_of(self, block: int) -> tuple[list[Piece | None], list[OpenFile]]:
-        """Say where a block's rows of each strip lie, for reads past the page cache."""
-        table, held = self._unbuffered.open(int(self._rows.block_file[block]))
-        start, n_rows = int(self._rows.block_start[block]), int(self._source.block_rows[block])
-        pieces = [
-            None if fd < 0 else Piece(fd, offset + start * row_bytes, n_rows * row_bytes, start * row_bytes)
-            for fd, offset, row_bytes in table[:, [placing.FD, placing.OFFSET, placing.ROW_BYTES]].tolist()
-        ]
-        return pieces, held
-
     def _memory(self, name: str, size: int, dtype: type) -> Any:
         """Return memory that this thread keeps for the purpose."""
         found: NDArray[Any] | None = getattr(self._local, name, None)
@@ -286,8 +230,7 @@ class FlatFiller:
     def stop(self) -> None:
         """Make `fill` give up soon, from any thread."""
         self._stopped = True
-        if self._loader is not None:
-            self._loader.close()
+        self._early.stop()
 
     def close(self) -> None:
         """Stop the threads and close the files. Idempotent."""
@@ -295,10 +238,7 @@ class FlatFiller:
         if self._pool is not None:
             self._pool.shutdown(wait=True)
             self._pool = None
-        self._ahead.close()
-        if self._loader is not None:
-            self._loader.close()
-        self._unbuffered.close()
+        self._early.close()
         if not self._shares:
             self._files.close()
 
@@ -309,97 +249,3 @@ class FlatFiller:
     def __exit__(self, *_: object) -> None:
         """Close it."""
         self.close()
-
-
-def reads_flat(source: Source, codec: TargetCodec | None) -> bool:
-    """Tell whether a `FlatFiller` can read a source and encode its targets."""
-    if not source.is_flat or codec is None or source.target is None:
-        return source.is_flat and codec is None
-    if codec.classes is None:
-        exact = codec.dtype is not None and source.target.dtype in ("int64", "uint64")
-        return source.target.numeric and not exact and codec.n_outputs == source.target.n_outputs
-    return source.target.numeric and source.target.n_outputs == 1 and codec.sorted_numbers is not None
-
-
-def iter_numbers(source: Source, codec: TargetCodec) -> Iterator[tuple[int, Floats, Floats | None]] | None:
-    """Read numeric targets and weights as `Source.iter_targets` does, faster; None for sources that are not flat.
-
-    Each piece is one compiled call that does not hold the interpreter's lock. Pieces are overwritten by the next ones.
-    """
-    rows = source.flat_rows() if reads_flat(source, codec) and codec.classes is None else None
-    if rows is None or rows.origin is not None or rows.check is not None:
-        return None
-    return _numbers(source, rows, codec.n_outputs)
-
-
-def _numbers(source: Source, rows: FlatRows, n_outputs: int) -> Iterator[tuple[int, Floats, Floats | None]]:
-    y, weight = np.empty((_NUMBERS, n_outputs)), np.empty((_NUMBERS, 1 if source.has_weight else 0))
-    scratch = np.empty(_SCRATCH_BYTES, np.uint8)
-    files, first = FlatFiles(rows), 0
-    ends = np.flatnonzero(np.diff(rows.block_file, append=-1)) + 1  # blocks lie in the order of their files
-    for begin, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
-        file, n_rows = int(rows.block_file[begin]), int(source.block_rows[begin:end].sum())
-        start = int(rows.block_start[begin])
-        for at in range(0, n_rows, _NUMBERS):
-            strips, held = files.open(file)
-            n = min(_NUMBERS, n_rows - at)
-            if not placing.load_numbers(strips, start + at, y[:n], weight[:n], scratch):
-                raise CorruptDataError(
-                    f"{source.locate_row(first)}: the targets of {n:,} rows from here cannot be read. The file was cut "
-                    "short after it was opened, or the disk fails: restore it"
-                )
-            del held  # not before: a descriptor that is closed meanwhile may be another file's by now
-            yield first, y[:n], weight[:n, 0] if source.has_weight else None
-            first += n
-
-
-class FlatFiles:
-    """The strips of each file as numbers, with its descriptors; the least recently used are forgotten first.
-
-    Parameters
-    ----------
-    rows : FlatRows
-        Where the rows of a source lie.
-    unbuffered : bool, default=False
-        Whether descriptors are for reads past the page cache.
-    """
-
-    def __init__(self, rows: FlatRows, *, unbuffered: bool = False) -> None:
-        self._rows, self._unbuffered = rows, unbuffered
-        self._lock = threading.Lock()
-        self._known: OrderedDict[int, tuple[NDArray[np.int64], list[OpenFile]]] = OrderedDict()
-
-    def open(self, file: int) -> tuple[NDArray[np.int64], list[OpenFile]]:
-        """Return the strips of a file; its descriptors stay open as long as the caller holds what is returned."""
-        with self._lock:
-            if file in self._known:
-                self._known.move_to_end(file)
-                return self._known[file]
-            while len(self._known) >= _OPEN_FILES:
-                self._known.popitem(last=False)
-            found = self._known[file] = _numbers_of(self._rows.strips(file), self._unbuffered)
-            return found
-
-    def close(self) -> None:
-        """Forget every file."""
-        with self._lock:
-            self._known.clear()
-
-
-def _numbers_of(strips: Sequence[Strip], unbuffered: bool) -> tuple[NDArray[np.int64], list[OpenFile]]:
-    opened = {
-        path: OpenFile(path, unbuffered=unbuffered) for path in {strip.path for strip in strips} if path is not None
-    }
-    table = [
-        (
-            -1 if strip.path is None else opened[strip.path].descriptor,
-            strip.offset,
-            strip.row_bytes,
-            placing.DTYPE_CODES[strip.dtype],
-            _PARTS[strip.part],
-            strip.column,
-            strip.n_columns,
-        )
-        for strip in strips
-    ]
-    return np.array(table, np.int64), list(opened.values())

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Final, Literal, Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from streamgd.data.flat import FlatFiles, FlatFiller, reads_flat
+from streamgd.data.flat import FlatFiller
+from streamgd.data.flat_files import FlatFiles, reads_flat
 from streamgd.data.plan import EpochPlan, Layout, WindowPlan
 from streamgd.data.sources.base import Source
 from streamgd.data.targets import TargetCodec

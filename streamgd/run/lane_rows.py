@@ -17,7 +17,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from streamgd.data.flat import FlatFiles, FlatFiller
+from streamgd.data.flat import FlatFiller
+from streamgd.data.flat_files import FlatFiles
 from streamgd.data.plan import EpochPlan, Layout, WindowPlan
 from streamgd.data.prefetch import make_filler
 from streamgd.data.sources.base import Source

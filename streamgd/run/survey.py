@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamgd.data.flat import iter_numbers
+from streamgd.data.flat_files import iter_numbers
 from streamgd.data.rows import RowPlacer
 from streamgd.data.sources.base import Source
 from streamgd.data.targets import ClassCounter, TargetCodec

@@ -11,7 +11,9 @@ import pandas as pd
 import pytest
 
 import streamgd.data.flat
-from streamgd.data.flat import FlatFiller, iter_numbers, reads_flat
+import streamgd.data.flat_files
+from streamgd.data.flat import FlatFiller
+from streamgd.data.flat_files import iter_numbers, reads_flat
 from streamgd.data.plan import EpochPlan, plan_layout
 from streamgd.data.prefetch import END, WindowStream
 from streamgd.data.sources.hdf5 import Hdf5Source
@@ -108,7 +110,7 @@ class TestSameWindows:
         expect_same(Hdf5Source(tmp_path / "a.h5", target=None))
 
     def test_of_more_files_than_are_kept_open(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(streamgd.data.flat, "_OPEN_FILES", 3)
+        monkeypatch.setattr(streamgd.data.flat, "OPEN_FILES", 3)
         paths = [
             write(tmp_path / f"{i}.h5", numbers("float32", (40 + i, D), i), numbers("float32", 40 + i))
             for i in range(11)
@@ -284,14 +286,14 @@ def test_too_many_open_files_are_named_as_such(tmp_path, monkeypatch):
 
 def test_files_stay_open_as_long_as_advice_is_given_on_them(tmp_path, monkeypatch):
     """Others may be opened meanwhile, and push them out."""
-    monkeypatch.setattr(streamgd.data.flat, "_OPEN_FILES", 1)
+    monkeypatch.setattr(streamgd.data.flat_files, "OPEN_FILES", 1)
     for name in "ab":
         write(tmp_path / f"{name}.h5", numbers("float32", (N, D)), np.arange(N))
     source = Hdf5Source([tmp_path / "a.h5", tmp_path / "b.h5"])
     layout = layout_of(source, window_rows=10)
     with FlatFiller(source, source.flat_rows(), layout, TargetCodec(None)) as filler:
-        ranges, held = filler._ranges_of(0)
-        filler._ranges_of(source.n_blocks - 1)
+        ranges, held = filler._early._ranges_of(0)
+        filler._early._ranges_of(source.n_blocks - 1)
         assert os.fstat(ranges[0][0]).st_ino == (tmp_path / "a.h5").stat().st_ino
         del held
         with pytest.raises(OSError, match="Bad file descriptor"):
@@ -382,8 +384,8 @@ class TestNumbers:
     @pytest.mark.parametrize("n_targets", [1, 3])
     @pytest.mark.parametrize("weighted", [False, True])
     def test_are_those_of_the_source(self, tmp_path, monkeypatch, dtype, n_targets, weighted):
-        monkeypatch.setattr(streamgd.data.flat, "_NUMBERS", 130)
-        monkeypatch.setattr(streamgd.data.flat, "_SCRATCH_BYTES", 100)
+        monkeypatch.setattr(streamgd.data.flat_files, "_NUMBERS", 130)
+        monkeypatch.setattr(streamgd.data.flat_files, "_SCRATCH_BYTES", 100)
         paths = [tmp_path / f"{number}.h5" for number in range(3)]
         for number, path in enumerate(paths):
             n = N - 123 * number

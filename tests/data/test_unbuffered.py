@@ -8,7 +8,8 @@ import h5py
 import numpy as np
 import pytest
 
-import streamgd.data.flat as module
+import streamgd.data.early as module
+import streamgd.data.flat
 from streamgd.data.plan import EpochPlan
 from streamgd.data.prefetch import WindowStream
 from streamgd.data.sources.hdf5 import Hdf5Source
@@ -96,7 +97,7 @@ def test_windows_filled_by_several_threads_together(tmp_path, request, monkeypat
     layout = plan_of(source)
     expected = windows_of(source, layout)
     looked_up = request.getfixturevalue("big")
-    monkeypatch.setattr(module, "_OWN_WINDOW_BYTES", 100)
+    monkeypatch.setattr(streamgd.data.flat, "_OWN_WINDOW_BYTES", 100)
     assert windows_of(source, layout, n_threads=3) == expected
     assert len(looked_up) == len(expected)
 

@@ -1,0 +1,120 @@
+"""The files of rows that lie as they are: opened, described as compiled code takes it, and read for their targets."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamgd.data import placing
+from streamgd.data.sources.base import Source
+from streamgd.data.sources.flat import FlatRows, Strip
+from streamgd.data.sources.mapped import OpenFile
+from streamgd.data.targets import TargetCodec
+from streamgd.errors import CorruptDataError
+
+Floats = NDArray[np.float64]
+
+_PARTS = {"features": placing.FEATURES, "target": placing.TARGET, "weight": placing.WEIGHT}
+#: Files kept open, and read in one call; most systems allow a process 1,024.
+OPEN_FILES = 128
+#: Targets that are read in one call, and what they pass through: the fewer calls, the less often does a thread wait for
+#: the interpreter's lock.
+_NUMBERS, _SCRATCH_BYTES = 262_144, 1 << 17
+
+
+def reads_flat(source: Source, codec: TargetCodec | None) -> bool:
+    """Tell whether a `FlatFiller` can read a source and encode its targets."""
+    if not source.is_flat or codec is None or source.target is None:
+        return source.is_flat and codec is None
+    if codec.classes is None:
+        exact = codec.dtype is not None and source.target.dtype in ("int64", "uint64")
+        return source.target.numeric and not exact and codec.n_outputs == source.target.n_outputs
+    return source.target.numeric and source.target.n_outputs == 1 and codec.sorted_numbers is not None
+
+
+class FlatFiles:
+    """The strips of each file as numbers, with its descriptors; the least recently used are forgotten first.
+
+    Parameters
+    ----------
+    rows : FlatRows
+        Where the rows of a source lie.
+    unbuffered : bool, default=False
+        Whether descriptors are for reads past the page cache.
+    """
+
+    def __init__(self, rows: FlatRows, *, unbuffered: bool = False) -> None:
+        self._rows, self._unbuffered = rows, unbuffered
+        self._lock = threading.Lock()
+        self._known: OrderedDict[int, tuple[NDArray[np.int64], list[OpenFile]]] = OrderedDict()
+
+    def open(self, file: int) -> tuple[NDArray[np.int64], list[OpenFile]]:
+        """Return the strips of a file; its descriptors stay open as long as the caller holds what is returned."""
+        with self._lock:
+            if file in self._known:
+                self._known.move_to_end(file)
+                return self._known[file]
+            while len(self._known) >= OPEN_FILES:
+                self._known.popitem(last=False)
+            found = self._known[file] = _described(self._rows.strips(file), self._unbuffered)
+            return found
+
+    def close(self) -> None:
+        """Forget every file."""
+        with self._lock:
+            self._known.clear()
+
+
+def _described(strips: Sequence[Strip], unbuffered: bool) -> tuple[NDArray[np.int64], list[OpenFile]]:
+    opened = {
+        path: OpenFile(path, unbuffered=unbuffered) for path in {strip.path for strip in strips} if path is not None
+    }
+    table = [
+        (
+            -1 if strip.path is None else opened[strip.path].descriptor,
+            strip.offset,
+            strip.row_bytes,
+            placing.DTYPE_CODES[strip.dtype],
+            _PARTS[strip.part],
+            strip.column,
+            strip.n_columns,
+        )
+        for strip in strips
+    ]
+    return np.array(table, np.int64), list(opened.values())
+
+
+def iter_numbers(source: Source, codec: TargetCodec) -> Iterator[tuple[int, Floats, Floats | None]] | None:
+    """Read numeric targets and weights as `Source.iter_targets` does, faster; None for sources that are not flat.
+
+    Each piece is one compiled call that does not hold the interpreter's lock. Pieces are overwritten by the next ones.
+    """
+    rows = source.flat_rows() if reads_flat(source, codec) and codec.classes is None else None
+    if rows is None or rows.origin is not None or rows.check is not None:
+        return None
+    return _numbers(source, rows, codec.n_outputs)
+
+
+def _numbers(source: Source, rows: FlatRows, n_outputs: int) -> Iterator[tuple[int, Floats, Floats | None]]:
+    y, weight = np.empty((_NUMBERS, n_outputs)), np.empty((_NUMBERS, 1 if source.has_weight else 0))
+    scratch = np.empty(_SCRATCH_BYTES, np.uint8)
+    files, first = FlatFiles(rows), 0
+    ends = np.flatnonzero(np.diff(rows.block_file, append=-1)) + 1  # blocks lie in the order of their files
+    for begin, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
+        file, n_rows = int(rows.block_file[begin]), int(source.block_rows[begin:end].sum())
+        start = int(rows.block_start[begin])
+        for at in range(0, n_rows, _NUMBERS):
+            strips, held = files.open(file)
+            n = min(_NUMBERS, n_rows - at)
+            if not placing.load_numbers(strips, start + at, y[:n], weight[:n], scratch):
+                raise CorruptDataError(
+                    f"{source.locate_row(first)}: the targets of {n:,} rows from here cannot be read. The file was cut "
+                    "short after it was opened, or the disk fails: restore it"
+                )
+            del held  # not before: a descriptor that is closed meanwhile may be another file's by now
+            yield first, y[:n], weight[:n, 0] if source.has_weight else None
+            first += n
