@@ -695,6 +695,52 @@ def combine_columns(
 
 
 @_compiled
+def combine_eights(
+    X: NDArray[Any], factors: NDArray[np.float64], start: NDArray[np.float64], out: NDArray[np.float64]
+) -> int:
+    """Do what `combine_rows` does, faster for few outputs: eight rows side by side, so that no sum waits for itself.
+
+    Parameters
+    ----------
+    X : ndarray of shape (n_rows, n_features), float32 or float64
+        Rows.
+    factors, start, out : ndarrays
+        As for `combine_columns`.
+
+    Returns
+    -------
+    int
+        Rows that are done: up to seven at the end are not, nor those from the first sum on that is not finite.
+    """
+    n_outputs, n_features = factors.shape
+    whole = len(X) // 8 * 8
+    for first in range(0, whole, 8):
+        rows = X[first : first + 8]
+        for k in range(n_outputs):
+            a = b = c = d = e = f = g = h = 0.0
+            for j in range(n_features):
+                factor = factors[k, j]
+                a += rows[0, j] * factor
+                b += rows[1, j] * factor
+                c += rows[2, j] * factor
+                d += rows[3, j] * factor
+                e += rows[4, j] * factor
+                f += rows[5, j] * factor
+                g += rows[6, j] * factor
+                h += rows[7, j] * factor
+            # A value that is not finite makes its sum so, even times zero.
+            if not (a - a == 0 and b - b == 0 and c - c == 0 and d - d == 0):
+                return first
+            if not (e - e == 0 and f - f == 0 and g - g == 0 and h - h == 0):
+                return first
+            s = start[k]
+            at = out[first : first + 8]
+            at[0, k], at[1, k], at[2, k], at[3, k] = a + s, b + s, c + s, d + s
+            at[4, k], at[5, k], at[6, k], at[7, k] = e + s, f + s, g + s, h + s
+    return whole
+
+
+@_compiled
 def combine_rows(
     address: int,
     code: int,

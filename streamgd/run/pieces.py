@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from streamgd.data.placing import DTYPE_CODES, combine_columns, combine_rows
+from streamgd.data.placing import DTYPE_CODES, combine_columns, combine_eights, combine_rows
 from streamgd.data.prefetch import default_threads
 from streamgd.data.sources.base import Columns, Source, readable
 from streamgd.learn.model import LinearModel
@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 #: Bytes of a piece as float64, features and outputs together.
 _PIECE_BYTES = 2 << 20
+#: Up to so many outputs, rows are added up where they lie; for more, they are turned into columns first.
+_FEW_OUTPUTS = 3
 #: Blocks that a source which computes is told of ahead of time, the one being read included.
 _AHEAD = 3
 #: No more threads than this, nor so many that their open blocks cost more than this.
@@ -213,12 +215,12 @@ def decide(model: LinearModel, X: Any, n_rows: int) -> tuple[Floats, bool]:
     if isinstance(X, np.ndarray):
         X = readable(X)
         if X.strides[1] == X.itemsize or X.shape[1] == 1:
-            address, code, stride = (
-                X.__array_interface__["data"][0],
-                DTYPE_CODES[X.dtype.name],
-                X.strides[0] // X.itemsize,
-            )
-            return out, bool(combine_rows(address, code, stride, model.coef, model.intercept, out))
+            done = 0
+            if len(model.coef) <= _FEW_OUTPUTS and X.dtype.kind == "f" and X.flags.c_contiguous:
+                done = combine_eights(X, model.coef, model.intercept, out)
+            address = X.__array_interface__["data"][0] + done * X.strides[0]
+            code, stride = DTYPE_CODES[X.dtype.name], X.strides[0] // X.itemsize
+            return out, bool(combine_rows(address, code, stride, model.coef, model.intercept, out[done:]))
         X = list(X.T)
     columns = X if isinstance(X, Columns) else Columns(X)
     addresses, strides, dtypes = columns.locate()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from streamgd.data import placing
 from streamgd.data.placing import DTYPE_CODES, find_classes, permute, raw_numbers
 from streamgd.data.rows import RowPlacer, Window
 from streamgd.data.sources.base import Slice
@@ -200,3 +201,32 @@ def test_find_classes():
     assert np.isnan(out[[2, 4]]).all()
     assert out[5] == -1
     assert find_classes(values[:4], np.array([1.0, 3.0, 7.5]), out[:4]) == -1
+
+
+class TestCombining:
+    """Predictions: rows times coefficients, added up one column after the other."""
+
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    @pytest.mark.parametrize("n_rows", [0, 5, 8, 61])
+    @pytest.mark.parametrize("n_outputs", [1, 3])
+    def test_eight_rows_side_by_side_have_the_same_bits(self, dtype, n_rows, n_outputs):
+        rng = np.random.default_rng(n_rows)
+        X = (rng.normal(size=(n_rows, 9)) * 10.0 ** rng.integers(-8, 8, (n_rows, 9))).astype(dtype)
+        factors, start = rng.normal(size=(n_outputs, 9)), rng.normal(size=n_outputs)
+        found, expected = np.full((2, n_rows, n_outputs), np.nan)
+        done = placing.combine_eights(X, factors, start, found)
+        assert done == n_rows // 8 * 8
+        assert placing.combine_rows(X.ctypes.data, placing.DTYPE_CODES[dtype], 9, factors, start, expected)
+        assert found[:done].tobytes() == expected[:done].tobytes()
+        by_hand = np.zeros((n_rows, n_outputs))
+        for j in range(9):
+            by_hand += X[:, j, None].astype(float) * factors[:, j]
+        assert (expected == by_hand + start).all()
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    @pytest.mark.parametrize("row", [0, 13, 39])
+    def test_they_end_before_a_value_that_is_not_finite(self, value, row):
+        X = np.ones((40, 4))
+        X[row, 2] = value
+        factors = np.array([[1.0, 2.0, 0.0, 1.0]])  # even where it does not count
+        assert placing.combine_eights(X, factors, np.zeros(1), np.empty((40, 1))) == row // 8 * 8
