@@ -7,7 +7,9 @@ them. Only advice: nothing that is read depends on it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +24,8 @@ _MOST_PASSED = 32
 #: Data bigger than this share of the memory does not stay in the page cache, where it would push out all else.
 _KEPT_SHARE = 0.5
 
+_CACHESTAT = 451
+
 Range = tuple[int, int, int]  # descriptor, first byte, bytes
 
 
@@ -34,14 +38,16 @@ class ReadAhead:
         Given a block, returns what it takes in files, and what keeps them open meanwhile; called in the thread.
     n_open : int
         Blocks that are open at once: those so far back are done with.
-    total_bytes : int
-        What one epoch reads.
+    forgets : bool, default=False
+        Whether to let go of blocks that have been read.
     """
 
-    def __init__(self, ranges_of: Callable[[int], tuple[Sequence[Range], Any]], n_open: int, total_bytes: int) -> None:
+    def __init__(
+        self, ranges_of: Callable[[int], tuple[Sequence[Range], Any]], n_open: int, *, forgets: bool = False
+    ) -> None:
         self._ranges_of = ranges_of
         self._n_open = n_open
-        self._forgets = not stays_in_memory(total_bytes)
+        self._forgets = forgets
         self._epochs: deque[Iterator[int]] = deque()
         self._asked: deque[tuple[int, int]] = deque()  # blocks not yet opened, and their bytes
         self._opened: deque[int] = deque()
@@ -165,6 +171,22 @@ def _is_there(descriptor: int, at: int) -> bool:
     with contextlib.suppress(OSError):  # it would have to wait, or the file system cannot tell
         return os.preadv(descriptor, [bytearray(1)], at, os.RWF_NOWAIT) == 1
     return False
+
+
+class _Range(ctypes.Structure):
+    _fields_ = (("first", ctypes.c_uint64), ("n_bytes", ctypes.c_uint64))
+
+
+def cached_bytes(descriptor: int, first: int, n_bytes: int) -> int:
+    """Count the bytes of a range of a file that are in the page cache; 0 if the system cannot tell.
+
+    By Linux' ``cachestat``, which is there from version 6.5 on and has this number on every kind of processor.
+    """
+    if not sys.platform.startswith("linux"):
+        return 0
+    pages, wanted = (ctypes.c_uint64 * 5)(), _Range(first, n_bytes)
+    failed = ctypes.CDLL(None).syscall(_CACHESTAT, descriptor, ctypes.byref(wanted), ctypes.byref(pages), 0)
+    return 0 if failed else int(pages[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def stays_in_memory(n_bytes: int) -> bool:

@@ -9,16 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamgd.data import placing
-from streamgd.data.ahead import Range, ReadAhead, stays_in_memory
+from streamgd.data.ahead import Range, ReadAhead, cached_bytes, stays_in_memory
 from streamgd.data.flat_files import FlatFiles
 from streamgd.data.plan import EpochPlan, Layout, WindowPlan
 from streamgd.data.sources.base import Source
 from streamgd.data.sources.flat import FlatRows
 from streamgd.data.sources.mapped import OpenFile
-from streamgd.data.unbuffered import BlockLoader, Piece, blocks_at_once, reads_unbuffered
+from streamgd.data.unbuffered import BlockLoader, Loaded, Piece, blocks_at_once, reads_unbuffered
 
 #: No row is in memory ahead of its turn.
 _NOWHERE = np.empty((0, 0), np.int64)
+#: Data of which so much is in the page cache is taken to stay there.
+_CACHED_SHARE = 0.95
 
 
 class EarlyBlocks:
@@ -37,13 +39,34 @@ class EarlyBlocks:
     """
 
     def __init__(self, source: Source, rows: FlatRows, layout: Layout, files: FlatFiles) -> None:
-        self._source, self._rows, self._files = source, rows, files
+        self._source, self._rows, self._layout, self._files = source, rows, layout, files
         self._unbuffered = FlatFiles(rows, unbuffered=True)
         self._strips = rows.strips(0)
-        on_disk = any(strip.path is not None for strip in self._strips)
-        self._loader = self._make_loader(layout) if on_disk and not stays_in_memory(source.stored_bytes) else None
-        asks = on_disk and self._loader is None
-        self._ahead = ReadAhead(self._ranges_of, layout.n_open, source.stored_bytes) if asks else None
+        self._on_disk = any(strip.path is not None for strip in self._strips)
+        self._loader: BlockLoader | None = None
+        self._ahead: ReadAhead | None = None
+
+    def _begin(self) -> None:
+        """Choose how blocks come early. What is in the page cache, however big, is taken from there and stays there."""
+        n_bytes = self._source.stored_bytes
+        stays = stays_in_memory(n_bytes) or self._cached_bytes() >= _CACHED_SHARE * n_bytes
+        self._loader = None if stays else self._make_loader(self._layout)
+        if self._loader is None:
+            self._ahead = ReadAhead(self._ranges_of, self._layout.n_open, forgets=not stays)
+
+    def _cached_bytes(self) -> int:
+        """Count the bytes in the page cache, as far as the system tells."""
+        first = np.unique(self._rows.block_file, return_index=True)[1]
+        ends = [*first[1:].tolist(), len(self._rows.block_file)]
+        n_bytes = 0
+        for begin, end in zip(first.tolist(), ends, strict=True):  # blocks lie in the order of their files
+            table, held = self._files.open(int(self._rows.block_file[begin]))
+            start, n_rows = int(self._rows.block_start[begin]), int(self._source.block_rows[begin:end].sum())
+            for fd, offset, row_bytes in table[:, [placing.FD, placing.OFFSET, placing.ROW_BYTES]].tolist():
+                if fd >= 0:
+                    n_bytes += cached_bytes(fd, offset + start * row_bytes, n_rows * row_bytes)
+            del held  # not before: a descriptor that is closed meanwhile may be another file's by now
+        return n_bytes
 
     def _make_loader(self, layout: Layout) -> BlockLoader | None:
         """Return what reads blocks past the page cache, if there is memory for them and the system can."""
@@ -58,25 +81,29 @@ class EarlyBlocks:
 
     def expect(self, plan: EpochPlan, first: int = 0) -> None:
         """Hear of the blocks of an epoch from a window on, before that is asked for."""
-        if self._loader is None and self._ahead is None:
+        if not self._on_disk:
             return
+        if self._loader is None and self._ahead is None:
+            self._begin()
         blocks, rows = plan.blocks_left(first)
         if self._loader is not None:
             left = self._source.block_rows[blocks] - rows
-            self._loader.expect(zip(blocks.tolist(), left.tolist(), strict=True))
+            self._loader.expect(plan.epoch, zip(blocks.tolist(), left.tolist(), strict=True))
         elif self._ahead is not None:
             self._ahead.expect(iter(blocks[rows == 0].tolist()))
 
-    def locate(self, plan: WindowPlan) -> NDArray[np.int64]:
+    def locate(self, plan: WindowPlan) -> tuple[NDArray[np.int64], list[Loaded | None]]:
         """Say where rows of a window lie that are in memory already; see `BlockLoader.locate`, or of shape (0, 0)."""
         if self._ahead is not None:
             self._ahead.opened(int(np.count_nonzero(plan.table[:, 1] == 0)))
-        return _NOWHERE if self._loader is None else self._loader.locate(plan.table[:, 0])
+        if self._loader is None:
+            return _NOWHERE, []
+        return self._loader.locate(plan.epoch, plan.table[:, 0], plan.table[:, 2])
 
-    def placed(self, plan: WindowPlan) -> None:
+    def placed(self, plan: WindowPlan, held: list[Loaded | None]) -> None:
         """Note that all rows of a window have been placed."""
         if self._loader is not None:
-            self._loader.placed(plan.table[:, 0], plan.table[:, 2])
+            self._loader.placed(held, plan.table[:, 2])
 
     def _ranges_of(self, block: int) -> tuple[list[Range], list[OpenFile]]:
         """Say which bytes of which open files a block takes; these stay open as long as they are held."""

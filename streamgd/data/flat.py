@@ -131,7 +131,7 @@ class FlatFiller:
         slices = np.column_stack([plan.table, files, self._rows.block_start[blocks] + plan.table[:, 1]])
         if self._rows.origin is not None:
             slices[:, 0], slices[:, 1] = self._rows.origin[0][blocks], self._rows.origin[1][blocks] + plan.table[:, 1]
-        ready = self._early.locate(plan)
+        ready, held = self._early.locate(plan)
         places = self._memory("places", len(window.ids), np.int32)[: plan.n_rows]
         part = _Part(slices, plan.key, places, ready)
         if not (plan.shuffle and self._n_parts == 1 and self._one_file):
@@ -141,7 +141,7 @@ class FlatFiller:
             self._place_parts(window, part)
         else:
             self._place(window, part)
-        self._early.placed(plan)
+        self._early.placed(plan, held)
         window.describe(plan)
         self.read_rows += plan.n_rows
 
@@ -150,8 +150,9 @@ class FlatFiller:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._n_parts, "streamgd-reader")
         n_slices = len(whole.slices)
-        number = np.arange(n_slices) * self._n_parts // n_slices
-        parts = [self._pool.submit(self._place, window, whole.those(number == part)) for part in range(self._n_parts)]
+        n_parts = min(self._n_parts, n_slices)
+        number = np.arange(n_slices) * n_parts // n_slices
+        parts = [self._pool.submit(self._place, window, whole.those(number == part)) for part in range(n_parts)]
         errors = [error for part in parts if (error := part.exception()) is not None]
         if errors:
             raise errors[0]

@@ -21,9 +21,9 @@ Floats = NDArray[np.float64]
 _PARTS = {"features": placing.FEATURES, "target": placing.TARGET, "weight": placing.WEIGHT}
 #: Files kept open, and read in one call; most systems allow a process 1,024.
 OPEN_FILES = 128
-#: Targets that are read in one call, and what they pass through: the fewer calls, the less often does a thread wait for
-#: the interpreter's lock.
-_NUMBERS, _SCRATCH_BYTES = 262_144, 1 << 17
+#: Bytes of targets that are read in one call, as float64: the fewer calls, the less often does a thread wait for the
+#: interpreter's lock. Bytes of a file that pass through memory at once.
+_NUMBERS_BYTES, _SCRATCH_BYTES = 2 << 20, 1 << 17
 
 
 def reads_flat(source: Source, codec: TargetCodec | None) -> bool:
@@ -100,16 +100,18 @@ def iter_numbers(source: Source, codec: TargetCodec) -> Iterator[tuple[int, Floa
 
 
 def _numbers(source: Source, rows: FlatRows, n_outputs: int) -> Iterator[tuple[int, Floats, Floats | None]]:
-    y, weight = np.empty((_NUMBERS, n_outputs)), np.empty((_NUMBERS, 1 if source.has_weight else 0))
-    scratch = np.empty(_SCRATCH_BYTES, np.uint8)
+    most = max(1, min(_NUMBERS_BYTES // (8 * n_outputs), source.n_rows))
+    y, weight = np.empty((most, n_outputs)), np.empty((most, 1 if source.has_weight else 0))
+    widest = 8 * max(strip.n_columns for strip in rows.strips(0))  # files may differ in their types
+    scratch = np.empty(max(_SCRATCH_BYTES, widest), np.uint8)
     files, first = FlatFiles(rows), 0
     ends = np.flatnonzero(np.diff(rows.block_file, append=-1)) + 1  # blocks lie in the order of their files
     for begin, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
         file, n_rows = int(rows.block_file[begin]), int(source.block_rows[begin:end].sum())
         start = int(rows.block_start[begin])
-        for at in range(0, n_rows, _NUMBERS):
+        for at in range(0, n_rows, most):
             strips, held = files.open(file)
-            n = min(_NUMBERS, n_rows - at)
+            n = min(most, n_rows - at)
             if not placing.load_numbers(strips, start + at, y[:n], weight[:n], scratch):
                 raise CorruptDataError(
                     f"{source.locate_row(first)}: the targets of {n:,} rows from here cannot be read. The file was cut "

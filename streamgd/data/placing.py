@@ -941,7 +941,8 @@ def find_arrow_columns(
 FD, OFFSET, ROW_BYTES, CODE, PART, COLUMN, N_COLUMNS = range(7)
 #: What a strip holds.
 FEATURES, TARGET, WEIGHT = range(3)
-_NOT_READY = -(2**63)
+#: Where rows lie that are not in memory.
+NOT_READY = -(2**63)
 #: How `place_flat` ended.
 PLACED, UNREADABLE, UNUSABLE = range(3)
 #: Values that are not scaled go through arrays of this many.
@@ -952,9 +953,9 @@ _CONVERTED_ROWS = 512
 def _fetch(strip: NDArray[np.int64], first: int, n: int, scratch: int, ready: int) -> Any:
     """Return the address of `n` rows of a strip, read to `scratch` if they lie in a file; 0 if they cannot be read.
 
-    `ready` is where the strip's first row would lie, if rows of a file have been read already, else `_NOT_READY`.
+    `ready` is where the strip's first row would lie, if rows of a file have been read already, else `NOT_READY`.
     """
-    if ready != _NOT_READY:
+    if ready != NOT_READY:
         return ready + first * strip[ROW_BYTES]
     at, wanted = strip[OFFSET] + first * strip[ROW_BYTES], n * strip[ROW_BYTES]
     if strip[FD] < 0:
@@ -1064,7 +1065,7 @@ def place_flat(
             free, whole = memory, False
             for s in range(strips.shape[1]):
                 strip = strips[file, s]
-                address = _fetch(strip, file_row + first, n, free, ready[k, s] if len(ready) else _NOT_READY)
+                address = _fetch(strip, file_row + first, n, free, ready[k, s] if len(ready) else NOT_READY)
                 if address == 0:
                     return UNREADABLE, k
                 if address == free:
@@ -1123,7 +1124,7 @@ def load_numbers(
     y, weight : ndarrays of shape (n_rows, n_outputs) and (n_rows, 1 or 0), float64
         Are filled.
     scratch : ndarray of uint8
-        Memory that what is read passes through.
+        Memory that what is read passes through, a row of every strip at least.
 
     Returns
     -------
@@ -1138,10 +1139,12 @@ def load_numbers(
             continue
         out = y if strip[PART] == TARGET else weight
         size = _SIZES[strip[CODE]]
-        stride, most = strip[ROW_BYTES] // size, max(1, len(scratch) // strip[ROW_BYTES])
+        stride, most = strip[ROW_BYTES] // size, len(y)
+        if strip[FD] >= 0:
+            most = max(1, len(scratch) // strip[ROW_BYTES])
         for begin in range(0, len(y), most):
             n = min(most, len(y) - begin)
-            address = _fetch(strip, first + begin, n, memory, _NOT_READY)
+            address = _fetch(strip, first + begin, n, memory, NOT_READY)
             if address == 0:
                 return False
             if stride == 1 and out.shape[1] == 1:

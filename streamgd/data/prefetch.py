@@ -1,8 +1,8 @@
 """Fill the next windows while this one is consumed.
 
-One thread walks through the plan, across the ends of epochs, and fills windows with the help of reader threads; the
-consumer takes them in order and gives each back when it asks for the next. Errors travel the same way, behind the
-windows that were filled before them.
+One thread, or several, walk through the plan, across the ends of epochs, and fill windows; the consumer takes them in
+order and gives each back when it asks for the next, and where several may fill at once it fills one itself rather than
+wait. Errors travel the same way, behind the windows that were filled before them.
 """
 
 from __future__ import annotations
@@ -186,7 +186,8 @@ class WindowStream:
         Parameters
         ----------
         timeout_s : float or None, default=None
-            How long to wait; None waits until there is something.
+            How long to wait; None waits until there is something. A window that is filled meanwhile is filled to its
+            end.
 
         Returns
         -------
@@ -288,23 +289,28 @@ class _Prefetcher:
         self._handed: Window | None = None
         self._error: BaseException | None = None
         self._closed = False
-        lock = threading.Lock()
-        self._filled, self._freed = threading.Condition(lock), threading.Condition(lock)
+        # Taken by itself, and not through the conditions: those are entered by Python code, which an interrupt can end
+        # between the lock and the block that lets it go.
+        self._lock = threading.Lock()
+        self._filled, self._freed = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._n_inside = 0
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         # Daemons, so that a consumer that was forgotten does not keep Python from exiting; the finalizer joins them.
-        self._n_running = self._n_threads
-        for number in range(self._n_threads):
-            thread = threading.Thread(target=self._run, name=f"streamgd-prefetch-{number}", daemon=True)
-            self._threads.append(thread)
+        self._n_running = self._n_inside = self._n_threads
+        self._threads = [
+            threading.Thread(target=self._run, name=f"streamgd-prefetch-{number}", daemon=True)
+            for number in range(self._n_threads)
+        ]
+        for thread in self._threads:
             thread.start()
 
     def get(self, timeout_s: float | None) -> Window | Literal[_End.END] | None:
         if not self._threads:
             return self._get_now()
         begin = time.perf_counter()
-        with self._filled:
+        with self._lock:
             if self._handed is not None:
                 self._free.append(self._handed)
                 self._handed = None
@@ -313,7 +319,7 @@ class _Prefetcher:
                 raise self._error
         while self._helps and not self._answers() and self._help():
             pass
-        with self._filled:
+        with self._lock:
             answered = self._filled.wait_for(self._answers, timeout_s)
             self.wait_s += time.perf_counter() - begin
             found = None if self._closed else self._ready.pop(self._n_handed, None)
@@ -335,14 +341,16 @@ class _Prefetcher:
 
     def _help(self) -> bool:
         """Fill a window in the consumer's thread, if there is one to fill."""
-        with self._filled:
-            if self._n_running == 0 or not (self._free or self._n_unmade):
-                return False
-            self._n_running += 1  # whoever leaves last closes the filler
+        entered = False
         try:
+            with self._lock:
+                if self._n_running == 0 or not (self._free or self._n_unmade):
+                    return False
+                self._n_running, self._n_inside, entered = self._n_running + 1, self._n_inside + 1, True
             return self._fill_next(wait=False)
         finally:
-            self._leave()
+            if entered:
+                self._leave()
 
     def _get_now(self) -> Window | Literal[_End.END]:
         """Fill a window in the consumer's thread."""
@@ -378,7 +386,7 @@ class _Prefetcher:
             window = self._free_window(wait=wait)
             if window is None:
                 return False
-            with self._freed:
+            with self._lock:
                 number = self._n_planned
                 plan, upcoming = self._plans.take()
                 self._n_planned += plan is not None
@@ -388,14 +396,14 @@ class _Prefetcher:
                 return False
             begin = time.perf_counter()
             self.filler.fill(window, plan, upcoming)
-            with self._filled:
+            with self._lock:
                 self.fill_s += time.perf_counter() - begin
                 self._ready[number] = window
                 self._filled.notify()
         except Stopped:
             return False
         except BaseException as err:
-            with self._filled:
+            with self._lock:
                 self._ready[self._n_planned if number < 0 else number] = err
                 self._plans.end()
                 self._filled.notify()
@@ -407,22 +415,23 @@ class _Prefetcher:
 
     def _leave(self) -> None:
         """Be the last to close the filler, if this thread is."""
-        with self._filled:
-            last = self._n_running == 1
+        with self._lock:
+            self._n_inside -= 1
+            last = self._n_inside == 0
         error: BaseException | None = None
         if last:
             try:
                 self.filler.close()
             except BaseException as err:
                 error = err
-        with self._filled:
+        with self._lock:
             self._n_running -= 1
             if error is not None:
                 self._ready.setdefault(self._n_planned, error)
             self._filled.notify()
 
     def _free_window(self, *, wait: bool) -> Window | None:
-        with self._freed:
+        with self._lock:
             if wait:
                 self._freed.wait_for(lambda: self._free or self._n_unmade or self._closed or self._plans.exhausted)
             if self._closed or self._plans.exhausted:
@@ -435,13 +444,15 @@ class _Prefetcher:
         return self._make_window()
 
     def close(self) -> None:
-        with self._filled:
+        with self._lock:
             self._closed = True
             self._filled.notify_all()
             self._freed.notify_all()
         self.filler.stop()
         for thread in self._threads:
-            if thread is not threading.current_thread():
+            if (
+                thread.ident is not None and thread is not threading.current_thread()
+            ):  # an interrupt may keep it from it
                 thread.join()
         self.filler.close()
         self._ready.clear()

@@ -20,14 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from streamgd.data.placing import NOT_READY
 from streamgd.data.window import Stopped
 
 #: What offsets, lengths and addresses are multiples of: a page, which every disk's sectors divide.
 _ALIGNMENT = 4096
 #: Reads at once: a disk of many queues is busy with eight to sixteen requests of a megabyte or less.
 _READS = 8
-#: Where a row lies that is not in memory.
-NOT_READY = np.iinfo(np.int64).min
 
 
 class Piece(NamedTuple):
@@ -43,12 +42,13 @@ class Piece(NamedTuple):
 
 
 @dataclass
-class _Block:
-    """A block in memory, or on its way there, and its rows that have not been placed yet."""
+class Loaded:
+    """A block of an epoch in memory, or on its way there, and its rows that have not been placed from there yet."""
 
+    key: tuple[int, int]
     memory: NDArray[np.uint8]
     reading: Future[NDArray[np.int64]]
-    rows_left: int = 0
+    rows_left: int
 
 
 class BlockLoader:
@@ -65,6 +65,12 @@ class BlockLoader:
         The most bytes of a block.
     most_blocks : int
         Blocks in memory at once; those that are open, and at least one more.
+
+    Notes
+    -----
+    Every row of an epoch is located once. Where its block is not loaded by then, it is read elsewhere, and taken off
+    the rows that the block will have to place once it is loaded. A block's memory is used again when no row is left,
+    which is not before whoever located one, and so waited for the block to be read, has said that it is placed.
     """
 
     def __init__(
@@ -75,60 +81,67 @@ class BlockLoader:
         most_blocks: int,
     ) -> None:
         self._pieces_of, self._n_strips = pieces_of, n_strips
-        self._memory_bytes = memory_of(block_bytes, n_strips)
+        self._memory_bytes = memory_of(block_bytes, n_strips) - _ALIGNMENT
         self._most = most_blocks
         self._lock = threading.Lock()
-        self._epochs: deque[Iterator[tuple[int, int]]] = deque()
-        self._blocks: dict[int, _Block] = {}
-        self._early: Counter[int] = Counter()  # rows that were placed before their block's turn to be loaded came
+        self._epochs: deque[tuple[int, Iterator[tuple[int, int]]]] = deque()
+        self._blocks: dict[tuple[int, int], Loaded] = {}  # by epoch and block
+        self._elsewhere: Counter[tuple[int, int]] = Counter()  # rows located before their block was loaded
         self._free: list[NDArray[np.uint8]] = []
         self._pool: ThreadPoolExecutor | None = None
         self._closed = False
 
-    def expect(self, blocks: Iterable[tuple[int, int]]) -> None:
-        """Add the blocks of an epoch, in the order of their turns, and how many rows of each will be placed."""
+    def expect(self, epoch: int, blocks: Iterable[tuple[int, int]]) -> None:
+        """Add the blocks of an epoch, in the order of their turns, and how many rows of each will be located."""
         with self._lock:
-            self._epochs.append(iter(blocks))
+            self._epochs.append((epoch, iter(blocks)))
             self._load_more()
 
-    def locate(self, blocks: NDArray[np.int64]) -> NDArray[np.int64]:
+    def locate(
+        self, epoch: int, blocks: NDArray[np.int64], n_rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], list[Loaded | None]]:
         """Wait for the blocks of a window.
 
         Parameters
         ----------
-        blocks : ndarray of shape (n_slices,), int64
-            The block of each slice.
+        epoch : int
+            The window's.
+        blocks, n_rows : ndarrays of shape (n_slices,), int64
+            The block of each slice, and its rows.
 
         Returns
         -------
-        ndarray of shape (n_slices, n_strips), int64
+        addresses : ndarray of shape (n_slices, n_strips), int64
             Where the first row of the strip would lie if all of it lay as the block does, for each slice; `NOT_READY`
             for what is not in memory.
+        held : list of Loaded or None
+            What is to be given back to `placed`.
 
         Raises
         ------
         Stopped
             If the loader is closed meanwhile.
         """
-        with self._lock:
-            found = [self._blocks.get(block) for block in blocks.tolist()]
-        try:
-            known = [self._nowhere() if each is None else each.reading.result() for each in found]
-        except CancelledError as err:
-            raise Stopped from err
-        return np.array(known, np.int64).reshape(len(blocks), self._n_strips)
-
-    def placed(self, blocks: NDArray[np.int64], n_rows: NDArray[np.int64]) -> None:
-        """Note that so many rows of each block have been placed: what has been placed whole makes room for others."""
+        held: list[Loaded | None] = []
         with self._lock:
             for block, n in zip(blocks.tolist(), n_rows.tolist(), strict=True):
-                found = self._blocks.get(block)
-                if found is None:
-                    self._early[block] += n
-                    continue
-                found.rows_left -= n
-                if found.rows_left == 0:
-                    self._free.append(self._blocks.pop(block).memory)
+                held.append(self._blocks.get((epoch, block)))
+                if held[-1] is None:
+                    self._elsewhere[epoch, block] += n
+        try:
+            known = [self._nowhere() if each is None else each.reading.result() for each in held]
+        except CancelledError as err:
+            raise Stopped from err
+        return np.array(known, np.int64).reshape(len(blocks), self._n_strips), held
+
+    def placed(self, held: Sequence[Loaded | None], n_rows: NDArray[np.int64]) -> None:
+        """Note that the rows of a window's slices have been placed: a block that has no more makes room for others."""
+        with self._lock:
+            for found, n in zip(held, n_rows.tolist(), strict=True):
+                if found is not None:
+                    found.rows_left -= n
+                    if found.rows_left == 0:
+                        self._free.append(self._blocks.pop(found.key).memory)
             self._load_more()
 
     def close(self) -> None:
@@ -144,22 +157,22 @@ class BlockLoader:
             following = self._next()
             if following is None:
                 return
-            block, n_rows = following
-            n_rows -= self._early.pop(block, 0)
+            epoch, block, n_rows = following
+            n_rows -= self._elsewhere.pop((epoch, block), 0)
             if n_rows == 0:
                 continue
-            if block not in self._blocks:
-                if self._pool is None:
-                    self._pool = ThreadPoolExecutor(_READS, "streamgd-loader")
-                memory = self._free.pop() if self._free else _aligned(self._memory_bytes)
-                self._blocks[block] = _Block(memory, self._pool.submit(self._read, block, memory))
-            self._blocks[block].rows_left += n_rows
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(_READS, "streamgd-loader")
+            memory = self._free.pop() if self._free else _aligned(self._memory_bytes)
+            reading = self._pool.submit(self._read, block, memory)
+            self._blocks[epoch, block] = Loaded((epoch, block), memory, reading, n_rows)
 
-    def _next(self) -> tuple[int, int] | None:
+    def _next(self) -> tuple[int, int, int] | None:
         while self._epochs:
-            found = next(self._epochs[0], None)
+            epoch, blocks = self._epochs[0]
+            found = next(blocks, None)
             if found is not None:
-                return found
+                return epoch, *found
             self._epochs.popleft()
         return None
 
@@ -185,8 +198,8 @@ class BlockLoader:
 
 
 def memory_of(block_bytes: int, n_strips: int) -> int:
-    """Count the bytes that a block takes in memory, with what is read before and after each strip."""
-    return block_bytes + 2 * _ALIGNMENT * n_strips
+    """Count the bytes that a block takes in memory, with what is read before and after each strip, and aligned."""
+    return block_bytes + (2 * n_strips + 1) * _ALIGNMENT
 
 
 def blocks_at_once(open_blocks: int, block_bytes: int, n_strips: int, spare_bytes: int) -> int:

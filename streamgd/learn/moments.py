@@ -67,6 +67,7 @@ class Moments:
             if weight > 0:
                 gap, both = of_place - mean, total + weight
                 mean += gap * (weight / both)
-                squares += squares_of_place + gap**2 * (total * weight / both)
+                with np.errstate(over="ignore"):  # whoever asks sees what is not finite
+                    squares += squares_of_place + gap**2 * (total * weight / both)
                 total = both
         return mean, squares

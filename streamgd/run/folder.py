@@ -216,7 +216,7 @@ class RunFolder:
 
     def _close_metrics(self) -> None:
         if self._metrics is not None:
-            with contextlib.suppress(OSError):  # a full disk was reported when the record was written
+            with contextlib.suppress(OSError):  # what a checkpoint needs was flushed before it was written
                 self._metrics.close()
             self._metrics = None
 

@@ -221,15 +221,17 @@ def _survey_values(source: Source) -> _Targets:
         )
     n_targets = source.target.n_outputs
     codec = TargetCodec(classes=None, n_outputs=n_targets)
-    moments = Moments(n_targets)
+    moments, what = Moments(n_targets), f"target {source.target.name!r}"
     step = source.n_rows // SAMPLE_ROWS + 1
     sample, sample_weight = [], []
     for first, y, weight in iter_numbers(source, codec) or source.iter_targets():
         values = codec.encode(y)
+        if weight is not None:  # moments do not show what is wrong where it is zero
+            _require_finite(source, first, values, what)
         weights = _checked_weights(source, first, weight)
         moments.add(values, weights)
-        if weights.size or not moments.finite:  # moments do not show what is wrong where the weight is zero
-            _require_finite(source, first, values, f"target {source.target.name!r}")
+        if not moments.finite:
+            _require_finite(source, first, values, what)
         sampled = values[-first % step :: step]
         sample.append(sampled.copy())
         sample_weight.append(weights[-first % step :: step].copy() if weights.size else np.ones(len(sampled)))

@@ -45,7 +45,7 @@ def asked(advice):
 
 
 def test_asks_for_blocks_in_order_and_no_further_than_it_should(advice):
-    ahead = ReadAhead(lambda block: ([(0, 100 * block, 100)], None), n_open=2, total_bytes=1000)
+    ahead = ReadAhead(lambda block: ([(0, 100 * block, 100)], None), n_open=2)
     ahead.expect(iter([3, 1, 4, 0, 5]))
     wait_for(lambda: len(asked(advice)) == 3)
     time.sleep(0.01)
@@ -60,9 +60,8 @@ def test_asks_for_blocks_in_order_and_no_further_than_it_should(advice):
     expect_no_threads()
 
 
-def test_lets_big_data_go_once_it_is_read(advice, monkeypatch):
-    monkeypatch.setattr(module, "memory_bytes", lambda: 1000)
-    ahead = ReadAhead(lambda block: ([(0, 100 * block, 100)], None), n_open=1, total_bytes=501)
+def test_lets_big_data_go_once_it_is_read(advice):
+    ahead = ReadAhead(lambda block: ([(0, 100 * block, 100)], None), n_open=1, forgets=True)
     ahead.expect(iter(range(9)))
     ahead.opened(5)  # the first ones are too late to be asked for
     wait_for(lambda: (os.POSIX_FADV_DONTNEED, 200) in advice)
@@ -85,7 +84,7 @@ def test_looks_less_often_while_all_is_there(advice, monkeypatch):
 
     monkeypatch.setattr(module, "_is_there", there)
     monkeypatch.setattr(module, "_AHEAD_BYTES", 100_000)
-    ahead = ReadAhead(lambda block: ([(0, 100 * block, 100)], None), n_open=2, total_bytes=10_000)
+    ahead = ReadAhead(lambda block: ([(0, 100 * block, 100)], None), n_open=2)
     ahead.expect(iter(range(100)))
     wait_for(lambda: 99 in looked)
     assert looked[:5] == [0, 2, 6, 14, 30]
@@ -122,8 +121,29 @@ def test_an_error_in_looking_up_a_block_is_left_to_whoever_reads():
     def gone(block):
         raise OSError("gone")
 
-    ahead = ReadAhead(gone, n_open=1, total_bytes=10)
+    ahead = ReadAhead(gone, n_open=1)
     ahead.expect(iter([0, 1]))
     ahead.opened(1)
     ahead.close()
     expect_no_threads()
+
+
+def test_data_of_up_to_half_the_memory_stays(monkeypatch):
+    monkeypatch.setattr(module, "memory_bytes", lambda: 1000)
+    assert module.stays_in_memory(500)
+    assert not module.stays_in_memory(501)
+
+
+def test_what_is_in_the_page_cache_is_counted(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(bytes(1 << 20))
+    with path.open("rb") as file:
+        found = module.cached_bytes(file.fileno(), 0, 1 << 20)
+        if not found:
+            pytest.skip("the system cannot tell")
+        assert found == 1 << 20
+        assert module.cached_bytes(file.fileno(), 1 << 19, 1 << 18) == 1 << 18
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 1 << 19, os.POSIX_FADV_DONTNEED)
+        assert module.cached_bytes(file.fileno(), 0, 1 << 20) <= 1 << 20
+    assert module.cached_bytes(-1, 0, 1 << 20) == 0

@@ -300,6 +300,18 @@ def test_files_stay_open_as_long_as_advice_is_given_on_them(tmp_path, monkeypatc
             os.fstat(ranges[0][0])
 
 
+@pytest.mark.parametrize("last_rows", [50, 110, 190])
+def test_more_threads_than_the_last_window_has_slices(tmp_path, monkeypatch, last_rows):
+    monkeypatch.setattr(streamgd.data.flat, "_OWN_WINDOW_BYTES", 100)
+    n_rows = 600 + last_rows
+    source = Hdf5Source(write(tmp_path / "a.h5", numbers("float32", (n_rows, D)), np.arange(n_rows)), block_bytes=600)
+    for shuffle in (True, False):
+        layout = layout_of(source, window_rows=200, slice_rows=25, shuffle=shuffle)
+        with WindowStream(source, layout, TargetCodec(None), seed=0, shuffle=shuffle, n_threads=8) as stream:
+            rows = [row for window in stream for row in window.y[: window.n_rows, 0].tolist()]
+        assert sorted(rows) == list(range(n_rows))
+
+
 class TestHelping:
     """A consumer that would have to wait fills a window itself."""
 
@@ -384,7 +396,7 @@ class TestNumbers:
     @pytest.mark.parametrize("n_targets", [1, 3])
     @pytest.mark.parametrize("weighted", [False, True])
     def test_are_those_of_the_source(self, tmp_path, monkeypatch, dtype, n_targets, weighted):
-        monkeypatch.setattr(streamgd.data.flat_files, "_NUMBERS", 130)
+        monkeypatch.setattr(streamgd.data.flat_files, "_NUMBERS_BYTES", 130 * 8 * n_targets)
         monkeypatch.setattr(streamgd.data.flat_files, "_SCRATCH_BYTES", 100)
         paths = [tmp_path / f"{number}.h5" for number in range(3)]
         for number, path in enumerate(paths):
@@ -397,6 +409,19 @@ class TestNumbers:
         assert (found[0] == expected[0].astype(float)).all()
         assert (found[1] is None) is not weighted
         assert not weighted or (found[1] == expected[1]).all()
+
+    def test_many_targets_take_no_more_memory_than_few(self, tmp_path):
+        y = numbers("float64", (40, 20_000))
+        write(tmp_path / "a.h5", numbers("float32", (40, 2)), y)
+        source = Hdf5Source(tmp_path / "a.h5")
+        pieces = [piece.copy() for _, piece, _ in iter_numbers(source, TargetCodec(None, 20_000))]
+        assert max(piece.nbytes for piece in pieces) <= 2 << 20
+        assert (np.concatenate(pieces) == y).all()
+
+    @pytest.mark.parametrize("y", [np.broadcast_to(np.float64(3), N), np.arange(float(N))[::-1]])
+    def test_arrays_of_any_stride(self, y):
+        source = MemorySource(numbers("float32", (N, D)), y)
+        assert (self.whole(iter_numbers(source, TargetCodec(None)))[0][:, 0] == y).all()
 
     def test_whatever_must_be_decoded_or_looked_up_is_left_to_the_source(self, tmp_path):
         write(tmp_path / "a.h5", numbers("float32", (N, D)), numbers("int64", N))

@@ -34,11 +34,13 @@ def unbuffered(tmp_path):
 def big(monkeypatch):
     """Have all data taken for bigger than the memory; return what was looked up in memory."""
     monkeypatch.setattr(module, "stays_in_memory", lambda n_bytes: False)
+    monkeypatch.setattr(module, "cached_bytes", lambda descriptor, first, n_bytes: 0)
     looked_up, locate = [], BlockLoader.locate
 
-    def noted(self, blocks):
-        looked_up.append(locate(self, blocks))
-        return looked_up[-1]
+    def noted(self, *arguments):
+        found = locate(self, *arguments)
+        looked_up.append(found[0])
+        return found
 
     monkeypatch.setattr(BlockLoader, "locate", noted)
     return looked_up
@@ -167,29 +169,90 @@ def test_a_consumer_that_stops_leaves_no_thread(tmp_path, big):
     expect_no_threads()
 
 
-def test_rows_placed_before_their_block_is_loaded_do_not_hold_it_for_ever(tmp_path):
-    path = tmp_path / "bytes"
-    path.write_bytes(os.urandom(8 * 4096))
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    loader = BlockLoader(lambda block: ([Piece(descriptor, 4096 * block, 4096, 0)], None), 1, 4096, 2)
-    loader.placed(np.array([1, 2]), np.array([10, 4]))  # before anything was expected
-    loader.expect([(0, 10), (1, 10), (2, 10), (3, 10), (4, 10)])
-    assert (loader.locate(np.array([0, 2])) != NOT_READY).all()  # 1 is done already
-    loader.placed(np.array([2]), np.array([6]))
-    assert loader.locate(np.array([2])) == NOT_READY
-    assert loader.locate(np.array([3])) != NOT_READY
-    loader.close()
-    os.close(descriptor)
+@pytest.mark.parametrize("n_threads", [2, 4, 8])
+def test_fills_that_run_ahead_of_the_loader_never_see_another_blocks_rows(tmp_path, request, monkeypatch, n_threads):
+    """The windows under way need more blocks than there is memory for, and reads take their time."""
+    source = source_of(tmp_path)
+    layout = plan_of(source, spare_bytes=18 * 41_000)
+    expected = windows_of(source, layout, n_epochs=3)
+    looked_up = request.getfixturevalue("big")
+    read, random = BlockLoader._read, np.random.default_rng(0)
+
+    def slow(self, block, memory):
+        time.sleep(random.random() * 0.004)
+        return read(self, block, memory)
+
+    monkeypatch.setattr(BlockLoader, "_read", slow)
+    assert windows_of(source, layout, n_epochs=3, n_threads=n_threads, depth=n_threads + 2) == expected
+    lost = np.concatenate(looked_up) == NOT_READY
+    assert lost.mean() < 1
     expect_no_threads()
 
 
-def test_whoever_waits_for_a_block_hears_that_reading_was_stopped():
-    loader = BlockLoader(lambda block: time.sleep(0.05), 1, 4096, 20)
-    loader.expect([(block, 1) for block in range(20)])
-    loader.close()
-    with pytest.raises(Stopped):
-        loader.locate(np.arange(20))
-    expect_no_threads()
+class TestLoader:
+    @pytest.fixture
+    def loader(self, tmp_path):
+        (tmp_path / "bytes").write_bytes(os.urandom(8 * 4096))
+        descriptor = os.open(tmp_path / "bytes", os.O_RDONLY | os.O_DIRECT)
+        yield BlockLoader(lambda block: ([Piece(descriptor, 4096 * block, 4096, 0)], None), 1, 4096, 2)
+        os.close(descriptor)
+
+    def locate(self, loader, epoch, block, n_rows):
+        found, held = loader.locate(epoch, np.array([block]), np.array([n_rows]))
+        return bool(found[0, 0] != NOT_READY), held
+
+    def test_rows_located_before_their_block_is_loaded_are_not_waited_for(self, loader):
+        for block, n_rows in ((1, 10), (2, 4)):
+            there, held = self.locate(loader, 0, block, n_rows)
+            assert not there
+            loader.placed(held, np.array([n_rows]))
+        loader.expect(0, [(0, 10), (1, 10), (2, 10), (3, 10), (4, 10)])
+        assert set(loader._blocks) == {(0, 0), (0, 2)}  # all of block 1 was read elsewhere
+        there, held = self.locate(loader, 0, 2, 6)
+        assert there
+        loader.placed(held, np.array([6]))
+        assert set(loader._blocks) == {(0, 0), (0, 3)}
+        loader.close()
+
+    def test_memory_is_not_used_again_while_somebody_who_located_a_block_has_not_placed_it(self, loader):
+        loader.expect(0, [(0, 10), (1, 10), (2, 10)])
+        _, first = self.locate(loader, 0, 0, 6)
+        _, second = self.locate(loader, 0, 0, 4)
+        loader.placed(second, np.array([4]))
+        assert (0, 2) not in loader._blocks
+        loader.placed(first, np.array([6]))
+        assert (0, 2) in loader._blocks
+        loader.close()
+
+    def test_a_block_that_two_epochs_have_at_once_is_loaded_for_both(self, loader):
+        loader.expect(0, [(5, 10)])
+        loader.expect(1, [(5, 10), (6, 10)])
+        _, early = self.locate(loader, 1, 5, 10)
+        loader.placed(early, np.array([10]))
+        assert set(loader._blocks) == {(0, 5), (1, 6)}
+        loader.close()
+
+    def test_whoever_waits_for_a_block_hears_that_reading_was_stopped(self):
+        loader = BlockLoader(lambda block: time.sleep(0.05), 1, 4096, 20)
+        loader.expect(0, [(block, 1) for block in range(20)])
+        loader.close()
+        with pytest.raises(Stopped):
+            loader.locate(0, np.arange(20), np.ones(20, int))
+        expect_no_threads()
+
+
+def test_big_data_that_is_in_the_page_cache_is_taken_from_there(tmp_path, big, monkeypatch):
+    source = source_of(tmp_path, weight=True)
+    counted = []
+
+    def all_there(descriptor, first, n_bytes):
+        counted.append(n_bytes)
+        return n_bytes
+
+    monkeypatch.setattr(module, "cached_bytes", all_there)
+    windows_of(source, plan_of(source), n_epochs=2)
+    assert not big
+    assert sum(counted) == source.stored_bytes
 
 
 def test_blocks_at_once():
