@@ -163,13 +163,14 @@ def _train_and_kill(path: Path, run_path: Path, config: Config, total: int) -> i
     """Train in a process of its own and kill it half-way; return the rows of its last checkpoint."""
     command = ["train", str(path), "--target", "y", "--run", str(run_path), "--tol", "none", "--quiet"]
     command += ["--epochs", str(config.max_iter), "--seed", str(config.seed), "--buffer", str(config.buffer_bytes)]
-    command += ["--checkpoint-every", "0.1"]
+    command += ["--checkpoint-every", "0.02"]
     folder = RunFolder(run_path)
     for share in (0.5, 0.2, 0.0):  # earlier, if this machine is so fast that the run ends before it is hit
         status, said = _start_and_kill(command, folder, share * total)
-        if status == -signal.SIGKILL:
-            return _saved_rows(folder)
-        if status != 0:
+        saved = _saved_rows(folder)
+        if status == -signal.SIGKILL and saved < total:
+            return saved
+        if status not in (0, -signal.SIGKILL):
             break
         shutil.rmtree(run_path)
     raise RunError(f"the run that was to be killed ended by itself, with status {status}: {said}")
@@ -182,7 +183,7 @@ def _start_and_kill(command: list[str], folder: RunFolder, n_rows: float) -> tup
             gives_up = time.monotonic() + _PATIENCE_S
             while child.poll() is None and _saved_rows(folder) <= n_rows and time.monotonic() < gives_up:
                 time.sleep(0.002)
-            time.sleep(0.02)  # on, into the next window
+            time.sleep(0.005)  # on, into the next window
         finally:
             child.kill()
         _, said = child.communicate()

@@ -56,36 +56,39 @@ class ReadAhead:
         self._n_there = self._n_passed = 0
         self._block_bytes = 0
         self._closed = False
-        self._changed = threading.Condition()
+        # Taken by itself: an interrupt can end a condition's `__enter__` with the lock taken, and `notify` before it
+        # forgets whom it woke, which `notify_all` does not mind.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
 
     def expect(self, blocks: Iterator[int]) -> None:
         """Add the blocks of an epoch, in the order in which they will be opened."""
-        with self._changed:
+        with self._lock:
             self._epochs.append(blocks)
             if self._thread is None and not self._closed and hasattr(os, "posix_fadvise"):
                 self._thread = threading.Thread(target=self._run, name="streamgd-ahead", daemon=True)
                 self._thread.start()
-            self._changed.notify()
+            self._changed.notify_all()
 
     def opened(self, n_blocks: int) -> None:
         """Note that so many blocks more have been opened."""
         if n_blocks:
-            with self._changed:
+            with self._lock:
                 self._n_opened += n_blocks
-                self._changed.notify()
+                self._changed.notify_all()
 
     def close(self) -> None:
         """Stop the thread. Idempotent."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify()
+            self._changed.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
     def _run(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 self._changed.wait_for(self._has_work)
                 if self._closed:
                     return
@@ -138,7 +141,7 @@ class ReadAhead:
             block = next(self._epochs[0], None)
             if block is not None:
                 return block
-            with self._changed:
+            with self._lock:
                 self._epochs.popleft()
         return None
 
