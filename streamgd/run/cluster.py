@@ -41,6 +41,8 @@ _POLL_S, _LOOK_S = 0.25, 1.0
 _FETCH_RATE, _FETCH_S = 10e6, 2.0
 #: Times that a round is played again before what keeps it from ending is taken to be for good.
 _MOST_ATTEMPTS = 5
+#: Times that workers may leave over the same round before it is taken to be what ends them.
+_MOST_LOSSES = 20
 #: When what was handed over last took longer than this, in seconds, nothing is handed over behind what is under way; of
 #: others so many are chained at most.
 _LONG_S, _MOST_CHAINED = 1.0, 32
@@ -112,8 +114,13 @@ class ClusterCrew(Crew):
         self._costs = costs_of(run)
         self._extra = {"versions": versions(), "costs": self._costs}
         self._look(first=True)
+        self._lane_work = work
+        self._hand_over_work()
+
+    def _hand_over_work(self) -> None:
         with _quiet_about_size():
-            self._work = client.submit(keep, work, key=f"lane-work-{self._name}")
+            key = f"lane-work-{self._name}-{self._attempt}"
+            self._work = self._client.submit(keep, self._lane_work, key=key)
 
     @property
     def workers(self) -> int | None:
@@ -127,7 +134,7 @@ class ClusterCrew(Crew):
 
     def play(self, start: State, packed: Packed, row: int, end: int, stop: threading.Event) -> Round | None:
         """Play a round, again if need be; see `Crew.play`."""
-        lost = 0
+        lost = left = 0
         if self._played and self._flown_from is start:
             return self._hand_out(self._played)
         self._played.clear()
@@ -137,6 +144,7 @@ class ClusterCrew(Crew):
             if flight is None or (flight.epoch, flight.row) != (start.epoch, row) or self._flown_from is not start:
                 self._drop(flight)
                 flight = self._submit(start, packed, start.epoch, row, behind=None)
+                self._ahead = []  # the flight holds its own
             try:
                 self._look()
                 if stop.is_set():
@@ -159,12 +167,15 @@ class ClusterCrew(Crew):
                 return self._hand_out(self._played)
             except _Again as again:
                 lost += again.counts
+                left += not again.counts
                 self._drop_next()
-                if lost >= _MOST_ATTEMPTS:
+                if lost >= _MOST_ATTEMPTS or left >= _MOST_LOSSES:
                     raise ClusterError(
-                        f"a round was lost {lost} times: {again}. If workers die, see their logs; they may have too "
-                        "little memory"
+                        f"a round was lost {lost + left} times: {again}. If workers die, see their logs; they may have "
+                        "too little memory"
                     ) from again.__cause__
+                if self._work.status not in ("pending", "finished"):  # the cluster was started afresh
+                    self._hand_over_work()
                 self._ahead, self._planned, self._attempt = [], None, self._attempt + 1
                 if self._blocks is not None:
                     self._blocks.clear()
@@ -191,29 +202,30 @@ class ClusterCrew(Crew):
     def _ends(self, epoch: int, row: int) -> tuple[list[int], bool]:
         """Say where the rounds end that are handed over at once, and whether they make one task together.
 
-        Only where and when rounds are played depends on it, and not what comes of them.
+        Only where and when rounds are played depends on it, and not what comes of them. Once lanes are spread over the
+        workers they stay so.
         """
         if self._planned is not None and self._planned[:2] == (epoch, row):
             return self._planned[2:]  # what was delivered ahead
         short = [] if self._spread else self._short_ends(epoch, row)
-        if len(short) > 1:
+        if short:
             return short, True
         self._spread = True  # lanes that went back to one worker would be read anew there
         return self._flight_ends(epoch, row), False
 
     def _short_ends(self, epoch: int, row: int) -> list[int]:
-        """Say where short rounds end, as many as a worker has room for."""
+        """Say where short rounds end, as many as a worker has room for; none if the first is not short."""
         ends = [self._turns.end(epoch, row)]
         report = self._reports[self._lanes[0]]
         if lanes_kept(self._costs, report.n_threads, report.memory_limit) < self._n_lanes:
-            return ends
+            return []
         most, n_bytes = min(_MOST_TOGETHER, _STATES_BYTES // self._state_bytes), 0
         while True:
             size = (ends[-1] - row) * self._n_lanes * self._run.layout.row_bytes
             n_bytes += size
             short = (ends[-1] - row) * self._together_s <= _SHORT_S if self._together_s else size <= _SHORT_BYTES
             if not short or n_bytes > _TOGETHER_BYTES or len(ends) > most:
-                return ends[:-1] or ends
+                return ends[:-1]
             if ends[-1] >= self._turns.lane_rows:
                 return ends
             row = ends[-1]
@@ -314,7 +326,7 @@ class ClusterCrew(Crew):
             lanes = sorted(lane for lane, where in self._lanes.items() if where == address)
             n = min(len(lanes), self._reports[address].n_threads)
             groups += [(lanes[i * len(lanes) // n : (i + 1) * len(lanes) // n], address) for i in range(n)]
-        return groups
+        return sorted(groups)  # that of lane 0 first, wherever it is: see `merge_flight`
 
     def _at(self, address: str) -> dict[str, Any]:
         """Say where a task belongs; elsewhere if its worker is gone or busy, but never where it cannot be."""
@@ -369,6 +381,8 @@ class ClusterCrew(Crew):
             raise _Again(str(err)) from err
         except (StreamgdError, _Again):
             raise
+        except _Failed as err:
+            raise self._failure(err.__cause__ or err) from err.__cause__
         except KilledWorker as err:
             raise _Again(f"workers died over it ({err})") from err
         except (CancelledError, CommClosedError, TimeoutError) as err:
@@ -379,20 +393,27 @@ class ClusterCrew(Crew):
                 ) from err
             raise _Again(f"what it needs was lost ({type(err).__name__}: {err})") from err
         except Exception as err:
-            kind = DataError if self._blocks is not None else ClusterError
-            raise kind(
-                f"a task failed on the cluster: {type(err).__name__}: {err}. See the error above; computing the "
-                "collection by itself, or training without the cluster, shows it too"
-            ) from err
+            raise self._failure(err) from err
+
+    def _failure(self, err: BaseException) -> StreamgdError:
+        """Return what ends a run of which a task fails for good."""
+        kind = DataError if self._blocks is not None else ClusterError
+        return kind(
+            f"a task failed on the cluster: {type(err).__name__}: {err}. See the error above; computing the collection "
+            "by itself, or training without the cluster, shows it too"
+        )
 
     def _fetched(self, flight: Flight) -> list[Round]:
         """Fetch what came of rounds, unless it is lost meanwhile with the worker that has it."""
         size = len(flight.ends) * self._state_bytes
         patience_s = _FETCH_S + size / _FETCH_RATE
         for _ in range(_MOST_ATTEMPTS):
-            with contextlib.suppress(TimeoutError):
+            try:
                 found = flight.merged.result(timeout=patience_s)
                 return found if isinstance(found, list) else [found]
+            except TimeoutError as err:
+                if flight.merged.status == "error":  # it is the task's own
+                    raise _Failed(str(err)) from err
             self._look()
         raise TimeoutError(f"a state of {size:,} bytes did not come within {_MOST_ATTEMPTS * patience_s:.0f} s")
 
@@ -506,6 +527,10 @@ class _Again(Exception):
         self.counts = counts
 
 
+class _Failed(Exception):
+    """A task failed with what else says that fetching took too long; its cause is the task's error."""
+
+
 def _names(lanes: Sequence[int]) -> str:
     """Name lanes in a key."""
     return " ".join(map(str, lanes))
@@ -518,11 +543,29 @@ def _close(key: Any, dask_worker: Any = None) -> None:
         threading.Thread(target=work.readers.close, name="streamgd-close", daemon=True).start()
 
 
+_quiet = threading.Lock()
+_n_quiet = 0
+_loud: Any = None
+
+
 @contextlib.contextmanager
 def _quiet_about_size() -> Iterator[None]:
-    """Keep Dask from advising against big arguments: states are sent on purpose."""
+    """Keep Dask from advising against big arguments: states are sent on purpose.
+
+    Dask's configuration belongs to the whole process: the first of several fits changes it, and the last restores it.
+    """
+    global _n_quiet, _loud
     import dask
 
     configuration: Any = dask.config
-    with configuration.set({"distributed.admin.large-graph-warning-threshold": "100 GB"}):
+    with _quiet:
+        if _n_quiet == 0:
+            _loud = configuration.set({"distributed.admin.large-graph-warning-threshold": "100 GB"})
+        _n_quiet += 1
+    try:
         yield
+    finally:
+        with _quiet:
+            _n_quiet -= 1
+            if _n_quiet == 0:
+                _loud.__exit__(None, None, None)

@@ -64,7 +64,7 @@ class Taken:
     end : int
         Row of each lane's epoch where they ended.
     start : State or None
-        Where they began; the first group alone has it, so that it travels once.
+        Where they began; the group of lane 0 alone has it, so that it travels once.
     before : Round or None
         The round whose merge is `start`, if it was merged for this; with `start`.
     """
@@ -132,18 +132,21 @@ def play_short(
 
 
 def merge_flight(firsts: Sequence[Taken], last: Sequence[Taken], packed: Packed) -> list[Round]:
-    """Say what came of each round of a flight: of all but the last, the first groups know.
+    """Say what came of each round of a flight: of all but the last, lane 0's group of the round after it knows.
 
     Parameters
     ----------
     firsts : sequence of Taken
-        The first group's of each round.
+        Of lane 0's group, in each round.
     last : sequence of Taken
         Every group's of the last round.
     packed : Packed
         The recipe.
     """
-    return [*(taken.before for taken in firsts[1:] if taken.before is not None), _merged(last, packed)]
+    before = [taken.before for taken in firsts[1:]]  # what was before the first is the flight before's
+    found = [each for each in before if each is not None]
+    assert len(found) == len(before), "rounds are told by the group of lane 0"
+    return [*found, _merged(last, packed)]
 
 
 def _merged(groups: Sequence[Taken], packed: Packed) -> Round:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import signal
 import subprocess
@@ -118,6 +119,25 @@ def test_bits_of_rounds_that_are_handed_over_one_by_one(two, folder, here, monke
     """With a task for each merge, as where many workers take part."""
     hand_over(monkeypatch, SINGLY)
     assert fit(folder, kind, client=two[1]) == here(kind)
+
+
+def test_every_round_is_told_wherever_lane_0_is(two, folder, here, monkeypatch, tmp_path):
+    """As after a worker joined whose address sorts before the others: `metrics.jsonl` is the same as without."""
+    hand_over(monkeypatch, CHAINED)
+    monkeypatch.setattr(
+        cluster_module,
+        "assign",
+        lambda n_lanes, threads, before: {lane: max(threads) if lane < 2 else min(threads) for lane in range(n_lanes)},
+    )
+
+    def records(path: Path) -> list[dict[str, Any]]:
+        (found,) = path.glob("*/metrics.jsonl")
+        lines = map(json.loads, found.read_text().splitlines())
+        return [{name: value for name, value in record.items() if name != "wall_s"} for record in lines]
+
+    fit(folder, "hdf5", checkpoint_dir=tmp_path / "here")
+    assert fit(folder, "hdf5", client=two[1], checkpoint_dir=tmp_path / "there") == here("hdf5")
+    assert records(tmp_path / "there") == records(tmp_path / "here")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -290,6 +310,31 @@ class TestErrors:
         X = X.map_blocks(fails, dtype=X.dtype)
         with pytest.raises(DataError, match="the tape is torn"):
             estimator(standardize=False).fit(X, y, client=two[1])
+
+    def test_a_block_that_takes_too_long_is_not_told_as_a_slow_network(self, two, folder):
+        X, y = load(folder, "dask")
+
+        def fails(block: Any, block_info: Any = None) -> Any:
+            if block_info[0]["chunk-location"][0] == 17:
+                raise TimeoutError("the store does not answer")
+            return block
+
+        X = X.map_blocks(fails, dtype=X.dtype)
+        with pytest.raises(DataError, match="TimeoutError: the store does not answer"):
+            estimator(standardize=False).fit(X, y, client=two[1])
+
+    def test_a_block_that_ends_every_worker_ends_the_run(self, folder, monkeypatch):
+        monkeypatch.setattr(cluster_module, "_MOST_LOSSES", 2)
+        X, y = load(folder, "dask")
+
+        def fatal(block: Any, block_info: Any = None) -> Any:
+            if block_info[0]["chunk-location"][0] == 17:
+                os._exit(9)
+            return block
+
+        X = X.map_blocks(fatal, dtype=X.dtype)
+        with cluster(2) as (_, client), pytest.raises(ClusterError, match="lost 2 times"):
+            estimator(standardize=False).fit(X, y, client=client)
 
     def test_a_block_that_cannot_be_computed_leaves_nothing_on_the_cluster(self, two, folder):
         """Not even while the error is kept, as a notebook keeps the last one."""
