@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,9 @@ import psutil
 import pytest
 from sklearn.metrics import accuracy_score, log_loss, mean_absolute_error, r2_score, root_mean_squared_error
 
+import streamgd
 from streamgd import open_source
+from streamgd.data.sources.hdf5 import Hdf5Source
 from streamgd.errors import DataError, NonFiniteError, OptionError, SchemaError
 from streamgd.learn.model import LinearModel
 from streamgd.run import pieces
@@ -245,3 +248,66 @@ def test_predictions_are_an_iterator_and_not_a_list() -> None:
     found = predict_source(regression(), open_source(table()))
     assert isinstance(found, Iterator)
     assert inspect.isgenerator(found)
+
+
+class TestFlatFiles:
+    """Rows that lie in files as they are come without h5py, and to the same."""
+
+    @pytest.fixture
+    def flat_reads(self, monkeypatch):
+        found, read = [], pieces._FlatFile.read
+
+        def noted(self, *arguments):
+            found.append(read(self, *arguments))
+            return found[-1]
+
+        monkeypatch.setattr(pieces._FlatFile, "read", noted)
+        return found
+
+    def source(self, folder, X, y, weight=None, n_files=2, **options):
+        for number in range(n_files):
+            with h5py.File(folder / f"{number}.h5", "w") as file:
+                file["X"], file["y"] = X, y
+                if weight is not None:
+                    file["w"] = weight
+        paths = [folder / f"{number}.h5" for number in range(n_files)]
+        return Hdf5Source(paths, weight=None if weight is None else "w", block_bytes=3000, **options)
+
+    @pytest.mark.parametrize("dtype", ["float32", "float64", "int16", "uint8", "bool", "float16"])
+    @pytest.mark.parametrize("kind", ["values", "targets", "labels", "truths", "weights"])
+    def test_predictions_and_scores_are_the_same(self, tmp_path, monkeypatch, flat_reads, dtype, kind):
+        rng = np.random.default_rng(0)
+        X = (rng.normal(size=(700, 4)) * 3).clip(0).astype(dtype)
+        y = {"targets": rng.normal(size=(700, 3)), "labels": rng.integers(0, 3, 700), "truths": rng.random(700) < 0.5}
+        target = y.get(kind, rng.normal(size=700).astype(np.float32))
+        source = self.source(tmp_path, X, target, rng.random(700) if kind == "weights" else None)
+        estimator = streamgd.SGDClassifier if kind in ("labels", "truths") else streamgd.SGDRegressor
+        model = estimator(max_iter=1).fit(source)
+        found = np.concatenate(list(model.predict(source))), model.score(source)
+        there = [each is not None for each in flat_reads]
+        assert all(there) if dtype != "float16" and kind != "truths" else not any(there)
+        monkeypatch.setattr(pieces._FlatFile, "read", lambda self, *arguments: None)
+        assert found[0].tobytes() == np.concatenate(list(model.predict(source))).tobytes()
+        assert found[1] == model.score(source)
+
+    def test_columns_of_their_own_and_decoded_ones_are_left_to_h5py(self, tmp_path, flat_reads):
+        rng = np.random.default_rng(0)
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            for name in "abc":
+                file[name] = rng.normal(size=500)
+            file["y"] = rng.normal(size=500)
+            file.create_dataset("X", data=rng.normal(size=(500, 2)), chunks=(50, 2))
+        for features in (["a", "b", "c"], "X"):
+            source = Hdf5Source(tmp_path / "a.h5", features=features)
+            model = streamgd.SGDRegressor(max_iter=1).fit(source)
+            assert np.isfinite(model.score(source))
+        assert flat_reads
+        assert not any(each is not None for each in flat_reads)
+
+    def test_a_file_cut_short_is_named(self, tmp_path, flat_reads):
+        rng = np.random.default_rng(0)
+        source = self.source(tmp_path, rng.normal(size=(700, 4)), rng.normal(size=700), n_files=1)
+        model = streamgd.SGDRegressor(max_iter=1).fit(source)
+        os.truncate(tmp_path / "0.h5", 12_000)
+        with pytest.raises(DataError, match=r"0\.h5"):
+            model.score(source)
