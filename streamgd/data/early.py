@@ -5,6 +5,8 @@ Which of both depends on whether the data stays in the page cache. Neither chang
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -50,7 +52,7 @@ class EarlyBlocks:
         """Choose how blocks come early. What is in the page cache, however big, is taken from there and stays there."""
         n_bytes = self._source.stored_bytes
         stays = stays_in_memory(n_bytes) or self._cached_bytes() >= _CACHED_SHARE * n_bytes
-        self._loader = None if stays else self._make_loader(self._layout)
+        self._loader = None if stays else self._make_loader()
         if self._loader is None:
             self._ahead = ReadAhead(self._ranges_of, self._layout.n_open, forgets=not stays)
 
@@ -60,24 +62,21 @@ class EarlyBlocks:
         ends = [*first[1:].tolist(), len(self._rows.block_file)]
         n_bytes = 0
         for begin, end in zip(first.tolist(), ends, strict=True):  # blocks lie in the order of their files
-            table, held = self._files.open(int(self._rows.block_file[begin]))
-            start, n_rows = int(self._rows.block_start[begin]), int(self._source.block_rows[begin:end].sum())
-            for fd, offset, row_bytes in table[:, [placing.FD, placing.OFFSET, placing.ROW_BYTES]].tolist():
-                if fd >= 0:
-                    n_bytes += cached_bytes(fd, offset + start * row_bytes, n_rows * row_bytes)
+            pieces, held = self._pieces(self._files, begin, int(self._source.block_rows[begin:end].sum()))
+            n_bytes += sum(cached_bytes(piece.descriptor, piece.first, piece.n_bytes) for piece in pieces if piece)
             del held  # not before: a descriptor that is closed meanwhile may be another file's by now
         return n_bytes
 
-    def _make_loader(self, layout: Layout) -> BlockLoader | None:
+    def _make_loader(self) -> BlockLoader | None:
         """Return what reads blocks past the page cache, if there is memory for them and the system can."""
-        strips = self._strips
+        strips, layout = self._strips, self._layout
         row_bytes = sum(strip.row_bytes for strip in strips if strip.path is not None)
         block_bytes = int(self._source.block_rows.max()) * row_bytes
         open_blocks = max(layout.n_open, -(-layout.window_rows // layout.slice_rows))
         most = blocks_at_once(open_blocks, block_bytes, len(strips), layout.spare_bytes)
         if not most or not all(reads_unbuffered(strip.path) for strip in strips if strip.path is not None):
             return None
-        return BlockLoader(self._pieces_of, len(strips), block_bytes, most)
+        return BlockLoader(partial(self._pieces, self._unbuffered), len(strips), block_bytes, most)
 
     def expect(self, plan: EpochPlan, first: int = 0) -> None:
         """Hear of the blocks of an epoch from a window on, before that is asked for."""
@@ -105,26 +104,22 @@ class EarlyBlocks:
         if self._loader is not None:
             self._loader.placed(held, plan.table[:, 2])
 
-    def _ranges_of(self, block: int) -> tuple[list[Range], list[OpenFile]]:
-        """Say which bytes of which open files a block takes; these stay open as long as they are held."""
-        table, held = self._files.open(int(self._rows.block_file[block]))
-        start, n_rows = int(self._rows.block_start[block]), int(self._source.block_rows[block])
-        ranges = [
-            (fd, offset + start * row_bytes, n_rows * row_bytes)
-            for fd, offset, row_bytes in table[:, [placing.FD, placing.OFFSET, placing.ROW_BYTES]].tolist()
-            if fd >= 0
-        ]
-        return ranges, held
-
-    def _pieces_of(self, block: int) -> tuple[list[Piece | None], list[OpenFile]]:
-        """Say where a block's rows of each strip lie, for reads past the page cache."""
-        table, held = self._unbuffered.open(int(self._rows.block_file[block]))
-        start, n_rows = int(self._rows.block_start[block]), int(self._source.block_rows[block])
+    def _pieces(
+        self, files: FlatFiles, block: int, n_rows: int | None = None
+    ) -> tuple[list[Piece | None], list[OpenFile]]:
+        """Say where the rows of a block, or more from there, lie in files, which stay open while they are held."""
+        table, held = files.open(int(self._rows.block_file[block]))
+        start, n = int(self._rows.block_start[block]), int(self._source.block_rows[block]) if n_rows is None else n_rows
         pieces = [
-            None if fd < 0 else Piece(fd, offset + start * row_bytes, n_rows * row_bytes, start * row_bytes)
+            None if fd < 0 else Piece(fd, offset + start * row_bytes, n * row_bytes, start * row_bytes)
             for fd, offset, row_bytes in table[:, [placing.FD, placing.OFFSET, placing.ROW_BYTES]].tolist()
         ]
         return pieces, held
+
+    def _ranges_of(self, block: int) -> tuple[list[Range], list[OpenFile]]:
+        """Say which bytes of which open files a block takes; these stay open as long as they are held."""
+        pieces, held = self._pieces(self._files, block)
+        return [(piece.descriptor, piece.first, piece.n_bytes) for piece in pieces if piece], held
 
     def stop(self) -> None:
         """Let go of whoever waits, from any thread."""

@@ -1,16 +1,18 @@
-"""The files of rows that lie as they are: opened, described as compiled code takes it, and read for their targets."""
+"""The files of rows that lie as they are: opened, described as compiled code takes it, and read in order."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamgd.data import placing
-from streamgd.data.sources.base import Source
+from streamgd.data.sources.base import Array, Slice, Source
 from streamgd.data.sources.flat import FlatRows, Strip
 from streamgd.data.sources.mapped import OpenFile
 from streamgd.data.targets import TargetCodec
@@ -18,6 +20,7 @@ from streamgd.errors import CorruptDataError
 
 Floats = NDArray[np.float64]
 
+_DTYPES = {code: np.dtype(name) for name, code in placing.DTYPE_CODES.items() if name != "bool"}
 _PARTS = {"features": placing.FEATURES, "target": placing.TARGET, "weight": placing.WEIGHT}
 #: Files kept open, and read in one call; most systems allow a process 1,024.
 OPEN_FILES = 128
@@ -113,10 +116,89 @@ def _numbers(source: Source, rows: FlatRows, n_outputs: int) -> Iterator[tuple[i
             strips, held = files.open(file)
             n = min(most, n_rows - at)
             if not placing.load_numbers(strips, start + at, y[:n], weight[:n], scratch):
-                raise CorruptDataError(
-                    f"{source.locate_row(first)}: the targets of {n:,} rows from here cannot be read. The file was cut "
-                    "short after it was opened, or the disk fails: restore it"
-                )
+                raise _unreadable(source.locate_row(first), n)
             del held  # not before: a descriptor that is closed meanwhile may be another file's by now
             yield first, y[:n], weight[:n, 0] if source.has_weight else None
             first += n
+
+
+class FlatPieces:
+    """Pieces of rows that lie in files as they are, without the library that wrote them, which reads one at a time.
+
+    For several threads. Features are read to memory that each thread keeps: the next piece overwrites them.
+
+    Parameters
+    ----------
+    source : Source
+        Any; of one whose rows lie otherwise, nothing is read.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        rows = source.flat_rows() if source.is_flat else None
+        self._rows = None if rows is None or rows.check is not None else rows
+        self._files = None if self._rows is None else FlatFiles(self._rows)
+        self._local = threading.local()
+
+    def read(self, block: int, start: int, n_rows: int) -> Slice | None:
+        """Read rows of a block; None if they are not one strip of features, and one each of what else there is.
+
+        Raises
+        ------
+        CorruptDataError
+            If they cannot be read; h5py would give zeros behind the end of a file that was cut short.
+        """
+        if self._rows is None or self._files is None:
+            return None
+        table, held = self._files.open(int(self._rows.block_file[block]))
+        strips = {strip[placing.PART]: strip for strip in table.tolist()}
+        if len(strips) < len(table) or not all(self._is_whole(strip) for strip in strips.values()):
+            return None
+        first, found = int(self._rows.block_start[block]) + start, {}
+        for part, strip in strips.items():
+            dtype, shape = _DTYPES[strip[placing.CODE]], (n_rows, strip[placing.N_COLUMNS])
+            values = self._features(shape, dtype) if part == placing.FEATURES else np.empty(shape, dtype)
+            at = strip[placing.OFFSET] + first * strip[placing.ROW_BYTES]
+            try:
+                got = os.preadv(strip[placing.FD], [values.data.cast("B")], at)
+            except OSError as err:
+                raise _unreadable(self._source.locate(block, start), n_rows) from err
+            if got != values.nbytes:
+                raise _unreadable(self._source.locate(block, start), n_rows)
+            found[part] = values
+        del held  # not before: a descriptor that is closed meanwhile may be another file's by now
+        y, weight, target = found.get(placing.TARGET), found.get(placing.WEIGHT), self._source.target
+        if y is not None and target is not None and target.is_vector:
+            y = y[:, 0]
+        return Slice(found[placing.FEATURES], y, None if weight is None else weight[:, 0])
+
+    def _is_whole(self, strip: list[int]) -> bool:
+        """Whether a strip lies in a file and is all that there is of its part, as the source hands it out."""
+        fd, _, row_bytes, code, part, _, n_columns = strip
+        if fd < 0 or row_bytes != n_columns * _DTYPES[code].itemsize:
+            return False
+        if part == placing.FEATURES:
+            return n_columns == self._source.n_features
+        target = self._source.target
+        if part == placing.TARGET:  # booleans have the code of bytes
+            return target is not None and (n_columns, _DTYPES[code].name) == (target.n_outputs, target.dtype)
+        return n_columns == 1
+
+    def _features(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> Array:
+        memory: Array | None = getattr(self._local, "memory", None)
+        n_bytes = shape[0] * shape[1] * dtype.itemsize
+        if memory is None or len(memory) < n_bytes:
+            memory = self._local.memory = np.empty(n_bytes, np.uint8)
+        return memory[:n_bytes].view(dtype).reshape(shape)
+
+    def close(self) -> None:
+        """Close the files. Idempotent."""
+        if self._files is not None:
+            self._files.close()
+
+
+def _unreadable(where: str, n_rows: int) -> CorruptDataError:
+    return CorruptDataError(
+        f"{where}: {n_rows:,} rows from here cannot be read. The file was cut short after it was opened, or the disk "
+        "fails: restore it"
+    )

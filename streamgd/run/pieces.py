@@ -7,7 +7,6 @@ held as a consumer that lags behind should be kept waiting for.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator
@@ -16,26 +15,16 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from streamgd.data.flat_files import FlatFiles
-from streamgd.data.placing import (
-    DTYPE_CODES,
-    FEATURES,
-    TARGET,
-    WEIGHT,
-    combine_columns,
-    combine_eights,
-    combine_rows,
-)
+from streamgd.data.flat_files import FlatPieces
+from streamgd.data.placing import DTYPE_CODES, combine_columns, combine_eights, combine_rows
 from streamgd.data.prefetch import default_threads
-from streamgd.data.sources.base import BlockReader, Columns, Slice, Source, readable
-from streamgd.errors import CorruptDataError
+from streamgd.data.sources.base import BlockReader, Columns, Source, readable
 from streamgd.learn.model import LinearModel
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
 T = TypeVar("T")
 
-_DTYPES = {code: np.dtype(name) for name, code in DTYPE_CODES.items() if name != "bool"}
 #: Bytes of a piece as float64, features and outputs together.
 _PIECE_BYTES = 2 << 20
 #: Up to so many outputs, rows are added up where they lie; for more, they are turned into columns first.
@@ -114,80 +103,12 @@ def map_pieces(
         source.close()
 
 
-class _FlatFile:
-    """Pieces of rows that lie in files as they are, without the library that wrote them, which reads for one at a time.
-
-    Features are read to memory that each thread keeps: what is made of a piece may not refer to them.
-    """
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        rows = source.flat_rows() if source.is_flat else None
-        self._rows = None if rows is None or rows.check is not None else rows
-        self._files = None if self._rows is None else FlatFiles(self._rows)
-        self._local = threading.local()
-
-    def read(self, block: int, start: int, n_rows: int) -> Slice | None:
-        """Read rows of a block; None if they lie otherwise.
-
-        Raises
-        ------
-        CorruptDataError
-            If they cannot be read; h5py would give zeros behind the end of a file that was cut short.
-        """
-        if self._rows is None or self._files is None:
-            return None
-        strips, held = self._files.open(int(self._rows.block_file[block]))
-        first, found = int(self._rows.block_start[block]) + start, {}
-        for fd, offset, row_bytes, code, part, column, n_columns in strips.tolist():
-            dtype = _DTYPES[code]
-            if fd < 0 or part in found or column or row_bytes != n_columns * dtype.itemsize:
-                return None
-            values = (
-                self._features(n_rows, n_columns, dtype) if part == FEATURES else np.empty((n_rows, n_columns), dtype)
-            )
-            try:
-                got = os.preadv(fd, [values.data.cast("B")], offset + first * row_bytes)
-            except OSError as err:
-                raise self._unreadable(block, start, n_rows) from err
-            if got != values.nbytes:
-                raise self._unreadable(block, start, n_rows)
-            found[part] = values
-        del held  # not before: a descriptor that is closed meanwhile may be another file's by now
-        X, y, weight, target = found.get(FEATURES), found.get(TARGET), found.get(WEIGHT), self._source.target
-        if X is None or X.shape[1] != self._source.n_features or (target is None) != (y is None):
-            return None
-        if target is not None and y is not None:
-            if y.shape[1] != target.n_outputs or y.dtype.name != target.dtype:  # booleans are told apart there
-                return None
-            y = y[:, 0] if target.is_vector else y
-        return Slice(X, y, None if weight is None else weight[:, 0])
-
-    def _unreadable(self, block: int, start: int, n_rows: int) -> CorruptDataError:
-        return CorruptDataError(
-            f"{self._source.locate(block, start)}: {n_rows:,} rows from here cannot be read. The file was cut short "
-            "after it was opened, or the disk fails: restore it"
-        )
-
-    def _features(self, n_rows: int, n_columns: int, dtype: np.dtype[Any]) -> Array:
-        memory: Array | None = getattr(self._local, "memory", None)
-        n_bytes = n_rows * n_columns * dtype.itemsize
-        if memory is None or len(memory) < n_bytes:
-            memory = self._local.memory = np.empty(n_bytes, np.uint8)
-        return memory[:n_bytes].view(dtype).reshape(n_rows, n_columns)
-
-    def close(self) -> None:
-        """Close the files."""
-        if self._files is not None:
-            self._files.close()
-
-
 class _Work:
     """Blocks claimed in order by threads, and their results handed out in order."""
 
     def __init__(self, source: Source, model: LinearModel, function: Callable[[Piece], T], most: int) -> None:
         self._source, self._model, self._function, self._most = source, model, function, most
-        self._flat = _FlatFile(source)
+        self._flat = FlatPieces(source)
         self._row_bytes = 8 * (len(model.coef) + 2)
         self._changed = threading.Condition()
         self._results: dict[int, deque[tuple[Any, int]]] = {}

@@ -255,13 +255,13 @@ class TestFlatFiles:
 
     @pytest.fixture
     def flat_reads(self, monkeypatch):
-        found, read = [], pieces._FlatFile.read
+        found, read = [], pieces.FlatPieces.read
 
         def noted(self, *arguments):
             found.append(read(self, *arguments))
             return found[-1]
 
-        monkeypatch.setattr(pieces._FlatFile, "read", noted)
+        monkeypatch.setattr(pieces.FlatPieces, "read", noted)
         return found
 
     def source(self, folder, X, y, weight=None, n_files=2, **options):
@@ -286,7 +286,7 @@ class TestFlatFiles:
         found = np.concatenate(list(model.predict(source))), model.score(source)
         there = [each is not None for each in flat_reads]
         assert all(there) if dtype != "float16" and kind != "truths" else not any(there)
-        monkeypatch.setattr(pieces._FlatFile, "read", lambda self, *arguments: None)
+        monkeypatch.setattr(pieces.FlatPieces, "read", lambda self, *arguments: None)
         assert found[0].tobytes() == np.concatenate(list(model.predict(source))).tobytes()
         assert found[1] == model.score(source)
 
