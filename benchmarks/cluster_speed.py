@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import streamgd
 from streamgd.estimators.inputs import training_source
 from streamgd.learn.recipe import Recipe
-from streamgd.run import cluster as cluster_module
+from streamgd.run import pace
 from streamgd.run.config import Config
 from streamgd.run.loop import Watcher, train
 from streamgd.run.runs import prepare
@@ -135,7 +135,7 @@ def measure_rounds(folder: Path, repeats: int) -> None:
         source = streamgd.open_source(path, "y")
         rounds: list[float] = []
         here: list[float] = []
-        cluster_module._SHORT_BYTES, cluster_module._SHORT_S = 0, 0.0
+        pace._SHORT_BYTES, pace._SHARED_S = 0, -1.0
         with cluster(2) as (_, client):
             laps_of(source, client, 8, 1)
             for _ in range(repeats):

@@ -149,11 +149,11 @@ def await_workers(client: Any, n_workers: int, timeout_s: float = 60.0) -> None:
 def main() -> None:
     from distributed import Client
 
-    from streamgd.run import cluster as cluster_module
+    from streamgd.run import pace
 
     kind, folder, scheduler, optimizer, *way = sys.argv[1:]
     for name, value in (json.loads(way[0]) if way else {}).items():
-        setattr(cluster_module, name, value)
+        setattr(pace, name, value)
     run = Path(folder) / f"run-{kind}-{optimizer}"
     with Client(scheduler, set_as_default=False) as client:
         found = fit(Path(folder), kind, optimizer, client, checkpoint_dir=run, checkpoint_every_s=0)

@@ -7,54 +7,81 @@ for milliseconds of arithmetic that every worker does for itself. All of it is p
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from streamgd.data.sources.base import Source
 from streamgd.learn import kernels
 from streamgd.learn.recipe import Packed
 from streamgd.learn.state import State
 from streamgd.run.lane_rows import Delivery
 from streamgd.run.lanes import LaneWork, take_turn
 from streamgd.run.rounds import Part, Round, joined, merge_parts, play_rounds
-from streamgd.run.workers import lanes_kept, same_versions
+from streamgd.run.runs import Run, versions
+from streamgd.run.workers import costs_of, lanes_kept, same_versions
+
+#: What has more bytes of arrays than this travels array by array, without a copy.
+_SMALL_BYTES = 1 << 16
 
 
 class Unfit(Exception):
     """A turn came to a worker that cannot take it."""
 
 
-@dataclass(frozen=True)
-class Flight:
-    """Rounds on their way.
+class WorkerWork(LaneWork):
+    """The work of a worker's lanes, of as many at once as it has room for.
 
-    Attributes
+    Parameters
     ----------
-    epoch, row : int
-        Where they begin.
-    ends : list of int
-        Rows of each lane's epoch where they end.
-    merged : Future
-        Of what comes of each of them.
-    last : Future, or list of Future
-        What the next flight begins from.
-    tasks : list of Future
-        All others.
-    chained : int
-        How many flights went before, back to a state that the client has.
+    run : Run
+        What is trained.
+    source : Source
+        What stands for the run's source on workers.
     """
 
-    epoch: int
-    row: int
-    ends: list[int]
-    merged: Any
-    last: Any
-    tasks: list[Any]
-    chained: int
+    def __init__(self, run: Run, source: Source) -> None:
+        super().__init__(run, source, n_threads=1, most_readers=1)
+        self._versions, self._costs = versions(), costs_of(run)
+
+    def make_ready(self) -> None:
+        """Give the lanes as many threads and readers as the worker that this runs on has room for.
+
+        Raises
+        ------
+        Unfit
+            If the worker has other versions than the client.
+        """
+        from distributed import get_worker
+
+        wrong = same_versions(self._versions)
+        if wrong is not None:
+            raise Unfit(f"a worker has {wrong}")
+        worker = get_worker()
+        self.n_threads = int(worker.state.nthreads)
+        self.most_readers = lanes_kept(self._costs, self.n_threads, int(worker.memory_manager.memory_limit or 0))
+
+
+class _InOnePiece:
+    """Travels in one piece if it is small: Dask sends each array by itself, which takes longer than a small one."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        arrays: list[pickle.PickleBuffer] = []
+        rest = pickle.dumps(self.__dict__, protocol=5, buffer_callback=arrays.append)
+        if sum(array.raw().nbytes for array in arrays) > _SMALL_BYTES:
+            return super().__reduce_ex__(protocol)
+        return _put_together, (type(self), rest, [bytearray(array) for array in arrays])
+
+
+def _put_together(kind: Any, rest: bytes, arrays: list[bytearray]) -> Any:
+    made = object.__new__(kind)
+    made.__dict__.update(pickle.loads(rest, buffers=arrays))
+    return made
 
 
 @dataclass(frozen=True)
-class Taken:
+class Taken(_InOnePiece):
     """What the turns of a group of lanes gave.
 
     Attributes
@@ -75,8 +102,21 @@ class Taken:
     before: Round | None
 
 
-#: Where rounds begin: a state, the last of some rounds, or the groups of a round that is not merged yet.
-Beginning: TypeAlias = State | Sequence[Round] | Sequence[Taken]
+@dataclass(frozen=True)
+class Flown(_InOnePiece):
+    """What came of the rounds of a flight.
+
+    Attributes
+    ----------
+    rounds : list of Round
+        In order.
+    """
+
+    rounds: list[Round]
+
+
+#: Where rounds begin: a state, what came of a flight, or the groups of a round that is not merged yet.
+Beginning: TypeAlias = State | Sequence[Flown] | Sequence[Taken]
 
 
 def keep(value: Any) -> Any:
@@ -85,27 +125,35 @@ def keep(value: Any) -> Any:
 
 
 def deliver(
-    work: LaneWork, epoch: int, row: int, end: int, blocks: Mapping[int, Mapping[int, Any]]
+    work: LaneWork,
+    epoch: int,
+    row: int,
+    end: int,
+    lanes: Sequence[int],
+    numbers: Sequence[Sequence[int]],
+    blocks: Sequence[Sequence[Any]],
 ) -> dict[int, Delivery]:
-    """Hold blocks where turns can find them, and let the readers of lanes that are here go on over them."""
-    found = {lane: Delivery(epoch, row, end, some) for lane, some in blocks.items()}
+    """Hold the blocks of some lanes where turns can find them, and let readers that are here go on over them."""
+    found = {
+        lane: Delivery(epoch, row, end, dict(zip(some, computed, strict=True)))
+        for lane, some, computed in zip(lanes, numbers, blocks, strict=True)
+    }
     for lane, delivery in found.items():
         work.readers.expect(lane, delivery)
     return found
 
 
 def take_turns(
-    work: LaneWork,
+    work: WorkerWork,
     beginning: Beginning,
     packed: Packed,
     lanes: Sequence[int],
     row: int,
     end: int,
-    extra: Mapping[str, Any],
     delivered: Mapping[int, Delivery] | None,
 ) -> Taken:
     """Take the turns of some lanes, neighbours joined as soon as they are there."""
-    _make_ready(work, extra)
+    work.make_ready()
     start, before = _begun(beginning, packed)
     part = Part.nothing(lanes)
     if start.counters[kernels.STATUS] == kernels.OK:  # or there is nothing to go on from
@@ -118,20 +166,19 @@ def take_turns(
 
 
 def play_short(
-    work: LaneWork,
+    work: WorkerWork,
     beginning: Beginning,
     packed: Packed,
     row: int,
     ends: Sequence[int],
-    extra: Mapping[str, Any],
     delivered: Mapping[int, Delivery] | None,
-) -> list[Round]:
+) -> Flown:
     """Play several short rounds on one worker."""
-    _make_ready(work, extra)
-    return play_rounds(work, _begun(beginning, packed)[0], packed, row, ends, delivered)
+    work.make_ready()
+    return Flown(play_rounds(work, _begun(beginning, packed)[0], packed, row, ends, delivered))
 
 
-def merge_flight(firsts: Sequence[Taken], last: Sequence[Taken], packed: Packed) -> list[Round]:
+def merge_flight(firsts: Sequence[Taken], last: Sequence[Taken], packed: Packed) -> Flown:
     """Say what came of each round of a flight: of all but the last, lane 0's group of the round after it knows.
 
     Parameters
@@ -146,7 +193,7 @@ def merge_flight(firsts: Sequence[Taken], last: Sequence[Taken], packed: Packed)
     before = [taken.before for taken in firsts[1:]]  # what was before the first is the flight before's
     found = [each for each in before if each is not None]
     assert len(found) == len(before), "rounds are told by the group of lane 0"
-    return [*found, _merged(last, packed)]
+    return Flown([*found, _merged(last, packed)])
 
 
 def _merged(groups: Sequence[Taken], packed: Packed) -> Round:
@@ -158,22 +205,9 @@ def _begun(beginning: Beginning, packed: Packed) -> tuple[State, Round | None]:
     """Return the state that a round begins from, and the round that it came from if that was merged here."""
     if isinstance(beginning, State):
         return beginning, None
-    groups = [taken for taken in beginning if isinstance(taken, Taken)]
+    groups = [each for each in beginning if isinstance(each, Taken)]
     if groups:
         found = _merged(groups, packed)
         return found.state, found
-    last = beginning[-1]
-    assert isinstance(last, Round)
-    return last.state, None
-
-
-def _make_ready(work: LaneWork, extra: Mapping[str, Any]) -> None:
-    """Give the lanes as many threads and readers as this worker has room for."""
-    from distributed import get_worker
-
-    wrong = same_versions(extra["versions"])
-    if wrong is not None:
-        raise Unfit(f"a worker has {wrong}")
-    worker = get_worker()
-    work.n_threads = int(worker.state.nthreads)
-    work.most_readers = lanes_kept(extra["costs"], work.n_threads, int(worker.memory_manager.memory_limit or 0))
+    (flown,) = (each for each in beginning if isinstance(each, Flown))
+    return flown.rounds[-1].state, None

@@ -20,7 +20,7 @@ import pytest
 from streamgd.data.sources import open_source
 from streamgd.errors import ClusterError, DataError, OptionError
 from streamgd.run import cluster as cluster_module
-from streamgd.run import workers
+from streamgd.run import members, pace, workers
 from streamgd.run.checkpoint import CheckpointFolder
 from streamgd.run.config import Config
 from streamgd.run.loop import train
@@ -97,15 +97,15 @@ def open_data_files() -> int:
     return found
 
 
-#: Ways to hand rounds over: what `cluster` is told.
-SINGLY = {"_SHORT_BYTES": 0, "_SHORT_S": 0.0, "_FEW_GROUPS": 0}
-CHAINED = {"_SHORT_BYTES": 0, "_SHORT_S": 0.0, "_FLIGHT_S": 100.0}
-TOGETHER = {"_SHORT_S": 100.0}
+#: Ways to hand rounds over: what `pace` is told.
+SINGLY = {"_SHORT_BYTES": 0, "_SHARED_S": -1.0, "_FEW_GROUPS": 0}
+CHAINED = {"_SHORT_BYTES": 0, "_SHARED_S": -1.0, "_FLIGHT_S": 100.0}
+TOGETHER = {"_SHARED_S": 100.0}
 
 
 def hand_over(monkeypatch: pytest.MonkeyPatch, way: dict[str, Any]) -> None:
     for name, value in way.items():
-        monkeypatch.setattr(cluster_module, name, value)
+        monkeypatch.setattr(pace, name, value)
 
 
 @pytest.fixture(params=[CHAINED, TOGETHER], ids=["chained", "together"])
@@ -125,7 +125,7 @@ def test_every_round_is_told_wherever_lane_0_is(two, folder, here, monkeypatch, 
     """As after a worker joined whose address sorts before the others: `metrics.jsonl` is the same as without."""
     hand_over(monkeypatch, CHAINED)
     monkeypatch.setattr(
-        cluster_module,
+        members,
         "assign",
         lambda n_lanes, threads, before: {lane: max(threads) if lane < 2 else min(threads) for lane in range(n_lanes)},
     )
@@ -160,11 +160,11 @@ class TestBits:
         assert fit(folder, kind, client=two[1]) == here(kind)
 
     def test_with_room_for_a_few_rounds_in_a_task(self, two, folder, here, monkeypatch):
-        monkeypatch.setattr(cluster_module, "_MOST_TOGETHER", 3)
+        monkeypatch.setattr(pace, "_MOST_TOGETHER", 3)
         assert fit(folder, "hdf5", client=two[1]) == here("hdf5")
 
     def test_with_room_for_the_readers_of_one_lane(self, two, folder, here, monkeypatch):
-        monkeypatch.setattr(cluster_module, "lanes_kept", lambda *_: 1)
+        monkeypatch.setattr(members, "lanes_kept", lambda *_: 1)
         assert fit(folder, "hdf5", client=two[1]) == here("hdf5")
 
     @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "auto"])
@@ -451,9 +451,9 @@ def test_stopping_while_workers_are_awaited_ends_quietly(two, folder, monkeypatc
         stop.set()
         return {}
 
-    monkeypatch.setattr(cluster_module, "_LOOK_S", 0.0)
+    monkeypatch.setattr(members, "_LOOK_S", 0.0)
     hand_over(monkeypatch, SINGLY)
-    monkeypatch.setattr(cluster_module.ClusterCrew, "_present", present)
+    monkeypatch.setattr(members.Members, "_present", present)
     run = prepare(open_source(folder / "rows.h5", "y"), Config(n_lanes=2, max_iter=3, tol=None))
     assert train(run, client=two[1], stop=stop) is False
     assert len(seen) == 2

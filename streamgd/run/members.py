@@ -1,0 +1,161 @@
+"""The workers that take part in a run on a cluster, and which lanes each of them has.
+
+Lanes stay with their workers as long as these live, because their readers are there; that is a matter of speed alone.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from streamgd.errors import ClusterError
+from streamgd.run.epochs import Watcher
+from streamgd.run.runs import Run
+from streamgd.run.workers import WorkerReport, assign, costs_of, describe, lanes_kept, unfit
+
+#: How often to look whether workers came or went, and, while there are none, whether one came.
+_LOOK_S, _POLL_S = 1.0, 0.25
+#: A wait for workers is told after this, and then now and again.
+_SAY_AFTER_S, _SAY_EVERY_S = 2.0, 60.0
+
+
+class Members:
+    """Sees which workers there are, lets them in or refuses them, and gives each lane its own.
+
+    Parameters
+    ----------
+    run : Run
+        What is trained.
+    client : distributed.Client
+        Of the cluster.
+    timeout_s : float
+        How long to wait while there is no worker.
+    watcher : Watcher
+        Told of workers that are awaited or cannot take part.
+    stop : threading.Event
+        Set by whoever wants training to stop; then workers are not waited for.
+    """
+
+    def __init__(self, run: Run, client: Any, timeout_s: float, watcher: Watcher, stop: threading.Event) -> None:
+        self._run, self._client, self._timeout_s = run, client, timeout_s
+        self._watcher, self._stop = watcher, stop
+        self._n_lanes = run.config.n_lanes
+        self._costs = costs_of(run)
+        self._reports: dict[str, WorkerReport] = {}
+        self._refused: set[str] = set()
+        self._lost: str | None = None  # what kept the last worker from answering
+        self._lanes: dict[int, str] = {}
+        self._looked = float("-inf")
+        self._first = True
+        self.look()
+
+    def __len__(self) -> int:
+        """How many workers take part."""
+        return len(self._reports)
+
+    @property
+    def fit(self) -> list[str] | None:
+        """The workers that may take part, if not all may."""
+        return sorted(self._reports) if self._refused else None
+
+    @property
+    def first(self) -> str:
+        """The worker of lane 0, which plays by itself what is not shared."""
+        return self._lanes[0]
+
+    @property
+    def has_room(self) -> bool:
+        """Whether that worker has room for all lanes."""
+        report = self._reports[self.first]
+        return lanes_kept(self._costs, report.n_threads, report.memory_limit) >= self._n_lanes
+
+    def groups(self) -> list[tuple[list[int], str]]:
+        """Divide each worker's lanes among its threads, neighbours together: fewer tasks, and fewer sums to hand on."""
+        groups = []
+        for address in sorted(set(self._lanes.values())):
+            lanes = sorted(lane for lane, where in self._lanes.items() if where == address)
+            n = min(len(lanes), self._reports[address].n_threads)
+            groups += [(lanes[i * len(lanes) // n : (i + 1) * len(lanes) // n], address) for i in range(n)]
+        return sorted(groups)  # that of lane 0 first, wherever it is: see `streamgd.run.flights.merge_flight`
+
+    def look(self, *, now: bool = False) -> str | None:
+        """See which workers there are, if the last look was a while ago; wait if there is none.
+
+        Parameters
+        ----------
+        now : bool, default False
+            Look even if the last look was not long ago.
+
+        Returns
+        -------
+        str or None
+            Which workers that had lanes are gone.
+
+        Raises
+        ------
+        ClusterError
+            If there are none for too long, or the first ones cannot take part.
+        """
+        if not now and time.monotonic() - self._looked < _LOOK_S:
+            return None
+        began = said = time.monotonic()
+        gone: set[str] = set()
+        while not self._stop.is_set():
+            threads = self._present()
+            gone |= self._reports.keys() - threads.keys()
+            new = [address for address in threads if address not in self._reports and address not in self._refused]
+            if new:
+                self._check(new)
+            self._reports = {address: report for address, report in self._reports.items() if address in threads}
+            self._refused &= set(threads)
+            self._looked = time.monotonic()
+            if self._reports:
+                before = set(self._lanes.values())
+                usable = {address: report.n_threads for address, report in self._reports.items()}
+                self._lanes = assign(self._n_lanes, usable, self._lanes)
+                self._first = False
+                return ", ".join(sorted(gone)) if gone & before else None
+            waited = self._looked - began
+            if waited > self._timeout_s:
+                found = "" if self._lost is None else f" (the last one did not answer: {self._lost})"
+                raise ClusterError(
+                    f"no worker for {waited:.0f} s{found}: start workers and resume the run, or allow a longer wait "
+                    "(workers_timeout_s, --workers-timeout)"
+                )
+            if waited > _SAY_AFTER_S and (self._looked - said > _SAY_EVERY_S or said == began):
+                self._watcher.message(f"no workers: waiting for some, up to {self._timeout_s:g} s")
+                said = self._looked
+            time.sleep(_POLL_S)
+        return None
+
+    def _present(self) -> dict[str, int]:
+        """Ask the scheduler for its workers."""
+        try:
+            found: dict[str, int] = dict(self._client.nthreads())
+        except Exception as err:
+            raise ClusterError(
+                f"the scheduler does not answer ({type(err).__name__}: {err}): start the cluster again and resume the "
+                "run"
+            ) from err
+        return found
+
+    def _check(self, addresses: Sequence[str]) -> None:
+        """Let workers in, or refuse them: before training all must be fit, later those that are not are left out."""
+        source = None if self._run.source.kind in ("dask", "memory") else self._run.source
+        reports = self._client.run(describe, source, workers=list(addresses), on_error="return")
+        for address in addresses:
+            report = reports.get(address)
+            if report is None or isinstance(report, OSError):
+                self._lost = f"{address}: {type(report).__name__}: {report}" if report is not None else self._lost
+                continue  # gone again, as it seems; else it is asked once more
+            why = unfit(address, report, self._run)
+            if why is None:
+                assert isinstance(report, WorkerReport)
+                self._reports[address] = report
+            elif self._first:
+                raise ClusterError(why)
+            else:
+                self._refused.add(address)
+                self._watcher.message(f"{why}. The run goes on without it")

@@ -1,0 +1,150 @@
+"""How many rounds are handed to a cluster at once, and whether workers share them.
+
+A round costs some milliseconds beside its work: its tasks are scheduled, and what lanes found goes from worker to
+worker. So one worker plays rounds by itself for as long as that is over sooner, many of them as one task; longer ones
+are shared, several of them at once, so that nobody waits for the client. Only where and when rounds are played depends
+on it, and not what comes of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from streamgd.run.rounds import Round
+from streamgd.run.turns import Turns
+
+#: What a round costs beside its work, in seconds, where workers share it.
+_SHARED_S = 0.008
+#: Rounds are short that have up to so many bytes of rows, before it is known how long a worker takes for them.
+_SHORT_BYTES = 8_000_000
+#: So many short rounds make one task at most, as long as their states, and their rows, come to no more than so many
+#: bytes.
+_MOST_TOGETHER, _STATES_BYTES, _TOGETHER_BYTES = 100, 20_000_000, 128_000_000
+#: Rounds are handed over for so many seconds at once, so many of them at most; those of more groups of lanes than this
+#: one by one, with a task for the merge, because otherwise every group gets what every other one found.
+_FLIGHT_S, _MOST_IN_FLIGHT, _FEW_GROUPS = 0.25, 8, 8
+#: When what was handed over last took longer than this, in seconds, nothing is handed over behind what is under way; of
+#: others so many are chained at most.
+_LONG_S, _MOST_CHAINED = 1.0, 32
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Rounds that are handed over at once.
+
+    Attributes
+    ----------
+    epoch, row : int
+        Where they begin.
+    ends : list of int
+        Rows of each lane's epoch where they end.
+    together : bool
+        Whether one worker plays them all.
+    """
+
+    epoch: int
+    row: int
+    ends: list[int]
+    together: bool
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of each lane, if it has so many."""
+        return self.ends[-1] - self.row
+
+
+class Pace:
+    """Decides what is handed over, from how long it took before.
+
+    Parameters
+    ----------
+    turns : Turns
+        Where rounds end.
+    n_lanes, row_bytes, state_bytes : int
+        Lanes, bytes of a row, and of a state.
+    bounded : bool
+        Whether the blocks behind the rows wait in memory, as those of Dask collections do; then no more rows are handed
+        over at once than the longest turn has.
+    """
+
+    def __init__(self, turns: Turns, n_lanes: int, row_bytes: int, state_bytes: int, *, bounded: bool) -> None:
+        self._turns = turns
+        self._n_lanes, self._row_bytes, self._state_bytes = n_lanes, row_bytes, state_bytes
+        self._bounded = bounded
+        self._last_s = 0.0  # of what was handed over last
+        self._row_s, self._alone_s = 0.0, 0.0  # for a row of each lane: shared, and where one worker plays alone
+        self._shared = False
+
+    def next(self, epoch: int, row: int, n_groups: int, *, room: bool) -> Stretch:
+        """Return what to hand over from a row on.
+
+        Parameters
+        ----------
+        epoch, row : int
+            Where the first round begins.
+        n_groups : int
+            How many threads of workers would share the lanes.
+        room : bool
+            Whether a single worker has room for all lanes.
+        """
+        short = self._short_ends(epoch, row, n_groups) if room and not self._shared else []
+        if short:
+            return Stretch(epoch, row, short, together=True)
+        self._shared = True  # lanes that went back to one worker would be read anew there
+        return Stretch(epoch, row, self._shared_ends(epoch, row, n_groups), together=False)
+
+    def few(self, n_groups: int) -> bool:
+        """Whether groups get what every other one found, rather than what one task makes of it."""
+        return n_groups <= _FEW_GROUPS
+
+    def may_chain(self, stretch: Stretch, chained: int) -> bool:
+        """Whether to hand over what comes next before this has ended, so that nothing waits for the client.
+
+        Not when rounds are long, or many have been chained already: what is lost with a worker is computed again from
+        the last state that the client has. And not beyond an epoch, which the client closes.
+        """
+        over = stretch.ends[-1] >= self._turns.lane_rows
+        return self._last_s < _LONG_S and chained < _MOST_CHAINED and not over
+
+    def ended(self, stretch: Stretch, chained: int, rounds: Sequence[Round], took_s: float) -> None:
+        """Learn from what has ended, how long that took."""
+        self._last_s = took_s
+        self._row_s = took_s / stretch.n_rows
+        if stretch.together and chained:  # the first one opens files, and compiles
+            self._alone_s = max(self._alone_s, sum(each.took_s for each in rounds) / stretch.n_rows)
+
+    def _short_ends(self, epoch: int, row: int, n_groups: int) -> list[int]:
+        """Say where short rounds end, as many as a worker has room for; none if the first is not short."""
+        ends = [self._turns.end(epoch, row)]
+        most, n_bytes = min(_MOST_TOGETHER, _STATES_BYTES // self._state_bytes), 0
+        while True:
+            size = (ends[-1] - row) * self._n_lanes * self._row_bytes
+            n_bytes += size
+            if not self._is_short(ends[-1] - row, size, n_groups) or n_bytes > _TOGETHER_BYTES or len(ends) > most:
+                return ends[:-1]
+            if ends[-1] >= self._turns.lane_rows:
+                return ends
+            row = ends[-1]
+            ends.append(self._turns.end(epoch, row))
+
+    def _is_short(self, n_rows: int, size: int, n_groups: int) -> bool:
+        """Whether one worker plays a round sooner than all of them would, what a shared one costs included."""
+        if not self._alone_s:
+            return size <= _SHORT_BYTES
+        return n_rows * self._alone_s * (1 - 1 / n_groups) <= _SHARED_S
+
+    def _shared_ends(self, epoch: int, row: int, n_groups: int) -> list[int]:
+        """Say where rounds end that follow one another without the client: for a moment's work, as far as is known."""
+        ends = [self._turns.end(epoch, row)]
+        if not self._row_s or not self.few(n_groups):
+            return ends
+        most = min(_MOST_IN_FLIGHT, _STATES_BYTES // (2 * self._state_bytes))
+        most_rows = min(self._turns.most_rows if self._bounded else sys.maxsize, int(_FLIGHT_S / self._row_s))
+        while len(ends) < most and ends[-1] < self._turns.lane_rows:
+            end = self._turns.end(epoch, ends[-1])
+            if end - row > most_rows:
+                break
+            ends.append(end)
+        return ends
