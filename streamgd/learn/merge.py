@@ -4,12 +4,21 @@ A lane trains on its own rows from a state that all lanes share; then the states
 on from the result. With δₗ the change of the coefficients in lane l and wₗ its share of the rows:
 
 ``"auto"``
-    θ ← θ + c Σ δₗ with c = Σ ‖δₗ‖² / ‖Σ δₗ‖², held between 1/n and 1 for n lanes; G ← G + Σ (Gₗ − G). Lanes that agree
+    G' = G + Σ (Gₗ − G), the sum over all rows, as in one lane; then θ ← θ + c Σ δₗ (Gₗ / G')^¼ and G ← G'.
+
+    The root is about what a lane did not know. It went by its own Gₗ, so its steps were longer than those of one that
+    had seen the gradients of all; if each of n lanes has the same share of G', their sum is √n steps where n lanes one
+    after the other would go 2 √n, and without the root it were n. It matters in the first rounds, where G is little:
+    there, 16 lanes went so far astray on features with heavy tails that the gradients of a few extreme rows, huge
+    because of it, left G too large for anything to be mended. A lane alone with what it found (one that saw a feature's
+    only extreme rows) has Gₗ = G' there: its change counts whole, those of the others, who knew nothing, hardly.
+
+    c = Σ ‖uₗ‖² / ‖Σ uₗ‖², held between 1/n and 1, of the changes as they count, uₗ = δₗ (Gₗ / G)^¼. Lanes that agree
     have all found the same, and c is 1/n: their mean. Lanes that found different things (each its few positives out of
     a million rows) have orthogonal changes, and c is 1: everything counts, as if one lane had found it all. Each output
-    has a c of its own, but for softmax, where outputs belong together. G is the sum over all rows, as in one lane: the
-    steps get shorter with the number of gradients that were seen, wherever. A step that went too far is met by the next
-    round's, none of which goes beyond the minimum of its batch.
+    has a c of its own, but for softmax, where outputs belong together. Where G is below a thousandth of the output's
+    largest it is taken for that, so that what is new does not decide alone. A step that went too far is met by the
+    next round's, none of which goes beyond the minimum of its batch.
 ``"sgd"``, ``"adagrad"``, ``"adam"``
     θ ← Σ wₗ θₗ, and velocity, sums and moments likewise. This is local SGD: with rates that fall it converges as one
     lane does (Stich 2019), because all lanes start anew from the mean in every round; with sums and moments that are
@@ -27,7 +36,8 @@ lanes were grouped. Within an array sums go by element, in order: the bits do no
 References
 ----------
 Stich (2019), Local SGD converges fast and communicates little, ICLR. McMahan et al. (2017), AISTATS (averaging by
-rows). Agarwal et al. (2014), A reliable effective terascale linear learning system, JMLR 15 (AdaGrad in parallel).
+rows). Agarwal et al. (2014), A reliable effective terascale linear learning system, JMLR 15 (lanes weighted by their
+AdaGrad sums).
 """
 
 from __future__ import annotations
@@ -51,6 +61,8 @@ _COUNTS = [kernels.EPOCH_ROWS, kernels.N_ROWS]
 _POWERS = [kernels.BETA_1_POWER, kernels.BETA_2_POWER]
 #: Values squared at a time, which the processor's caches hold.
 _PIECE = 4096
+#: A gradient sum counts as no less than this part of the output's largest where changes are compared.
+_LEAST_SUM = 1e-3
 
 
 def begin_turn(start: State) -> State:
@@ -78,9 +90,10 @@ class Found:
     n_lanes : int
         How many have trained.
     theta, slots : ndarray of float64
-        Sums of the changes for ``"auto"``, of the values times the lane's rows for others.
+        For ``"auto"`` sums of the changes, those of the coefficients times Gₗ^¼; for others of the values times the
+        lane's rows.
     sizes : ndarray of shape (n_outputs,)
-        Sums of the squared changes of each output.
+        Sums of ‖uₗ‖² of each output.
     average : ndarray of float64
         Sum of the averages times the lane's rows.
     zero : ndarray of bool, or None
@@ -119,8 +132,9 @@ def found_by(start: State, state: State, packed: Packed) -> Found:
     with np.errstate(all="ignore"):  # a lane that diverged
         if packed.codes[kernels.CODE_OPTIMIZER] == kernels.AUTO:
             state.theta -= start.theta
+            state.theta *= _fourth_root(state.slots[0])
             state.slots -= start.slots
-            sizes = _squares(state.theta)
+            sizes = _squares(state.theta / _compared(start.slots[0]))
         else:
             state.theta *= rows
             state.slots *= rows
@@ -225,9 +239,11 @@ def merge(start: State, found: Found, packed: Packed) -> State:
     rows = float(found.counters[kernels.EPOCH_ROWS])
     with np.errstate(all="ignore"):  # diverged lanes; no change at all
         if packed.codes[kernels.CODE_OPTIMIZER] == kernels.AUTO:
-            factor = _factor(found, bool(packed.codes[kernels.CODE_SOFTMAX]))
-            theta = start.theta + factor[:, None] * found.theta
             slots = start.slots + found.slots
+            together = _squares(found.theta / _compared(start.slots[0]))
+            factor = _factor(found, together, bool(packed.codes[kernels.CODE_SOFTMAX]))
+            change = factor[:, None] * found.theta / _fourth_root(slots[0])
+            theta = start.theta + np.where(slots[0] > 0, change, 0.0)  # nothing has changed where no gradient was
         else:
             theta, slots = found.theta / rows, found.slots / rows
         average = found.average / rows
@@ -251,9 +267,20 @@ def merge(start: State, found: Found, packed: Packed) -> State:
     return merged
 
 
-def _factor(found: Found, softmax: bool) -> Floats:
+def _fourth_root(sums: Floats) -> Floats:
+    """Return x^¼ by roots alone, which are rounded correctly everywhere."""
+    return np.sqrt(np.sqrt(sums))
+
+
+def _compared(sums: Floats) -> Floats:
+    """Return what changes, weighted by their own sums, are divided by to be compared: G^¼, or 1 if all are 0."""
+    largest = sums.max(axis=1, keepdims=True)
+    return _fourth_root(np.where(largest > 0, np.maximum(sums, _LEAST_SUM * largest), 1.0))
+
+
+def _factor(found: Found, together: Floats, softmax: bool) -> Floats:
     """Say how much of the sum of the changes counts: the more, the less the lanes agree."""
-    sizes, together = found.sizes, _squares(found.theta)
+    sizes = found.sizes
     if softmax:
         sizes, together = sizes.sum(keepdims=True), together.sum(keepdims=True)
     factor = np.where(together > 0, sizes / together, 1.0)

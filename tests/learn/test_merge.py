@@ -46,11 +46,13 @@ def merge(start: State, lanes: list[State], packed: Any) -> State:
     return merge_found(start, found, packed)
 
 
-def lane_of(start: State, change: np.ndarray, rows: int = 10, updates: int = 2) -> State:
+def lane_of(
+    start: State, change: np.ndarray, rows: int = 10, updates: int = 2, gradients: float | np.ndarray = 1.0
+) -> State:
     state = begin_turn(start)
     state.theta += change
     state.average += change / 2
-    state.slots += 1.0
+    state.slots += gradients
     state.counters[kernels.EPOCH_ROWS] = state.counters[kernels.N_ROWS] = rows
     state.counters[kernels.N_UPDATES] += updates
     state.scalars[kernels.LOSS_SUM] = 1.0
@@ -66,15 +68,46 @@ def axis(j: int, size: float = 1.0) -> np.ndarray:
 
 class TestAuto:
     def test_lanes_that_agree_are_averaged(self):
+        """With next to no new gradients: what they have seen before is what they all know."""
         start = state_of()
-        merged = merge(start, [lane_of(start, axis(1, 0.5)) for _ in range(4)], packed_of())
-        np.testing.assert_allclose(merged.theta, start.theta + axis(1, 0.5), rtol=1e-15)
+        merged = merge(start, [lane_of(start, axis(1, 0.5), gradients=1e-15) for _ in range(4)], packed_of())
+        np.testing.assert_allclose(merged.theta, start.theta + axis(1, 0.5), rtol=1e-14)
 
     def test_what_only_one_lane_found_counts_in_full(self):
         start = state_of()
-        lanes = [lane_of(start, axis(0, 3.0)), lane_of(start, axis(1, -1.0)), lane_of(start, axis(2, 0.0))]
+        changes = [axis(0, 3.0), axis(1, -1.0), axis(2, 0.0)]
+        lanes = [lane_of(start, change, gradients=np.abs(change)) for change in changes]
         merged = merge(start, lanes, packed_of())
-        np.testing.assert_allclose(merged.theta, start.theta + axis(0, 3.0) + axis(1, -1.0), rtol=1e-15)
+        np.testing.assert_allclose(merged.theta, start.theta + axis(0, 3.0) + axis(1, -1.0), rtol=1e-14)
+
+    def test_steps_get_shorter_by_the_gradients_of_others(self):
+        """The fourth root of a lane's part of all: at the very start that is one by number, here 1 / 16."""
+        start = state_of()
+        start.slots[:] = 0
+        rng = np.random.default_rng(1)
+        changes = rng.normal(size=(16, 1, 4))
+        changes -= changes.mean(0)  # so that they have nothing in common but what is added
+        lanes = [lane_of(start, change + 0.01) for change in changes]
+        merged = merge(start, lanes, packed_of())
+        np.testing.assert_allclose(merged.theta - start.theta, 16 * 0.01 * 16**-0.25, rtol=1e-12)
+
+    def test_a_lane_that_knows_overrules_those_that_do_not(self):
+        """One met a feature's only extreme row: huge gradients, a small step; the others drifted far."""
+        start = state_of()
+        start.slots[:] = 1e-6
+        extreme = np.array([[1e12, 0, 0, 0]])
+        lanes = [lane_of(start, axis(0, -0.1), gradients=extreme)]
+        lanes += [lane_of(start, axis(0, 5.0), gradients=np.array([[1e-6, 0, 0, 0]])) for _ in range(15)]
+        moved = (merge(start, lanes, packed_of()).theta - start.theta)[0, 0]
+        assert -0.1 <= moved < 0.0
+
+    def test_where_no_gradient_was_nothing_changes(self):
+        start = state_of()
+        start.slots[0, 0, 2] = 0
+        lanes = [lane_of(start, axis(0, 1.0), gradients=np.array([[1.0, 1.0, 0.0, 1.0]])) for _ in range(2)]
+        merged = merge(start, lanes, packed_of())
+        assert np.isfinite(merged.theta).all()
+        assert merged.theta[0, 2] == start.theta[0, 2]
 
     def test_lanes_that_contradict_each_other_do_not_blow_the_result_up(self):
         start = state_of()
@@ -86,7 +119,8 @@ class TestAuto:
         same, other = np.zeros((2, 4)), np.zeros((2, 4))
         same[0, 0] = other[0, 0] = 1.0  # the lanes agree on the first output
         same[1, 0], other[1, 1] = 1.0, 1.0  # and found different things on the second
-        lanes = [lane_of(start, same), lane_of(start, other)]
+        start.slots[:] = 1.0
+        lanes = [lane_of(start, same, gradients=1e-15), lane_of(start, other, gradients=1e-15)]
         moved = merge(start, lanes, packed_of()).theta - start.theta
         np.testing.assert_allclose(moved, [[1, 0, 0, 0], [1, 1, 0, 0]], atol=1e-12)
         softmax = packed_of()
