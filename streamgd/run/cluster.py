@@ -27,7 +27,7 @@ from streamgd.learn.state import State
 from streamgd.run.config import RunOptions
 from streamgd.run.delivery import DeliveredBlocks
 from streamgd.run.epochs import Watcher
-from streamgd.run.flights import Unfit, WorkerWork, deliver, keep, merge_flight, play_short, take_turns
+from streamgd.run.flights import Unfit, WorkerWork, begin_reading, deliver, keep, merge_flight, play_short, take_turns
 from streamgd.run.graph import Graph, Key
 from streamgd.run.members import Members
 from streamgd.run.pace import Pace, Stretch
@@ -221,13 +221,23 @@ class ClusterCrew(Crew):
         name = f"{self._name}-{self._flights}"
         graph = Graph(self._client, self._members.fit)
         key: Key
+        ahead: list[Key] = []  # what lanes begin with where they go
         if behind is None and self._state_bytes > _EMBEDDED_BYTES:
             start = graph.add((f"round-state-{name}", epoch, row), None, 20, keep, start)
         if stretch.together:
             key = (f"lane-rounds-{name}", epoch, row, len(stretch.ends))
-            several = self._work, start, packed, row, stretch.ends, deliveries[0]
+            own = self._members.groups() if stretch.last else []
+            leaving = [lane for lanes, address in own for lane in lanes if address != groups[0][1]]
+            several = self._work, start, packed, row, stretch.ends, deliveries[0], leaving
             merged = graph.add(key, groups[0][1], 10, play_short, *several)
             last = [merged]
+            if self._blocks is None:
+                for lanes, address in own:
+                    if address != groups[0][1]:
+                        key = (f"lane-starts-{name}", epoch, stretch.ends[-1], " ".join(map(str, lanes)))
+                        ahead.append(
+                            graph.add(key, address, 5, begin_reading, self._work, lanes, epoch, stretch.ends[-1])
+                        )
         else:
             firsts: list[Any] = []
             last = []
@@ -243,8 +253,9 @@ class ClusterCrew(Crew):
             merged = graph.add(key, groups[0][1], 20, merge_flight, firsts, last, packed)
             if not self._pace.few(len(groups)):
                 last = [merged]
-        futures = dict(zip([merged, *last], graph.hand_over([merged, *last]), strict=True))
-        held = [each for each in deliveries if each is not None]
+        wanted = [merged, *last, *ahead]
+        futures = dict(zip(wanted, graph.hand_over(wanted), strict=True))
+        held = [*filter(None, deliveries), *(futures[key] for key in ahead)]
         chained = 0 if behind is None else behind.chained + 1
         return Flight(stretch, futures[merged], [futures[key] for key in last], held, chained)
 

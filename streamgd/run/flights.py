@@ -17,7 +17,7 @@ from streamgd.learn import kernels
 from streamgd.learn.recipe import Packed
 from streamgd.learn.state import State
 from streamgd.run.lane_rows import Delivery
-from streamgd.run.lanes import LaneWork, take_turn
+from streamgd.run.lanes import LaneWork, read_ahead, take_turn
 from streamgd.run.rounds import Part, Round, joined, merge_parts, play_rounds
 from streamgd.run.runs import Run, versions
 from streamgd.run.workers import costs_of, lanes_kept, same_versions
@@ -143,6 +143,13 @@ def deliver(
     return found
 
 
+def begin_reading(work: WorkerWork, lanes: Sequence[int], epoch: int, row: int) -> None:
+    """Have lanes that come to this worker read what they begin with; that this may be too late is all the same."""
+    work.make_ready()
+    for lane in lanes:
+        read_ahead(work, lane, epoch, row)
+
+
 def take_turns(
     work: WorkerWork,
     beginning: Beginning,
@@ -172,10 +179,11 @@ def play_short(
     row: int,
     ends: Sequence[int],
     delivered: Mapping[int, Delivery] | None,
+    leaving: Sequence[int],
 ) -> Flown:
-    """Play several short rounds on one worker."""
+    """Play several short rounds on one worker, with lanes that leave it then."""
     work.make_ready()
-    return Flown(play_rounds(work, _begun(beginning, packed)[0], packed, row, ends, delivered))
+    return Flown(play_rounds(work, _begun(beginning, packed)[0], packed, row, ends, delivered, leaving))
 
 
 def merge_flight(firsts: Sequence[Taken], last: Sequence[Taken], packed: Packed) -> Flown:

@@ -6,6 +6,7 @@ at any row. See `streamgd.run.lanes` for who uses them.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -159,6 +160,7 @@ class LaneReader:
         self._planned = epoch * self.lane_rows + before
         self._deliveries = [] if delivery is None else [delivery]
         self._until = None if delivery is None else self._end_of(delivery)
+        self._ahead_to: int | None = None
         self._plans = _windows(plans, first, index)
         self._free = [Window(layout, source) for _ in range(2)]
         self._window: Window | None = None
@@ -172,6 +174,9 @@ class LaneReader:
         while self.row < end:
             if self._window is None:
                 began = time.perf_counter()
+                if self._filling is None:
+                    self._ahead_to = None  # it is read on after all
+                    self._fill_next()
                 assert self._filling is not None
                 self._window = self._filling.result()
                 self.wait_s += time.perf_counter() - began
@@ -186,6 +191,10 @@ class LaneReader:
             if stop == window.n_rows:
                 self._free.append(window)
                 self._window, self._at = None, 0
+
+    def read_ahead_to(self, row: int) -> None:
+        """Fill no windows ahead that begin at this row of the epoch or later: the lane goes elsewhere."""
+        self._ahead_to = self.epoch * self.lane_rows + row
 
     @property
     def place(self) -> int:
@@ -232,7 +241,8 @@ class LaneReader:
 
     def _fill_next(self) -> None:
         plan = self._upcoming
-        if plan is None or not self._free or (self._until is not None and self._planned >= self._until):
+        bounds = [bound for bound in (self._until, self._ahead_to) if bound is not None]
+        if plan is None or not self._free or self._planned >= min(bounds, default=sys.maxsize):
             return
         window = self._free.pop()
         self._planned += plan.n_rows
@@ -296,6 +306,11 @@ class Readers:
             found.close()
         files = self._files_of(inputs.source) if delivery is None else None
         return LaneReader(plans, inputs, self.pool(n_threads), lane, epoch, row, delivery, files)
+
+    def has(self, lane: int) -> bool:
+        """Whether a lane's reader waits for its next turn."""
+        with self._lock:
+            return lane in self._idle
 
     def expect(self, lane: int, delivery: Delivery) -> None:
         """Have a lane read on over blocks for its turn after the next one; if it cannot, that turn will."""

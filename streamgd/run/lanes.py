@@ -171,6 +171,12 @@ def open_reader(work: LaneWork, lane: int, epoch: int, row: int, delivery: Deliv
     return work.readers.take(work.plans, work.inputs, work.n_threads, lane, epoch, row, delivery)
 
 
+def read_ahead(work: LaneWork, lane: int, epoch: int, row: int) -> None:
+    """Have a lane that comes here fill its first window, before its first turn here begins."""
+    if not work.readers.has(lane):
+        work.readers.give_back(open_reader(work, lane, epoch, row, None), work.most_readers)
+
+
 def leave_reader(work: LaneWork, reader: LaneReader, state: Found | State | None) -> None:
     """Keep a reader for the lane's next turn, unless it was left where it stood when the lane diverged."""
     if state is not None and state.counters[kernels.STATUS] != kernels.OK:

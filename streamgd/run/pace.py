@@ -42,12 +42,15 @@ class Stretch:
         Rows of each lane's epoch where they end.
     together : bool
         Whether one worker plays them all.
+    last : bool
+        Whether that is so for the last time, so that lanes go to their own workers where these rounds end.
     """
 
     epoch: int
     row: int
     ends: list[int]
     together: bool
+    last: bool = False
 
     @property
     def n_rows(self) -> int:
@@ -89,9 +92,10 @@ class Pace:
         room : bool
             Whether a single worker has room for all lanes.
         """
-        short = self._short_ends(epoch, row, n_groups) if room and not self._shared else []
-        if short:
-            return Stretch(epoch, row, short, together=True)
+        if room and not self._shared:
+            short, self._shared = self._short_ends(epoch, row, n_groups)
+            if short:
+                return Stretch(epoch, row, short, together=True, last=self._shared)
         self._shared = True  # lanes that went back to one worker would be read anew there
         return Stretch(epoch, row, self._shared_ends(epoch, row, n_groups), together=False)
 
@@ -115,17 +119,19 @@ class Pace:
         if stretch.together and chained:  # the first one opens files, and compiles
             self._alone_s = max(self._alone_s, sum(each.took_s for each in rounds) / stretch.n_rows)
 
-    def _short_ends(self, epoch: int, row: int, n_groups: int) -> list[int]:
-        """Say where short rounds end, as many as a worker has room for; none if the first is not short."""
+    def _short_ends(self, epoch: int, row: int, n_groups: int) -> tuple[list[int], bool]:
+        """Say where short rounds end, as many as a worker has room for, and whether the next round is not short."""
         ends = [self._turns.end(epoch, row)]
         most, n_bytes = min(_MOST_TOGETHER, _STATES_BYTES // self._state_bytes), 0
         while True:
             size = (ends[-1] - row) * self._n_lanes * self._row_bytes
             n_bytes += size
-            if not self._is_short(ends[-1] - row, size, n_groups) or n_bytes > _TOGETHER_BYTES or len(ends) > most:
-                return ends[:-1]
+            if not self._is_short(ends[-1] - row, size, n_groups):
+                return ends[:-1], True
+            if n_bytes > _TOGETHER_BYTES or len(ends) > most:
+                return ends[:-1], False
             if ends[-1] >= self._turns.lane_rows:
-                return ends
+                return ends, False
             row = ends[-1]
             ends.append(self._turns.end(epoch, row))
 

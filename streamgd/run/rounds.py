@@ -147,6 +147,7 @@ def play_rounds(
     row: int,
     ends: Sequence[int],
     delivered: Mapping[int, Delivery] | None = None,
+    leaving: Sequence[int] = (),
 ) -> list[Round]:
     """Play several rounds in this thread, one lane's turn after the other.
 
@@ -164,6 +165,8 @@ def play_rounds(
         Where the rounds end; they end earlier with the epoch, or if a lane diverges.
     delivered : mapping of int to Delivery, optional
         For each lane, the blocks of a Dask collection that the rows lie in.
+    leaving : sequence of int, default=()
+        Lanes that go elsewhere when these rounds have ended.
 
     Returns
     -------
@@ -177,6 +180,8 @@ def play_rounds(
         for lane in range(work.plans.n_lanes):
             delivery = None if delivered is None else delivered[lane]
             readers.append(open_reader(work, lane, start.epoch, row, delivery))
+            if lane in leaving:
+                readers[-1].read_ahead_to(ends[-1])
         for end in ends:
             began = time.perf_counter()
             parts = [
