@@ -60,7 +60,7 @@ def inspect(data: tuple[str, ...], **given: Any) -> None:
         recipe=Recipe(batch_size=given["batch_size"]), buffer_bytes=parse_bytes(given["buffer"]), n_lanes=given["lanes"]
     )
     layout = plan_for(source, config)
-    lanes = about_lanes(config.n_lanes, config.batch_rows(source.n_rows), layout)
+    lanes = about_lanes(config.n_lanes, config.batch_rows(source.n_rows), layout, source)
     for line in (*about_plan(source, layout), *lanes, *about_cache(source)):
         click.echo(line)
 

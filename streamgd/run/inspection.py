@@ -14,6 +14,7 @@ from streamgd.data.targets import TargetCodec
 from streamgd.learn import kernels
 from streamgd.learn.recipe import Recipe
 from streamgd.run.config import AUTO_UPDATES, Config, RunOptions
+from streamgd.run.lane_rows import more_windows
 from streamgd.run.runs import Run
 from streamgd.run.survey import Survey
 from streamgd.run.workers import PROCESS_BYTES
@@ -46,7 +47,7 @@ def decisions(run: Run, folder: Path, options: RunOptions, reasons: dict[str, st
         *_about_target(run, reasons.get("task", "")),
         *_about_learning(run),
         *about_plan(source, run.layout),
-        *about_lanes(run.config.n_lanes, run.batch_rows, run.layout),
+        *about_lanes(run.config.n_lanes, run.batch_rows, run.layout, run.source),
         entry("run", f"{folder}, with a checkpoint every {options.checkpoint_every_s:g} s"),
     ]
 
@@ -158,16 +159,17 @@ def about_plan(source: Source, layout: Layout) -> list[str]:
     return lines
 
 
-def about_lanes(n_lanes: int, batch_rows: int, layout: Layout) -> list[str]:
+def about_lanes(n_lanes: int, batch_rows: int, layout: Layout, source: Source) -> list[str]:
     """Say what several lanes take, of the whole plan and on a worker."""
     if n_lanes == 1:
         return []
-    each, all_lanes = format_bytes(layout.planned_bytes), format_bytes(n_lanes * layout.planned_bytes)
+    most = layout.planned_bytes + more_windows(layout, source) * layout.window_bytes
+    each, ahead, all_lanes = map(format_bytes, (layout.planned_bytes, most, n_lanes * most))
     return [
         entry("lanes", f"{n_lanes:,} with batches of {batch_rows:,}; memory, windows and mixing are of each lane"),
-        entry("", f"memory of all lanes together: {all_lanes}"),
+        entry("", f"memory of all lanes together: up to {all_lanes}"),
         entry("", f"a worker of a cluster takes {format_bytes(PROCESS_BYTES)}, and {each} for each of its threads"),
-        entry("", f"at least; up to {each} for each of its lanes are used to read ahead, as its limit allows"),
+        entry("", f"at least; up to {ahead} for each of its lanes are used to read ahead, as its limit allows"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The rows of lanes, in order: the readers that fill a lane's next window while the one before is trained on.
+"""The rows of lanes, in order: the readers that fill a lane's next windows while the one before is trained on.
 
 Readers belong to one process, share its threads, are bounded in number, and may be lost at any time: a new one begins
 at any row. See `streamgd.run.lanes` for who uses them.
@@ -6,6 +6,7 @@ at any row. See `streamgd.run.lanes` for who uses them.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -13,19 +14,32 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamgd.data.flat import FlatFiller
 from streamgd.data.flat_files import FlatFiles
 from streamgd.data.plan import EpochPlan, Layout, WindowPlan
 from streamgd.data.prefetch import make_filler
 from streamgd.data.sources.base import Source
 from streamgd.data.targets import TargetCodec
-from streamgd.data.window import Stopped, Window, WindowFiller
+from streamgd.data.window import Stopped, Window
 from streamgd.run.runs import Run
+
+#: Windows of a lane: the one that is trained on and the next; and so many more, where the buffer has room for them.
+LEAST_WINDOWS, _MORE_WINDOWS = 2, 4
+
+
+def more_windows(layout: Layout, source: Source) -> int:
+    """Count the windows that a lane can fill beyond two, in what the plan leaves of its part of the buffer.
+
+    What they are for: lanes wait for one another at a round's end, those ahead for those behind, and read meanwhile.
+    """
+    if source.holds_block:  # of a Dask collection, whose blocks are what there is
+        return 0
+    return min(_MORE_WINDOWS, max(0, layout.spare_bytes) // layout.window_bytes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +125,7 @@ class Delivery:
 
 
 class LaneReader:
-    """The rows of a lane in order, from some row of some epoch on; fills the next window ahead.
+    """The rows of a lane in order, from some row of some epoch on; fills windows ahead.
 
     Parameters
     ----------
@@ -120,9 +134,11 @@ class LaneReader:
     inputs : RowInputs
         Where they come from.
     pool : ThreadPoolExecutor
-        Fills windows.
+        Fills windows, of a lane one after the other.
     lane, epoch, row : int
         Where to begin.
+    n_windows : int
+        Windows in memory at once.
     delivery : Delivery or None
         Blocks of a Dask collection, for a turn that begins here; no more than these and those that are delivered later
         can be read. None reads ahead without them.
@@ -138,6 +154,8 @@ class LaneReader:
         lane: int,
         epoch: int,
         row: int,
+        *,
+        n_windows: int = LEAST_WINDOWS,
         delivery: Delivery | None = None,
         files: FlatFiles | None = None,
     ) -> None:
@@ -156,16 +174,20 @@ class LaneReader:
         index, before = first.window_at(row)
         self._at = row - before  # next row of the window
         self._source = source
+        self._deliveries = [] if delivery is None else [delivery]
+        self._window: Window | None = None
+        # What follows changes hands between the reader's user and the threads that fill, under the lock.
+        self._lock = threading.Lock()
         # Places are counted through all epochs, in each of which the lane has as many rows.
         self._planned = epoch * self.lane_rows + before
-        self._deliveries = [] if delivery is None else [delivery]
         self._until = None if delivery is None else self._end_of(delivery)
         self._ahead_to: int | None = None
         self._plans = _windows(plans, first, index)
-        self._free = [Window(layout, source) for _ in range(2)]
-        self._window: Window | None = None
         self._upcoming = next(self._plans, None)
-        self._filling: Future[Window] | None = None
+        self._free = [Window(layout, source) for _ in range(n_windows)]
+        self._ready: SimpleQueue[Window | BaseException] = SimpleQueue()
+        self._filling: Future[None] | None = None
+        self._closed = False
         self._fill_next()
 
     def pieces(self, n_rows: int) -> Iterator[tuple[Window, int, int]]:
@@ -173,24 +195,32 @@ class LaneReader:
         end = min(self.row + n_rows, self.lane_rows)
         while self.row < end:
             if self._window is None:
-                began = time.perf_counter()
-                if self._filling is None:
-                    self._ahead_to = None  # it is read on after all
-                    self._fill_next()
-                assert self._filling is not None
-                self._window = self._filling.result()
-                self.wait_s += time.perf_counter() - began
-                self.read_rows += self._window.n_rows
-                self._filling = None
-                self._fill_next()
+                self._window = self._next_window()
             window = self._window
             stop = min(window.n_rows, self._at + end - self.row)
             yield window, self._at, stop
             self.row += stop - self._at
             self._at = stop
             if stop == window.n_rows:
-                self._free.append(window)
                 self._window, self._at = None, 0
+                with self._lock:
+                    self._free.append(window)
+                    self._fill_if_free()
+
+    def _next_window(self) -> Window:
+        began = time.perf_counter()
+        with self._lock:
+            if self._filling is None and self._ready.empty():
+                self._ahead_to = None  # it is read on after all
+                self._fill_if_free()
+                assert self._filling is not None, "rows that were neither planned nor delivered"
+        found = self._ready.get()
+        self.wait_s += time.perf_counter() - began
+        if isinstance(found, BaseException):
+            self._ready.put(found)
+            raise found
+        self.read_rows += found.n_rows
+        return found
 
     def read_ahead_to(self, row: int) -> None:
         """Fill no windows ahead that begin at this row of the epoch or later: the lane goes elsewhere."""
@@ -207,11 +237,10 @@ class LaneReader:
         if delivery.epoch * self.lane_rows + delivery.row > self._until:
             return False
         if self._end_of(delivery) > self._until:
-            self._until = self._end_of(delivery)
             self._deliveries.append(delivery)
             self._open_delivered()
-            if self._filling is None:
-                self._fill_next()
+            self._until = self._end_of(delivery)
+            self._fill_next()
         return True
 
     def let_go(self) -> None:
@@ -234,25 +263,43 @@ class LaneReader:
     def close(self) -> None:
         """Stop reading and close what is open. Idempotent; waits for a read that is under way."""
         self._filler.stop()
-        if self._filling is not None:
-            self._filling.cancel()
-            self._filling.exception() if not self._filling.cancelled() else None
+        with self._lock:
+            self._closed = True
+            filling = self._filling
+        if filling is not None and not filling.cancel():
+            filling.exception()
+        self._ready.put(Stopped())
         self._filler.close()
 
     def _fill_next(self) -> None:
+        with self._lock:
+            self._fill_if_free()
+
+    def _fill_if_free(self) -> None:
+        """Have a free window filled, unless one is being filled or nothing is to be read yet; under the lock."""
         plan = self._upcoming
         bounds = [bound for bound in (self._until, self._ahead_to) if bound is not None]
-        if plan is None or not self._free or self._planned >= min(bounds, default=sys.maxsize):
+        if self._closed or self._filling is not None or plan is None or not self._free:
+            return
+        if self._planned >= min(bounds, default=sys.maxsize):
             return
         window = self._free.pop()
         self._planned += plan.n_rows
         self._upcoming = upcoming = next(self._plans, None)
-        self._filling = self._pool.submit(_filled, self._filler, window, plan, upcoming)
+        self._filling = self._pool.submit(self._fill, window, plan, upcoming)
 
-
-def _filled(filler: WindowFiller | FlatFiller, window: Window, plan: WindowPlan, upcoming: WindowPlan | None) -> Window:
-    filler.fill(window, plan, upcoming)
-    return window
+    def _fill(self, window: Window, plan: WindowPlan, upcoming: WindowPlan | None) -> None:
+        found: Window | BaseException = window
+        try:
+            self._filler.fill(window, plan, upcoming)
+        except BaseException as err:
+            found = err
+        with self._lock:
+            self._filling = None
+            self._ready.put(found)
+            if found is window:
+                with contextlib.suppress(RuntimeError):  # the threads are being stopped
+                    self._fill_if_free()
 
 
 def _windows(plans: LanePlans, first: EpochPlan, index: int) -> Iterator[WindowPlan]:
@@ -286,15 +333,30 @@ class Readers:
         self,
         plans: LanePlans,
         inputs: RowInputs,
-        n_threads: int,
         lane: int,
         epoch: int,
         row: int,
+        *,
+        n_threads: int,
+        n_windows: int = LEAST_WINDOWS,
         delivery: Delivery | None = None,
     ) -> LaneReader:
         """Return a reader that stands where a turn begins; it is the caller's until it is given back.
 
-        `delivery` are the blocks of a Dask collection behind the turn.
+        Parameters
+        ----------
+        plans : LanePlans
+            The order of rows.
+        inputs : RowInputs
+            Where they come from.
+        lane, epoch, row : int
+            Where the turn begins.
+        n_threads : int
+            Threads that read, of all lanes together.
+        n_windows : int
+            Windows of a lane in memory at once.
+        delivery : Delivery or None
+            The blocks of a Dask collection behind the turn.
         """
         with self._lock:
             found = self._idle.pop(lane, None)
@@ -305,7 +367,8 @@ class Readers:
                 return found
             found.close()
         files = self._files_of(inputs.source) if delivery is None else None
-        return LaneReader(plans, inputs, self.pool(n_threads), lane, epoch, row, delivery, files)
+        pool = self.pool(n_threads)
+        return LaneReader(plans, inputs, pool, lane, epoch, row, n_windows=n_windows, delivery=delivery, files=files)
 
     def has(self, lane: int) -> bool:
         """Whether a lane's reader waits for its next turn."""

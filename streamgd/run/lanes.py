@@ -22,7 +22,7 @@ from streamgd.learn import kernels
 from streamgd.learn.merge import Found, begin_turn, found_by
 from streamgd.learn.recipe import Packed
 from streamgd.learn.state import State
-from streamgd.run.lane_rows import Delivery, LanePlans, LaneReader, Readers, RowInputs
+from streamgd.run.lane_rows import LEAST_WINDOWS, Delivery, LanePlans, LaneReader, Readers, RowInputs, more_windows
 from streamgd.run.runs import Run
 
 #: Rows times values of one kernel call, so that a request to stop is seen within a second.
@@ -67,6 +67,11 @@ class LaneWork:
     most_readers : int
         Lanes whose readers are kept between turns.
 
+    Attributes
+    ----------
+    n_windows : int
+        Windows of each lane in memory at once, as many as its part of the buffer has room for.
+
     Notes
     -----
     Readers, with their threads and open files, are closed when this object is collected: a worker does so when nobody
@@ -82,6 +87,7 @@ class LaneWork:
         )
         self.class_factors, self.output_scale = survey.class_factors, survey.output_scale()
         self.n_threads, self.most_readers = n_threads, most_readers
+        self.n_windows = LEAST_WINDOWS + more_windows(run.layout, run.source)
         self._start_afresh()
 
     def _start_afresh(self) -> None:
@@ -168,7 +174,16 @@ def train_turn(work: LaneWork, start: State, packed: Packed, lane: int, reader: 
 
 def open_reader(work: LaneWork, lane: int, epoch: int, row: int, delivery: Delivery | None) -> LaneReader:
     """Return a reader of a lane's rows from `row` on; of blocks that were delivered, if it reads a Dask collection."""
-    return work.readers.take(work.plans, work.inputs, work.n_threads, lane, epoch, row, delivery)
+    return work.readers.take(
+        work.plans,
+        work.inputs,
+        lane,
+        epoch,
+        row,
+        n_threads=work.n_threads,
+        n_windows=work.n_windows,
+        delivery=delivery,
+    )
 
 
 def read_ahead(work: LaneWork, lane: int, epoch: int, row: int) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from streamgd.data.layout import format_bytes
 from streamgd.data.sources.base import Source
+from streamgd.run.lane_rows import LEAST_WINDOWS, more_windows
 from streamgd.run.runs import Run, versions
 
 #: What must be equal for equal bits: our own code, what compiles it, and what merges states.
@@ -138,12 +139,35 @@ def lanes_kept(run_bytes: Mapping[str, int], n_threads: int, memory_limit: int) 
     return max(n_threads, min(run_bytes["n_lanes"], left // run_bytes["lane"]))
 
 
+def windows_kept(run_bytes: Mapping[str, int], n_threads: int, n_lanes: int, memory_limit: int) -> int:
+    """Count the windows that each of so many lanes may have at once, within a worker's limit.
+
+    Parameters
+    ----------
+    run_bytes : mapping
+        As from `costs_of`.
+    n_threads : int
+        Lanes that it trains at once.
+    n_lanes : int
+        Lanes whose windows it keeps, as from `lanes_kept`.
+    memory_limit : int
+        Bytes; 0 for no limit.
+    """
+    more = run_bytes["more_windows"]
+    if memory_limit:
+        left = memory_limit - run_bytes["fixed"] - n_threads * run_bytes["states"] - n_lanes * run_bytes["lane"]
+        more = min(more, max(0, left) // (n_lanes * run_bytes["window"]))
+    return LEAST_WINDOWS + more
+
+
 def costs_of(run: Run) -> dict[str, int]:
-    """Return what a worker's memory goes to, for `lanes_kept`."""
+    """Return what a worker's memory goes to, for `lanes_kept` and `windows_kept`."""
     return {
         "fixed": PROCESS_BYTES + _copied_bytes(run),
         "states": _states_bytes(run, 1),
         "lane": lane_bytes(run),
+        "window": run.layout.window_bytes,
+        "more_windows": more_windows(run.layout, run.source),
         "n_lanes": run.config.n_lanes,
     }
 

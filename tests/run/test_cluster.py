@@ -345,11 +345,10 @@ class TestErrors:
         def full(source: Any, dask_worker: Any = None) -> Any:
             raise OSError("No space left on device")
 
-        from streamgd.run import cluster as module
         from streamgd.run.config import RunOptions
         from streamgd.run.epochs import Watcher
 
-        monkeypatch.setattr(module, "describe", full)
+        monkeypatch.setattr(members, "describe", full)
         X, _ = load(folder, "hdf5")
         with cluster(1) as (_, client), pytest.raises(ClusterError, match=r"no worker for .*No space left on device"):
             crew(X, client, RunOptions(workers_timeout_s=0.5), Watcher())
