@@ -134,7 +134,7 @@ def found_by(start: State, state: State, packed: Packed) -> Found:
             state.theta -= start.theta
             state.theta *= _fourth_root(state.slots[0])
             state.slots -= start.slots
-            sizes = _squares(state.theta / _compared(start.slots[0]))
+            sizes = _sizes(state.theta, start)
         else:
             state.theta *= rows
             state.slots *= rows
@@ -240,10 +240,11 @@ def merge(start: State, found: Found, packed: Packed) -> State:
     with np.errstate(all="ignore"):  # diverged lanes; no change at all
         if packed.codes[kernels.CODE_OPTIMIZER] == kernels.AUTO:
             slots = start.slots + found.slots
-            together = _squares(found.theta / _compared(start.slots[0]))
-            factor = _factor(found, together, bool(packed.codes[kernels.CODE_SOFTMAX]))
-            change = factor[:, None] * found.theta / _fourth_root(slots[0])
-            theta = start.theta + np.where(slots[0] > 0, change, 0.0)  # nothing has changed where no gradient was
+            factor = _factor(found, _sizes(found.theta, start), bool(packed.codes[kernels.CODE_SOFTMAX]))
+            theta = factor[:, None] * found.theta
+            root = _fourth_root(slots[0])
+            np.divide(theta, root, out=theta, where=root > 0)  # where no gradient was nothing has changed
+            theta += start.theta
         else:
             theta, slots = found.theta / rows, found.slots / rows
         average = found.average / rows
@@ -269,13 +270,8 @@ def merge(start: State, found: Found, packed: Packed) -> State:
 
 def _fourth_root(sums: Floats) -> Floats:
     """Return x^¼ by roots alone, which are rounded correctly everywhere."""
-    return np.sqrt(np.sqrt(sums))
-
-
-def _compared(sums: Floats) -> Floats:
-    """Return what changes, weighted by their own sums, are divided by to be compared: G^¼, or 1 if all are 0."""
-    largest = sums.max(axis=1, keepdims=True)
-    return _fourth_root(np.where(largest > 0, np.maximum(sums, _LEAST_SUM * largest), 1.0))
+    root = np.sqrt(sums)
+    return np.sqrt(root, out=root)
 
 
 def _factor(found: Found, together: Floats, softmax: bool) -> Floats:
@@ -287,12 +283,19 @@ def _factor(found: Found, together: Floats, softmax: bool) -> Floats:
     return np.clip(factor, 1.0 / found.n_lanes, 1.0)
 
 
-def _squares(change: Floats) -> Floats:
-    """Sum the squares of each row, one after the other: NumPy's own sums depend on the processor."""
+def _sizes(change: Floats, start: State) -> Floats:
+    """Sum the squares of changes that were weighted by their own sums' roots, divided by those of G; of each output.
+
+    One square after the other: NumPy's own sums depend on the processor.
+    """
+    sums = start.slots[0]
+    largest = sums.max(axis=1, keepdims=True)
+    least = np.where(largest > 0, _LEAST_SUM * largest, 1.0)  # at the very start all count the same
     total = np.zeros(len(change))
     for first in range(0, change.shape[1], _PIECE):
         piece = change[:, first : first + _PIECE]
         squares = piece * piece
+        squares /= np.sqrt(np.maximum(sums[:, first : first + _PIECE], least))
         squares[:, 0] += total
         total = np.cumsum(squares, axis=1)[:, -1]
     return total

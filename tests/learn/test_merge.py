@@ -233,6 +233,12 @@ def bits_of(state: State) -> dict[str, bytes]:
     return {name: array.tobytes() for name, array in state.to_tensors().items()}
 
 
-def test_squares_are_added_up_in_order_however_many_there_are():
+def test_changes_are_compared_in_order_however_many_there_are():
+    start = state_of(n_outputs=2, n_features=10_000)
     change = np.random.default_rng(0).normal(size=(2, 10_001))
-    np.testing.assert_array_equal(merge_module._squares(change), np.cumsum(change * change, axis=1)[:, -1])
+    start.slots[0, 0, 0] = 1e-30  # counts as a thousandth of the largest
+    sums = np.maximum(start.slots[0], 1e-3 * start.slots[0].max(axis=1, keepdims=True))
+    one_by_one = np.cumsum(change * change / np.sqrt(sums), axis=1)[:, -1]
+    np.testing.assert_array_equal(merge_module._sizes(change, start), one_by_one)
+    start.slots[:] = 0
+    np.testing.assert_array_equal(merge_module._sizes(change, start), np.cumsum(change * change, axis=1)[:, -1])
