@@ -323,7 +323,8 @@ class TestErrors:
             return block
 
         X = X.map_blocks(fatal, dtype=X.dtype)
-        with cluster(2) as (_, client), pytest.raises(ClusterError, match="lost 2 times"):
+        # Who sees a worker's end first, the look or the task that fails, is luck; five failed tasks end the run too.
+        with cluster(2) as (_, client), pytest.raises(ClusterError, match=r"a round was lost [2-6] times"):
             estimator(standardize=False).fit(X, y, client=client)
 
     def test_a_block_that_cannot_be_computed_leaves_nothing_on_the_cluster(self, two, folder):

@@ -40,9 +40,12 @@ def reader_of(work: LaneWork, lane: int) -> Any:
 
 def settled(reader: Any) -> Any:
     """Wait until nothing is being filled."""
-    while (filling := reader._filling) is not None:
+    while True:
+        with reader._lock:
+            filling = reader._filling
+        if filling is None:
+            return reader
         filling.result()
-    return reader
 
 
 def test_a_reader_goes_on_over_blocks_that_come_early_and_into_the_next_epoch(run):

@@ -17,9 +17,10 @@ from streamgd.estimators import SGDRegressor
 from streamgd.learn import kernels
 from streamgd.run.config import RunOptions
 from streamgd.run.folder import RunFolder
-from streamgd.run.lanes import LaneWork, take_turn
+from streamgd.run.lane_rows import LaneReader, more_windows
+from streamgd.run.lanes import LaneWork, read_ahead, take_turn
 from streamgd.run.loop import Watcher, train
-from streamgd.run.rounds import RoundTraining
+from streamgd.run.rounds import RoundTraining, play_rounds
 from streamgd.run.runs import Run, plan_for, prepare
 from streamgd.run.turns import Turns
 from tests.clustering import OPTIMIZERS, bits, estimator, load, make_data
@@ -232,6 +233,66 @@ class TestErrors:
         before = threading.active_count()
         train(begin_lanes())
         assert threading.active_count() == before
+
+
+def settled(work: LaneWork, lane: int) -> LaneReader:
+    """Wait until a lane's reader fills nothing more."""
+    reader = work.readers._idle[lane]
+    while True:
+        with reader._lock:
+            filling = reader._filling
+        if filling is None:
+            return reader
+        filling.result()
+
+
+def test_windows_are_filled_ahead_as_far_as_there_is_room():
+    run = begin_lanes(2, max_iter=3)
+    for n_windows in (2, 5):
+        work = LaneWork(run, run.source, n_threads=2, most_readers=2)
+        work.n_windows = n_windows
+        take_turn(work, run.state, run.packed(moments=False), 0, 0, 8)
+        reader = settled(work, 0)
+        assert reader._ready.qsize() == n_windows - 1
+        assert not reader._free
+        work.readers.close()
+
+
+def test_more_windows_are_of_what_the_plan_leaves():
+    run = begin_lanes(2)
+    layout = replace(run.layout, planned_bytes=1000, window_bytes=100)
+    for spare, more in ((0, 0), (99, 0), (100, 1), (399, 3), (10_000, 4), (-500, 0)):
+        assert more_windows(replace(layout, buffer_bytes=1000 + spare), run.source) == more
+
+
+def test_a_lane_that_comes_has_read_before_its_first_turn():
+    run = begin_lanes(2)
+    packed = run.packed(moments=False)
+    work, fresh = (LaneWork(run, run.source, n_threads=2, most_readers=2) for _ in range(2))
+    read_ahead(work, 1, 0, 24)
+    reader = settled(work, 1)
+    read_ahead(work, 1, 0, 0)  # too late: it is here
+    assert work.readers._idle[1] is reader
+    turns = [take_turn(each, run.state, packed, 1, 24, 90).found for each in (work, fresh)]
+    assert work.readers._idle[1] is reader
+    assert turns[0].theta.tobytes() == turns[1].theta.tobytes()
+    assert turns[0].checksum == turns[1].checksum
+    work.readers.close()
+    fresh.readers.close()
+
+
+def test_a_lane_that_leaves_reads_no_further_unless_it_stays_after_all():
+    run = begin_lanes(2)
+    packed = run.packed(moments=False)
+    work, fresh = (LaneWork(run, run.source, n_threads=2, most_readers=2) for _ in range(2))
+    work.n_windows = 5
+    play_rounds(work, run.state, packed, 0, [8, 16], leaving=[1])
+    assert settled(work, 1)._planned <= 16 + run.layout.window_rows
+    assert settled(work, 0)._planned > 16 + run.layout.window_rows
+    turns = [take_turn(each, run.state, packed, 1, 16, 130).found for each in (work, fresh)]
+    assert turns[0].theta.tobytes() == turns[1].theta.tobytes()
+    work.readers.close()
+    fresh.readers.close()
 
 
 def test_lanes_share_the_files_that_they_have_open(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from streamgd.run import workers
 from streamgd.run.runs import versions
-from streamgd.run.workers import WorkerReport, assign, costs_of, lanes_kept, memory_needed, unfit
+from streamgd.run.workers import WorkerReport, assign, costs_of, lanes_kept, memory_needed, unfit, windows_kept
 from tests.run import small
 
 FIT = WorkerReport(versions(), n_threads=1, memory_limit=0, unreadable=None)
@@ -55,6 +55,15 @@ def test_read_ahead_takes_what_the_limit_leaves(run):
         limit = costs["fixed"] + costs["states"] + n_lanes * costs["lane"]
         assert lanes_kept(costs, 1, limit) == min(n_lanes, 4)
     assert lanes_kept(costs, 2, 1) == 2  # it was let in: at least what it trains at once
+
+
+def test_more_windows_take_what_lanes_leave(run):
+    costs = costs_of(run) | {"more_windows": 4}
+    assert windows_kept(costs, 1, 3, 0) == 6
+    lanes = costs["fixed"] + costs["states"] + 3 * costs["lane"]
+    for more in range(7):
+        assert windows_kept(costs, 1, 3, lanes + more * 3 * costs["window"]) == 2 + min(more, 4)
+    assert windows_kept(costs, 1, 3, lanes - 1) == 2
 
 
 class TestAssign:
