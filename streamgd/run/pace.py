@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from streamgd.run.rounds import Round
 from streamgd.run.turns import Turns
 
-#: What a round costs beside its work, in seconds, where workers share it.
-_SHARED_S = 0.008
+#: What a round costs beside its work, in seconds, where workers share it; and for each group of lanes, which is a task.
+_SHARED_S, _TASK_S = 0.006, 0.001
 #: Rounds are short that have up to so many bytes of rows, before it is known how long a worker takes for them.
 _SHORT_BYTES = 8_000_000
 #: So many short rounds make one task at most, as long as their states, and their rows, come to no more than so many
@@ -28,6 +28,11 @@ _FLIGHT_S, _MOST_IN_FLIGHT, _FEW_GROUPS = 0.25, 8, 8
 #: When what was handed over last took longer than this, in seconds, nothing is handed over behind what is under way; of
 #: others so many are chained at most.
 _LONG_S, _MOST_CHAINED = 1.0, 32
+
+
+def shared_s(n_groups: int) -> float:
+    """Return the seconds that a round costs beside its work where so many groups of lanes share it."""
+    return _SHARED_S + n_groups * _TASK_S
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ class Pace:
         """Whether one worker plays a round sooner than all of them would, what a shared one costs included."""
         if not self._alone_s:
             return size <= _SHORT_BYTES
-        return n_rows * self._alone_s * (1 - 1 / n_groups) <= _SHARED_S
+        return n_rows * self._alone_s * (1 - 1 / n_groups) <= shared_s(n_groups)
 
     def _shared_ends(self, epoch: int, row: int, n_groups: int) -> list[int]:
         """Say where rounds end that follow one another without the client: for a moment's work, as far as is known."""
