@@ -166,7 +166,12 @@ class WindowFiller:
         if job.errors:
             self._close_readers()
             job.errors.sort(key=lambda entry: (isinstance(entry[1], Stopped), entry[0]))
-            raise job.errors[0][1]
+            error = job.errors[0][1]
+            job.errors.clear()
+            try:
+                raise error
+            finally:
+                del error  # what its own traceback holds is open until it is collected
         window.describe(plan)
         self.read_rows += plan.n_rows
         if self._keep is not None:

@@ -289,14 +289,14 @@ class ClusterCrew(Crew):
         return graph.hand_over(keys)
 
     def _drop(self, flight: Flight | None) -> None:
-        """Cancel what still runs of a round and release the rest, even if a traceback holds the futures."""
+        """Let go of a flight, even if a traceback holds its futures: what nobody wants, the scheduler gives up.
+
+        Cancelling would give up what depends on it too, which the scheduler takes for what some client wants.
+        """
         if flight is None:
             return
-        futures = [flight.merged, *flight.last, *flight.held]
         with contextlib.suppress(Exception):
-            if flight.merged.status == "pending":
-                self._client.cancel(futures, force=True)
-            for future in futures:
+            for future in dict.fromkeys([flight.merged, *flight.last, *flight.held]):
                 future.release()
 
     def _drop_next(self) -> None:
@@ -357,6 +357,8 @@ class ClusterCrew(Crew):
         size = len(flight.stretch.ends) * self._state_bytes
         patience_s = _FETCH_S + size / _FETCH_RATE
         for _ in range(_MOST_ATTEMPTS):
+            if self._stop.is_set():
+                break
             try:
                 found: list[Round] = flight.merged.result(timeout=patience_s).rounds
                 return found

@@ -20,7 +20,7 @@ from streamgd.run.lane_rows import Delivery
 from streamgd.run.lanes import LaneWork, read_ahead, take_turn
 from streamgd.run.rounds import Part, Round, joined, merge_parts, play_rounds
 from streamgd.run.runs import Run, versions
-from streamgd.run.workers import costs_of, lanes_kept, same_versions, windows_kept
+from streamgd.run.workers import costs_of, lanes_kept, same_versions, usable_memory, windows_kept
 
 #: What has more bytes of arrays than this travels array by array, without a copy.
 _SMALL_BYTES = 1 << 16
@@ -59,7 +59,7 @@ class WorkerWork(LaneWork):
         if wrong is not None:
             raise Unfit(f"a worker has {wrong}")
         worker = get_worker()
-        limit = int(worker.memory_manager.memory_limit or 0)
+        limit = usable_memory(worker)
         self.n_threads = int(worker.state.nthreads)
         self.most_readers = lanes_kept(self._costs, self.n_threads, limit)
         self.n_windows = windows_kept(self._costs, self.n_threads, self.most_readers, limit)

@@ -10,7 +10,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -216,11 +216,14 @@ class LaneReader:
                 assert self._filling is not None, "rows that were neither planned nor delivered"
         found = self._ready.get()
         self.wait_s += time.perf_counter() - began
-        if isinstance(found, BaseException):
-            self._ready.put(found)
-            raise found
-        self.read_rows += found.n_rows
-        return found
+        try:
+            if isinstance(found, BaseException):
+                self._ready.put(Stopped())  # nothing comes after an error
+                raise found
+            self.read_rows += found.n_rows
+            return found
+        finally:
+            del found  # an error that its own frame holds keeps files open until it is collected
 
     def read_ahead_to(self, row: int) -> None:
         """Fill no windows ahead that begin at this row of the epoch or later: the lane goes elsewhere."""
@@ -283,23 +286,36 @@ class LaneReader:
             return
         if self._planned >= min(bounds, default=sys.maxsize):
             return
-        window = self._free.pop()
+        upcoming = next(self._plans, None)
+        try:
+            self._filling = self._pool.submit(self._fill, self._free[-1], plan, upcoming)
+        except RuntimeError as err:  # the threads are being stopped
+            self._closed = True
+            raise Stopped from err
+        self._free.pop()
         self._planned += plan.n_rows
-        self._upcoming = upcoming = next(self._plans, None)
-        self._filling = self._pool.submit(self._fill, window, plan, upcoming)
+        self._upcoming = upcoming
 
     def _fill(self, window: Window, plan: WindowPlan, upcoming: WindowPlan | None) -> None:
-        found: Window | BaseException = window
         try:
             self._filler.fill(window, plan, upcoming)
         except BaseException as err:
-            found = err
+            with self._lock:
+                self._filling = None
+                self._ready.put(err)
+            return
         with self._lock:
             self._filling = None
-            self._ready.put(found)
-            if found is window:
-                with contextlib.suppress(RuntimeError):  # the threads are being stopped
-                    self._fill_if_free()
+            self._ready.put(window)
+            with contextlib.suppress(Stopped):
+                self._fill_if_free()
+
+
+def _stands_at(reader: LaneReader, plans: LanePlans, epoch: int, row: int) -> bool:
+    """Whether a reader stands at a row, perhaps after it goes on to the next epoch."""
+    if reader.epoch + 1 == epoch and reader.row == reader.lane_rows and row == 0:
+        reader.next_epoch(plans.epoch(epoch, reader.lane).n_rows)
+    return (reader.epoch, reader.row) == (epoch, row)
 
 
 def _windows(plans: LanePlans, first: EpochPlan, index: int) -> Iterator[WindowPlan]:
@@ -314,6 +330,7 @@ class Readers:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._idle: OrderedDict[int, LaneReader] = OrderedDict()
+        self._used: Counter[int] = Counter()  # lanes whose readers are in use
         self._early: dict[int, Delivery] = {}  # what came while a lane's reader was in use
         self._pool: ThreadPoolExecutor | None = None
         self._files: FlatFiles | None = None
@@ -338,10 +355,11 @@ class Readers:
         row: int,
         *,
         n_threads: int,
+        most: int,
         n_windows: int = LEAST_WINDOWS,
         delivery: Delivery | None = None,
     ) -> LaneReader:
-        """Return a reader that stands where a turn begins; it is the caller's until it is given back.
+        """Return a reader that stands where a turn begins; the caller gives it back or discards it.
 
         Parameters
         ----------
@@ -353,6 +371,8 @@ class Readers:
             Where the turn begins.
         n_threads : int
             Threads that read, of all lanes together.
+        most : int
+            Readers at once, in use or not: those that were used least recently make room.
         n_windows : int
             Windows of a lane in memory at once.
         delivery : Delivery or None
@@ -360,29 +380,55 @@ class Readers:
         """
         with self._lock:
             found = self._idle.pop(lane, None)
-        if found is not None:
-            if found.epoch + 1 == epoch and found.row == found.lane_rows and row == 0:
-                found.next_epoch(plans.epoch(epoch, lane).n_rows)
-            if (found.epoch, found.row) == (epoch, row) and (delivery is None or found.deliver(delivery)):
-                return found
-            found.close()
-        files = self._files_of(inputs.source) if delivery is None else None
-        pool = self.pool(n_threads)
-        return LaneReader(plans, inputs, pool, lane, epoch, row, n_windows=n_windows, delivery=delivery, files=files)
+            self._used[lane] += 1
+            leaving = self._beyond(most)
+        for each in leaving:
+            each.close()
+        try:
+            if found is not None:
+                if _stands_at(found, plans, epoch, row) and (delivery is None or found.deliver(delivery)):
+                    return found
+                found.close()
+            files = self._files_of(inputs.source) if delivery is None else None
+            pool = self.pool(n_threads)
+            return LaneReader(
+                plans, inputs, pool, lane, epoch, row, n_windows=n_windows, delivery=delivery, files=files
+            )
+        except BaseException:
+            self._note_left(lane)
+            raise
 
     def has(self, lane: int) -> bool:
-        """Whether a lane's reader waits for its next turn."""
+        """Whether a lane has a reader here, in use or not."""
         with self._lock:
-            return lane in self._idle
+            return lane in self._idle or self._used[lane] > 0
+
+    def discard(self, reader: LaneReader) -> None:
+        """Close a reader in place of giving it back."""
+        self._note_left(reader.lane)
+        reader.close()
+
+    def _note_left(self, lane: int) -> None:
+        with self._lock:
+            self._used[lane] -= 1
+
+    def _beyond(self, most: int) -> list[LaneReader]:
+        """Take out the readers that are too many, those first that were used least recently; under the lock."""
+        leaving = []
+        while self._idle and (self._closed or len(self._idle) + self._used.total() > most):
+            leaving.append(self._idle.popitem(last=False)[1])
+        return leaving
 
     def expect(self, lane: int, delivery: Delivery) -> None:
         """Have a lane read on over blocks for its turn after the next one; if it cannot, that turn will."""
         with self._lock:
             reader = self._idle.get(lane)
-            if reader is None:
-                self._early[lane] = delivery
-            elif not self._closed:
+            if self._closed:
+                return
+            if reader is not None:
                 reader.deliver(delivery)
+            elif self._used[lane] > 0:
+                self._early[lane] = delivery
 
     def _files_of(self, source: Source) -> FlatFiles | None:
         """Return the files that all lanes read from: one each, and many lanes would run out of descriptors."""
@@ -395,15 +441,14 @@ class Readers:
     def give_back(self, reader: LaneReader, most: int) -> None:
         """Keep a reader for its lane's next turn; those that were used least recently go when there are too many."""
         reader.let_go()
-        leaving = []
         with self._lock:
+            self._used[reader.lane] -= 1
             early = self._early.pop(reader.lane, None)
             if early is not None and not self._closed:
                 reader.deliver(early)
             old = self._idle.pop(reader.lane, None)
             self._idle[reader.lane] = reader
-            while self._idle and (self._closed or len(self._idle) > most):
-                leaving.append(self._idle.popitem(last=False)[1])
+            leaving = self._beyond(most)
         for each in leaving if old is None else [old, *leaving]:
             each.close()
 

@@ -144,7 +144,7 @@ def take_turn(
     try:
         turn = train_turn(work, start, packed, lane, reader, row, end)
     except BaseException:
-        reader.close()
+        work.readers.discard(reader)
         raise
     leave_reader(work, reader, turn.found)
     return turn
@@ -181,6 +181,7 @@ def open_reader(work: LaneWork, lane: int, epoch: int, row: int, delivery: Deliv
         epoch,
         row,
         n_threads=work.n_threads,
+        most=work.most_readers,
         n_windows=work.n_windows,
         delivery=delivery,
     )
@@ -195,7 +196,7 @@ def read_ahead(work: LaneWork, lane: int, epoch: int, row: int) -> None:
 def leave_reader(work: LaneWork, reader: LaneReader, state: Found | State | None) -> None:
     """Keep a reader for the lane's next turn, unless it was left where it stood when the lane diverged."""
     if state is not None and state.counters[kernels.STATUS] != kernels.OK:
-        reader.close()
+        work.readers.discard(reader)
     else:
         work.readers.give_back(reader, work.most_readers)
 

@@ -105,7 +105,8 @@ class Members:
         while not self._stop.is_set():
             threads = self._present()
             gone |= self._reports.keys() - threads.keys()
-            new = [address for address in threads if address not in self._reports and address not in self._refused]
+            known = {address: report.n_threads for address, report in self._reports.items()}
+            new = [each for each, n in threads.items() if known.get(each) != n and each not in self._refused]
             if new:
                 self._check(new)
             self._reports = {address: report for address, report in self._reports.items() if address in threads}

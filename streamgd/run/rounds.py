@@ -195,7 +195,7 @@ def play_rounds(
                 break
     except BaseException:
         for reader in readers:
-            reader.close()
+            work.readers.discard(reader)
         raise
     for reader in readers:
         leave_reader(work, reader, state)

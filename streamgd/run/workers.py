@@ -22,7 +22,7 @@ from streamgd.run.runs import Run, versions
 #: What must be equal for equal bits: our own code, what compiles it, and what merges states.
 COMPARED = ("streamgd", "numba", "numpy")
 #: Resident memory of a worker process that has imported everything and compiled its kernels.
-PROCESS_BYTES = 300_000_000
+PROCESS_BYTES = 350_000_000
 #: Blocks that each worker opens on trial.
 _TRIALS = 8
 
@@ -38,7 +38,7 @@ class WorkerReport:
     n_threads : int
         Tasks at once.
     memory_limit : int
-        Bytes; 0 for no limit.
+        Bytes that it may take, see `usable_memory`; 0 for no limit.
     unreadable : str or None
         Why it cannot read the data.
     """
@@ -68,8 +68,13 @@ def describe(source: Source | None, dask_worker: Any = None) -> WorkerReport:
             source.close()
         except Exception as err:
             unreadable = f"{type(err).__name__}: {err}"
-    limit = dask_worker.memory_manager.memory_limit
-    return WorkerReport(versions(), int(dask_worker.state.nthreads), int(limit or 0), unreadable)
+    return WorkerReport(versions(), int(dask_worker.state.nthreads), usable_memory(dask_worker), unreadable)
+
+
+def usable_memory(worker: Any) -> int:
+    """Return the bytes that a Dask worker may take before it is paused, and ended if it takes more; 0 for no limit."""
+    manager = worker.memory_manager
+    return int((manager.memory_limit or 0) * (manager.memory_pause_fraction or 1))
 
 
 def unfit(address: str, report: WorkerReport | BaseException, run: Run) -> str | None:
@@ -108,8 +113,8 @@ def unfit(address: str, report: WorkerReport | BaseException, run: Run) -> str |
     needed = memory_needed(run, report.n_threads, report.n_threads)
     if report.memory_limit and needed > report.memory_limit:
         return (
-            f"worker {address} has a memory limit of {format_bytes(report.memory_limit)}; with {report.n_threads} "
-            f"thread(s) it would need {format_bytes(needed)}: "
+            f"worker {address} may take {format_bytes(report.memory_limit)} before it reaches the part of its memory "
+            f"limit where Dask pauses it; with {report.n_threads} thread(s) it would need {format_bytes(needed)}: "
             f"{about_memory(run, report.n_threads, report.n_threads)}. Give it more memory or fewer threads, or "
             "choose a smaller buffer"
         )

@@ -392,7 +392,7 @@ class TestErrors:
 
     def test_too_little_memory(self, two, folder, monkeypatch):
         monkeypatch.setattr(workers, "PROCESS_BYTES", 10**15)
-        with pytest.raises(ClusterError, match="has a memory limit of"):
+        with pytest.raises(ClusterError, match="of its memory limit where Dask pauses it"):
             fit(folder, "hdf5", client=two[1])
 
     def test_other_versions(self, two, folder, monkeypatch):
@@ -418,6 +418,36 @@ class TestErrors:
             training.join(60)
             assert len(errors) == 1
             assert list((tmp_path / "run").glob("*/checkpoints/*"))
+
+
+@pytest.mark.parametrize("how", ["interrupted", "lost"])
+@pytest.mark.parametrize("kind", ["hdf5", "dask"])
+def test_what_is_dropped_takes_nothing_of_others_with_it(two, folder, here, monkeypatch, kind, how):
+    """While a flight and the one behind it are under way: the client's other futures, and the client itself, stay."""
+    hand_over(monkeypatch, CHAINED)
+    error = KeyboardInterrupt() if how == "interrupted" else cluster_module._Again("a worker left", counts=False)
+    finished, seen = cluster_module.ClusterCrew._finished, []
+
+    def interrupted(self: Any, future: Any) -> bool:
+        if not seen and self._next is not None and self._next.chained > 1 and future.status == "pending":
+            seen.append(self._next)
+            raise error
+        return finished(self, future)
+
+    monkeypatch.setattr(cluster_module.ClusterCrew, "_finished", interrupted)
+    own = two[1].submit(lambda: 42, pure=False)
+    assert own.result() == 42
+    with pytest.raises(KeyboardInterrupt) if how == "interrupted" else contextlib.nullcontext():
+        # Most rounds of a flight are of interest to nobody but the next one.
+        found = fit(folder, kind, client=two[1], max_iter=12)
+    if how == "lost":
+        assert found == fit(folder, kind, max_iter=12)
+    assert seen
+    time.sleep(0.5)
+    assert own.status == "finished"
+    assert two[1].submit(lambda: 1, pure=False).result(timeout=10) == 1
+    own.release()
+    assert not task_states(two[1])
 
 
 def crew(source: Any, client: Any, options: Any, watcher: Any, stop: threading.Event | None = None) -> Any:

@@ -73,7 +73,7 @@ def test_a_reader_goes_on_over_blocks_that_come_early_and_into_the_next_epoch(ru
 def test_blocks_that_come_while_a_reader_is_in_use_are_there_when_it_is_given_back(run):
     blocks, work = computed(run), work_of(run)
     first = Delivery(0, 0, 640, blocks)
-    reader = work.readers.take(work.plans, work.inputs, 0, 0, 0, n_threads=1, delivery=first)
+    reader = work.readers.take(work.plans, work.inputs, 0, 0, 0, n_threads=1, most=2, delivery=first)
     list(reader.pieces(640))
     work.readers.expect(0, Delivery(0, 640, 1100, blocks))
     work.readers.give_back(reader, 2)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from streamgd.learn import kernels
 from streamgd.run.config import RunOptions
 from streamgd.run.folder import RunFolder
 from streamgd.run.lane_rows import LaneReader, more_windows
-from streamgd.run.lanes import LaneWork, read_ahead, take_turn
+from streamgd.run.lanes import LaneWork, open_reader, read_ahead, take_turn
 from streamgd.run.loop import Watcher, train
 from streamgd.run.rounds import RoundTraining, play_rounds
 from streamgd.run.runs import Run, plan_for, prepare
@@ -279,6 +282,44 @@ def test_a_lane_that_comes_has_read_before_its_first_turn():
     assert turns[0].checksum == turns[1].checksum
     work.readers.close()
     fresh.readers.close()
+
+
+def test_readers_in_use_count_among_the_most():
+    run = begin_lanes(3)
+    work = LaneWork(run, run.source, n_threads=2, most_readers=2)
+    readers = [open_reader(work, lane, 0, 0, None) for lane in (0, 1)]
+    work.readers.give_back(readers[0], 2)
+    last = open_reader(work, 2, 0, 0, None)  # while that of lane 1 is in use: that of lane 0 makes room
+    assert not work.readers.has(0)
+    assert readers[0]._closed
+    assert work.readers.has(1)
+    read_ahead(work, 1, 0, 24)  # too late: it is in use
+    work.readers.discard(readers[1])
+    work.readers.give_back(last, 2)
+    assert list(work.readers._idle) == [2]
+    assert not work.readers.has(1)
+    work.readers.close()
+
+
+def test_an_error_keeps_nothing_open():
+    """Not even until it is collected: its traceback must not lead back to it."""
+    run = begin_lanes(2)
+    run.source.X[:] = np.nan
+    work = LaneWork(run, run.source, n_threads=1, most_readers=2)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(DataError) as found:
+            take_turn(work, run.state, run.packed(moments=False), 0, 0, 64)
+        kept = weakref.ref(found.value)
+        del found
+        work.readers.close()
+        until = time.monotonic() + 5
+        while kept() is not None and time.monotonic() < until:
+            time.sleep(0.01)
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_a_lane_that_leaves_reads_no_further_unless_it_stays_after_all():

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from streamgd.run import workers
 from streamgd.run.runs import versions
-from streamgd.run.workers import WorkerReport, assign, costs_of, lanes_kept, memory_needed, unfit, windows_kept
+from streamgd.run.workers import (
+    WorkerReport,
+    assign,
+    costs_of,
+    lanes_kept,
+    memory_needed,
+    unfit,
+    usable_memory,
+    windows_kept,
+)
 from tests.run import small
 
 FIT = WorkerReport(versions(), n_threads=1, memory_limit=0, unreadable=None)
@@ -64,6 +74,12 @@ def test_more_windows_take_what_lanes_leave(run):
     for more in range(7):
         assert windows_kept(costs, 1, 3, lanes + more * 3 * costs["window"]) == 2 + min(more, 4)
     assert windows_kept(costs, 1, 3, lanes - 1) == 2
+
+
+@pytest.mark.parametrize(("limit", "pause", "usable"), [(1000, 0.8, 800), (1000, False, 1000), (None, 0.8, 0)])
+def test_a_worker_may_take_what_it_is_not_paused_at(limit, pause, usable):
+    manager = SimpleNamespace(memory_limit=limit, memory_pause_fraction=pause)
+    assert usable_memory(SimpleNamespace(memory_manager=manager)) == usable
 
 
 class TestAssign:
