@@ -271,8 +271,12 @@ class LaneReader:
             filling = self._filling
         if filling is not None and not filling.cancel():
             filling.exception()
-        self._ready.put(Stopped())
         self._filler.close()
+        self._window = None
+        self._free.clear()
+        while not self._ready.empty():  # what windows take is free at once, whoever still knows of this
+            self._ready.get()
+        self._ready.put(Stopped())
 
     def _fill_next(self) -> None:
         with self._lock:

@@ -15,6 +15,7 @@ import pytest
 
 from streamgd.data.plan import EpochPlan
 from streamgd.data.sources import open_source
+from streamgd.data.window import Stopped
 from streamgd.errors import BufferTooSmallError, DataError, DivergenceError, OptionError
 from streamgd.estimators import SGDRegressor
 from streamgd.learn import kernels
@@ -298,6 +299,22 @@ def test_readers_in_use_count_among_the_most():
     work.readers.give_back(last, 2)
     assert list(work.readers._idle) == [2]
     assert not work.readers.has(1)
+    work.readers.close()
+
+
+def test_a_closed_reader_holds_no_windows():
+    """Whoever still knows of it: they are most of a lane's memory, and there may be no room for others beside them."""
+    run = begin_lanes(2)
+    work = LaneWork(run, run.source, n_threads=1, most_readers=2)
+    take_turn(work, run.state, run.packed(moments=False), 0, 0, 8)
+    reader = settled(work, 0)
+    windows = [weakref.ref(window) for window in (reader._window, *reader._free) if window is not None]
+    windows += [weakref.ref(window) for window in [reader._ready.get() for _ in range(reader._ready.qsize())]]
+    assert windows
+    reader.close()
+    assert all(window() is None for window in windows)
+    with pytest.raises(Stopped):
+        next(reader.pieces(8))
     work.readers.close()
 
 
