@@ -7,11 +7,12 @@ on from the result. With δₗ the change of the coefficients in lane l and wₗ
     G' = G + Σ (Gₗ − G), the sum over all rows, as in one lane; then θ ← θ + c Σ δₗ (Gₗ / G')^¼ and G ← G'.
 
     The root is about what a lane did not know. It went by its own Gₗ, so its steps were longer than those of one that
-    had seen the gradients of all; if each of n lanes has the same share of G', their sum is √n steps where n lanes one
-    after the other would go 2 √n, and without the root it were n. It matters in the first rounds, where G is little:
-    there, 16 lanes went so far astray on features with heavy tails that the gradients of a few extreme rows, huge
-    because of it, left G too large for anything to be mended. A lane alone with what it found (one that saw a feature's
-    only extreme rows) has Gₗ = G' there: its change counts whole, those of the others, who knew nothing, hardly.
+    had seen the gradients of all; if each of n lanes has the same share of G', their sum is n^¾ steps where n lanes one
+    after the other would go some 2 √n (both are 8 for 16 lanes), and without the root it were n. It matters in the
+    first rounds, where G is little: there, 16 lanes went so far astray on features with heavy tails that the gradients
+    of a few extreme rows, huge because of it, left G too large for anything to be mended. A lane alone with what it
+    found (one that saw a feature's only extreme rows) has Gₗ = G' there: its change counts whole, those of the others,
+    who knew nothing, hardly.
 
     c = Σ ‖uₗ‖² / ‖Σ uₗ‖², held between 1/n and 1, of the changes as they count, uₗ = δₗ (Gₗ / G)^¼. Lanes that agree
     have all found the same, and c is 1/n: their mean. Lanes that found different things (each its few positives out of

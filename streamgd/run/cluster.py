@@ -227,17 +227,14 @@ class ClusterCrew(Crew):
         if stretch.together:
             key = (f"lane-rounds-{name}", epoch, row, len(stretch.ends))
             own = self._members.groups() if stretch.last else []
-            leaving = [lane for lanes, address in own for lane in lanes if address != groups[0][1]]
+            moving = [(lanes, address) for lanes, address in own if address != groups[0][1]]
+            leaving = [lane for lanes, _ in moving for lane in lanes]
             several = self._work, start, packed, row, stretch.ends, deliveries[0], leaving
             merged = graph.add(key, groups[0][1], 10, play_short, *several)
             last = [merged]
-            if self._blocks is None:
-                for lanes, address in own:
-                    if address != groups[0][1]:
-                        key = (f"lane-starts-{name}", epoch, stretch.ends[-1], " ".join(map(str, lanes)))
-                        ahead.append(
-                            graph.add(key, address, 5, begin_reading, self._work, lanes, epoch, stretch.ends[-1])
-                        )
+            for lanes, address in moving if self._blocks is None else ():
+                key = (f"lane-starts-{name}", epoch, stretch.ends[-1], " ".join(map(str, lanes)))
+                ahead.append(graph.add(key, address, 5, begin_reading, self._work, lanes, epoch, stretch.ends[-1]))
         else:
             firsts: list[Any] = []
             last = []

@@ -188,7 +188,7 @@ def open_reader(work: LaneWork, lane: int, epoch: int, row: int, delivery: Deliv
 
 
 def read_ahead(work: LaneWork, lane: int, epoch: int, row: int) -> None:
-    """Have a lane that comes here fill its first window, before its first turn here begins."""
+    """Have a lane that comes here fill its first windows, before its first turn here begins."""
     if not work.readers.has(lane):
         work.readers.give_back(open_reader(work, lane, epoch, row, None), work.most_readers)
 

@@ -13,6 +13,7 @@ from streamgd.learn.recipe import Recipe
 from streamgd.run.checkpoint import Checkpoint
 from streamgd.run.config import Config
 from streamgd.run.folder import RunFolder
+from streamgd.run.lane_rows import LaneReader
 from streamgd.run.runs import Run, prepare
 from streamgd.run.session import begin, go_on
 from tests.data.fake import FakeSource, layout_of
@@ -103,3 +104,13 @@ def metrics(path: Path) -> list[dict[str, Any]]:
     """Return the records of a run folder; clocks are left out."""
     records = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in record.items() if key != "wall_s"} for record in records]
+
+
+def settled(reader: LaneReader) -> LaneReader:
+    """Wait until a lane's reader fills nothing more."""
+    while True:
+        with reader._lock:
+            filling = reader._filling
+        if filling is None:
+            return reader
+        filling.result()

@@ -14,6 +14,7 @@ from streamgd.run.lane_rows import Delivery
 from streamgd.run.lanes import LaneWork, take_turn
 from streamgd.run.runs import Run, prepare
 from tests.clustering import load, make_data
+from tests.run import small
 
 
 @pytest.fixture
@@ -38,26 +39,18 @@ def reader_of(work: LaneWork, lane: int) -> Any:
     return work.readers._idle[lane]
 
 
-def settled(reader: Any) -> Any:
-    """Wait until nothing is being filled."""
-    while True:
-        with reader._lock:
-            filling = reader._filling
-        if filling is None:
-            return reader
-        filling.result()
-
-
 def test_a_reader_goes_on_over_blocks_that_come_early_and_into_the_next_epoch(run):
     blocks, work, packed = computed(run), work_of(run), run.packed(moments=False)
     turns = [(0, 0, 640), (0, 640, 1100), (0, 1100, 10_000), (1, 0, 900)]
     take_turn(work, run.state, packed, 0, 0, 640, Delivery(*turns[0], blocks))
     reader = reader_of(work, 0)
     for epoch, row, end in turns[1:]:
-        planned = settled(reader)._planned
+        planned = small.settled(reader)._planned
         assert planned < epoch * reader.lane_rows + row + run.layout.window_rows  # no farther than it may
         work.readers.expect(0, Delivery(epoch, row, end, blocks))
-        assert settled(reader)._planned > planned or planned >= epoch * reader.lane_rows + min(end, reader.lane_rows)
+        assert small.settled(reader)._planned > planned or planned >= epoch * reader.lane_rows + min(
+            end, reader.lane_rows
+        )
         start = run.state.copy()
         start.counters[0] = epoch
         found = take_turn(work, start, packed, 0, row, end, Delivery(epoch, row, end, blocks)).found

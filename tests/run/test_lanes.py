@@ -240,14 +240,7 @@ class TestErrors:
 
 
 def settled(work: LaneWork, lane: int) -> LaneReader:
-    """Wait until a lane's reader fills nothing more."""
-    reader = work.readers._idle[lane]
-    while True:
-        with reader._lock:
-            filling = reader._filling
-        if filling is None:
-            return reader
-        filling.result()
+    return small.settled(work.readers._idle[lane])
 
 
 def test_windows_are_filled_ahead_as_far_as_there_is_room():
