@@ -9,8 +9,9 @@ of a smaller source. Moments do not depend on where blocks end, see `streamgd.le
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from streamgd.data.flat_files import iter_numbers
 from streamgd.data.rows import RowPlacer
-from streamgd.data.sources.base import Source
+from streamgd.data.sources.base import BlockReader, Source
 from streamgd.data.targets import ClassCounter, TargetCodec
 from streamgd.errors import DataError, NonFiniteError, OptionError, SchemaError
 from streamgd.learn.kernels import (
@@ -41,6 +42,8 @@ Floats = NDArray[np.float64]
 SAMPLE_ROWS, SAMPLE_BLOCKS = 65_536, 64
 #: More classes than these are no classes if some of them are numbers with fractions.
 _MOST_FRACTIONAL = 100
+#: Blocks of the sample that are read side by side, if together they take no more than so many bytes.
+_READ_AHEAD, _READ_AHEAD_BYTES = 2, 1 << 24
 _EMPTY: Floats = np.zeros(0)
 
 
@@ -334,21 +337,13 @@ def _class_factors(class_weight: dict[Any, float] | str | None, targets: _Target
 
 def _survey_features(source: Source, *, everything: bool, centred: bool) -> tuple[Scaling, int]:
     moments = Moments(source.n_features)
-    offsets = np.cumsum(source.block_rows) - source.block_rows
     n_rows = 0
-    placer = RowPlacer(source, None, None, None, check=False)
-    piece = max(1, (1 << 22) // (8 * source.n_features))
-    runs = [(block, n) for block, _, n in sample_runs(source, everything=everything)]
-    for (block, n), opened in zip(runs, source.open_heads(runs, piece_rows=piece), strict=True):
-        with opened as reader:
-            for done in range(0, n, piece):
-                rows, first = reader.read(min(piece, n - done)), int(offsets[block]) + done
-                places = np.arange(min(piece, n - done), dtype=np.int32)
-                X = np.empty((len(places), source.n_features))
-                placer.place_features(rows.X, places, X, block)
-                _require_finite(source, first, X, None)
-                moments.add(X, _checked_weights(source, first, rows.weight))
-        n_rows += n
+    for first, X, weight in _sampled(
+        source, [(block, n) for block, _, n in sample_runs(source, everything=everything)]
+    ):
+        _require_finite(source, first, X, None)
+        moments.add(X, _checked_weights(source, first, weight))
+        n_rows += len(X)
     if moments.total <= 0:  # the sample happens to have no weight at all
         return Scaling.identity(source.n_features), n_rows
     mean, squares = moments.merged()
@@ -357,6 +352,43 @@ def _survey_features(source: Source, *, everything: bool, centred: bool) -> tupl
         # Without an intercept there is nothing to take a shift back with: scale by the size around zero.
         mean, variance = np.zeros_like(mean), variance + mean**2
     return Scaling.from_moments(mean, variance), n_rows
+
+
+def _sampled(source: Source, runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Floats, Any]]:
+    """Yield (first row, features, weights) of pieces of the sample, in order, read side by side if that is cheap."""
+    offsets = np.cumsum(source.block_rows) - source.block_rows
+    placer = RowPlacer(source, None, None, None, check=False)
+    piece = max(1, (1 << 22) // (8 * source.n_features))
+
+    def read(block: int, reader: BlockReader, done: int, n: int) -> tuple[int, Floats, Any]:
+        rows, X = reader.read(n), np.empty((n, source.n_features))
+        placer.place_features(rows.X, np.arange(n, dtype=np.int32), X, block)
+        return int(offsets[block]) + done, X, rows.weight
+
+    def read_head(block: int, n: int) -> tuple[int, Floats, Any]:
+        with source.open_block(block, piece_rows=n) as reader:
+            first, X, weight = read(block, reader, 0, n)
+            return first, X, None if weight is None else np.array(weight)  # it may be the reader's own
+
+    computed = source.kind == "dask"  # which computes blocks ahead in its own way
+    if computed or max(n for _, n in runs) > piece or _READ_AHEAD * source.open_block_bytes > _READ_AHEAD_BYTES:
+        for (block, n), opened in zip(runs, source.open_heads(runs, piece_rows=piece), strict=True):
+            with opened as reader:
+                for done in range(0, n, piece):
+                    yield read(block, reader, done, min(piece, n - done))
+        return
+    with ThreadPoolExecutor(_READ_AHEAD, "streamgd-survey") as pool:
+        ahead: deque[Future[tuple[int, Floats, Any]]] = deque()
+        try:
+            for block, n in runs:
+                ahead.append(pool.submit(read_head, block, n))
+                if len(ahead) > _READ_AHEAD:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 def sample_runs(source: Source, *, everything: bool = False) -> Iterator[tuple[int, int, int]]:

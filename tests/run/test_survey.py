@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamgd.data.sources import open_source
 from streamgd.data.sources.memory import MemorySource
 from streamgd.errors import DataError, NonFiniteError, OptionError, SchemaError
 from streamgd.learn.losses import LOSSES
@@ -336,6 +338,34 @@ def test_a_sample_and_all_of_it(monkeypatch: pytest.MonkeyPatch, columns: bool) 
     np.testing.assert_allclose(whole.scaling.mean, np.average(X, axis=0, weights=weight), rtol=1e-12)
     # The target is not sampled.
     assert sampled.target_mean.tobytes() == whole.target_mean.tobytes()
+
+
+@pytest.mark.parametrize("standardize", [True, "full"])
+def test_blocks_read_side_by_side_give_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, standardize: Any
+) -> None:
+    """Whichever is there first: sums depend on the order of rows. And a block's own buffers serve the next one."""
+    import h5py
+
+    X, y, weight = rows()
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for name, values in {"X": X, "y": y, "w": weight}.items():
+            file.create_dataset(name, data=values, chunks=(16, *values.shape[1:]), compression="gzip")
+    monkeypatch.setattr(module, "SAMPLE_ROWS", 60)
+    source = open_source(tmp_path / "a.h5", "y", weight="w")
+    found = {}
+    for n_bytes in (0, 1 << 24):
+        monkeypatch.setattr(module, "_READ_AHEAD_BYTES", n_bytes)
+        found[n_bytes] = bits(take_survey(source, regression(standardize=standardize)))
+    assert found[0] == found[1 << 24]
+
+
+def test_the_first_bad_row_is_named_however_blocks_are_read() -> None:
+    X, y, _ = rows()
+    X[[70, 120], 1] = np.nan
+    for _ in range(5):
+        with pytest.raises(NonFiniteError, match="block 1, row 20"):
+            take_survey(FakeSource([50] * 4, X, y), regression())
 
 
 def test_a_sample_without_weight_leaves_features_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
