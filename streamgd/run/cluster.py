@@ -27,13 +27,24 @@ from streamgd.learn.state import State
 from streamgd.run.config import RunOptions
 from streamgd.run.delivery import DeliveredBlocks
 from streamgd.run.epochs import Watcher
-from streamgd.run.flights import Unfit, WorkerWork, begin_reading, deliver, keep, merge_flight, play_short, take_turns
+from streamgd.run.flights import (
+    Unfit,
+    WorkerWork,
+    begin_reading,
+    deliver,
+    keep,
+    merge_flight,
+    play_short,
+    send_rows,
+    take_turns,
+)
 from streamgd.run.graph import Graph, Key
 from streamgd.run.members import Members
 from streamgd.run.pace import Pace, Stretch
 from streamgd.run.rounds import Crew, Round
 from streamgd.run.runs import Run
 from streamgd.run.turns import Turns
+from streamgd.run.workers import lane_bytes
 
 #: How often to look whether somebody asked to stop.
 _POLL_S = 0.25
@@ -59,8 +70,10 @@ class Flight:
         Of what comes of each of them.
     last : list of Future
         What the next flight begins from.
+    sent : dict of str to Future
+        Rows that were read for it elsewhere, by the lanes that they are of.
     held : list of Future
-        What has to stay until the flight ends.
+        What else has to stay until the flight ends.
     chained : int
         How many flights went before, back to a state that the client has.
     """
@@ -68,6 +81,7 @@ class Flight:
     stretch: Stretch
     merged: Any
     last: list[Any]
+    sent: dict[str, Any]
     held: list[Any]
     chained: int
 
@@ -105,8 +119,16 @@ class ClusterCrew(Crew):
         if source.kind == "dask":
             self._blocks = DeliveredBlocks(run, client)
             source = source.detached()
-        row_bytes, bounded = run.layout.row_bytes, self._blocks is not None
-        self._pace = Pace(Turns.of(run), self._n_lanes, row_bytes, self._state_bytes, bounded=bounded)
+        self._sends = source.decodes_slowly
+        self._pace = Pace(
+            Turns.of(run),
+            self._n_lanes,
+            run.layout.row_bytes,
+            self._state_bytes,
+            # Of two tasks at a time; see `Members.has_room_to_send`.
+            sent_bytes=self._n_lanes * lane_bytes(run) // 2 if self._sends else None,
+            bounded=self._blocks is not None,
+        )
         self._closed = False
         self._next: Flight | None = None
         self._flown_from: State | None = None
@@ -220,41 +242,92 @@ class ClusterCrew(Crew):
         self._flights += 1
         name = f"{self._name}-{self._flights}"
         graph = Graph(self._client, self._members.fit)
-        key: Key
-        ahead: list[Key] = []  # what lanes begin with where they go
         if behind is None and self._state_bytes > _EMBEDDED_BYTES:
             start = graph.add((f"round-state-{name}", epoch, row), None, 20, keep, start)
+        sent: dict[str, Key] = {}
+        aside: list[Key] = []
         if stretch.together:
-            key = (f"lane-rounds-{name}", epoch, row, len(stretch.ends))
-            own = self._members.groups() if stretch.last else []
-            moving = [(lanes, address) for lanes, address in own if address != groups[0][1]]
-            leaving = [lane for lanes, _ in moving for lane in lanes]
-            several = self._work, start, packed, row, stretch.ends, deliveries[0], leaving
-            merged = graph.add(key, groups[0][1], 10, play_short, *several)
+            leaving: list[int] = []
+            if self._sends and self._others() and self._members.has_room_to_send:
+                sent, aside = self._add_sent(graph, name, stretch, behind)
+            elif stretch.last:
+                leaving = [lane for lanes, _ in self._others() for lane in lanes]
+                aside = self._add_starts(graph, name, stretch)
+            key: Key = (f"lane-rounds-{name}", epoch, row, len(stretch.ends))
+            several = self._work, start, packed, row, stretch.ends, deliveries[0], leaving, list(sent.values())
+            merged = graph.add(key, self._members.first, 10, play_short, *several)
             last = [merged]
-            for lanes, address in moving if self._blocks is None else ():
-                key = (f"lane-starts-{name}", epoch, stretch.ends[-1], " ".join(map(str, lanes)))
-                ahead.append(graph.add(key, address, 5, begin_reading, self._work, lanes, epoch, stretch.ends[-1]))
         else:
-            firsts: list[Any] = []
-            last = []
-            for end in stretch.ends:
-                last = []
-                for (lanes, address), delivery in zip(groups, deliveries, strict=True):
-                    key = (f"lane-turns-{name}", epoch, row, " ".join(map(str, lanes)))
-                    arguments = self._work, start, packed, lanes, row, end, delivery
-                    last.append(graph.add(key, address, 10, take_turns, *arguments))
-                firsts.append(last[0])
-                start, row = last, end
-            key = (f"merge-lanes-{name}", epoch, row)
-            merged = graph.add(key, groups[0][1], 20, merge_flight, firsts, last, packed)
-            if not self._pace.few(len(groups)):
-                last = [merged]
-        wanted = [merged, *last, *ahead]
+            merged, last = self._add_shared(graph, name, start, packed, stretch, groups, deliveries)
+        wanted = [merged, *last, *sent.values(), *aside]
         futures = dict(zip(wanted, graph.hand_over(wanted), strict=True))
-        held = [*filter(None, deliveries), *(futures[key] for key in ahead)]
-        chained = 0 if behind is None else behind.chained + 1
-        return Flight(stretch, futures[merged], [futures[key] for key in last], held, chained)
+        held = [*filter(None, deliveries), *(futures[key] for key in aside)]
+        return Flight(
+            stretch,
+            futures[merged],
+            [futures[key] for key in last],
+            {lanes: futures[key] for lanes, key in sent.items()},
+            held,
+            0 if behind is None else behind.chained + 1,
+        )
+
+    def _add_shared(
+        self,
+        graph: Graph,
+        name: str,
+        start: Any,
+        packed: Packed,
+        stretch: Stretch,
+        groups: Sequence[tuple[list[int], str]],
+        deliveries: Sequence[Any],
+    ) -> tuple[Key, list[Key]]:
+        """Add rounds that workers share; return what comes of them, and what the next flight begins from."""
+        row = stretch.row
+        firsts: list[Key] = []
+        last: list[Key] = []
+        for end in stretch.ends:
+            last = []
+            for (lanes, address), delivery in zip(groups, deliveries, strict=True):
+                key: Key = (f"lane-turns-{name}", stretch.epoch, row, _text(lanes))
+                arguments = self._work, start, packed, lanes, row, end, delivery
+                last.append(graph.add(key, address, 10, take_turns, *arguments))
+            firsts.append(last[0])
+            start, row = last, end
+        key = (f"merge-lanes-{name}", stretch.epoch, row)
+        merged = graph.add(key, groups[0][1], 20, merge_flight, firsts, last, packed)
+        return merged, last if self._pace.few(len(groups)) else [merged]
+
+    def _add_sent(
+        self, graph: Graph, name: str, stretch: Stretch, behind: Flight | None
+    ) -> tuple[dict[str, Key], list[Key]]:
+        """Have lanes read where they belong for who plays alone, who begins with its own meanwhile."""
+        epoch, row, end = stretch.epoch, stretch.row, stretch.ends[-1]
+        sent: dict[str, Key] = {}
+        for lanes, address in self._others():
+            # After what was read before, whichever comes to the worker first.
+            arguments = self._work, lanes, epoch, row, end, None if behind is None else behind.sent.get(_text(lanes))
+            key = (f"lane-rows-{name}", epoch, row, _text(lanes))
+            sent[_text(lanes)] = graph.add(key, address, 15, send_rows, *arguments, only=True)
+        if behind is not None:
+            return sent, []
+        first = self._members.first
+        mine = [lane for lanes, address in self._members.groups() if address == first for lane in lanes]
+        return sent, [self._add_start(graph, name, mine, first, epoch, row)]
+
+    def _add_starts(self, graph: Graph, name: str, stretch: Stretch) -> list[Key]:
+        """Have lanes begin to read where they go after these rounds."""
+        if self._blocks is not None:
+            return []
+        epoch, row = stretch.epoch, stretch.ends[-1]
+        return [self._add_start(graph, name, lanes, address, epoch, row) for lanes, address in self._others()]
+
+    def _add_start(self, graph: Graph, name: str, lanes: list[int], address: str, epoch: int, row: int) -> Key:
+        key = (f"lane-starts-{name}", epoch, row, _text(lanes))
+        return graph.add(key, address, 20, begin_reading, self._work, lanes, epoch, row)
+
+    def _others(self) -> list[tuple[list[int], str]]:
+        """Return the lanes of all workers but the one that plays by itself what is not shared."""
+        return [(lanes, address) for lanes, address in self._members.groups() if address != self._members.first]
 
     def _deliver_ahead(self, epoch: int, row: int) -> None:
         """Have the lanes read on where the next round cannot be handed over yet."""
@@ -279,7 +352,7 @@ class ClusterCrew(Crew):
         keys = []
         for lanes, address in groups:
             # The same turn of the same lanes has the same key: what was delivered ahead is not delivered again.
-            key = (f"lane-blocks-{self._name}-{self._attempt}", epoch, row, end, " ".join(map(str, lanes)))
+            key = (f"lane-blocks-{self._name}-{self._attempt}", epoch, row, end, _text(lanes))
             numbers = [list(blocks[lane]) for lane in lanes]
             computed = [list(blocks[lane].values()) for lane in lanes]
             keys.append(graph.add(key, address, 15, deliver, self._work, epoch, row, end, lanes, numbers, computed))
@@ -293,7 +366,7 @@ class ClusterCrew(Crew):
         if flight is None:
             return
         with contextlib.suppress(Exception):
-            for future in dict.fromkeys([flight.merged, *flight.last, *flight.held]):
+            for future in dict.fromkeys([flight.merged, *flight.last, *flight.sent.values(), *flight.held]):
                 future.release()
 
     def _drop_next(self) -> None:
@@ -378,6 +451,10 @@ class ClusterCrew(Crew):
             with contextlib.suppress(Exception):
                 self._client.run(_close, self._work.key, on_error="ignore")
         del self._work
+
+
+def _text(lanes: Sequence[int]) -> str:
+    return " ".join(map(str, lanes))
 
 
 def require_client(client: Any) -> None:

@@ -17,9 +17,10 @@ from streamgd.learn import kernels
 from streamgd.learn.recipe import Packed
 from streamgd.learn.state import State
 from streamgd.run.lane_rows import Delivery
-from streamgd.run.lanes import LaneWork, read_ahead, take_turn
+from streamgd.run.lanes import LaneWork, open_reader, read_ahead, take_turn
 from streamgd.run.rounds import Part, Round, joined, merge_parts, play_rounds
 from streamgd.run.runs import Run, versions
+from streamgd.run.sent_rows import SentRows
 from streamgd.run.workers import costs_of, lanes_kept, same_versions, usable_memory, windows_kept
 
 #: What has more bytes of arrays than this travels array by array, without a copy.
@@ -152,6 +153,22 @@ def begin_reading(work: WorkerWork, lanes: Sequence[int], epoch: int, row: int) 
         read_ahead(work, lane, epoch, row)
 
 
+def send_rows(work: WorkerWork, lanes: Sequence[int], epoch: int, row: int, end: int, after: Any) -> list[SentRows]:
+    """Read the rows of some lanes for who plays their first rounds; `after` what was read before, as rows go on."""
+    del after
+    work.make_ready()
+    found = []
+    for lane in lanes:
+        reader = open_reader(work, lane, epoch, row, None)
+        try:
+            found.append(SentRows.read(reader, end - row))
+        except BaseException:
+            work.readers.discard(reader)
+            raise
+        work.readers.give_back(reader, work.most_readers)
+    return found
+
+
 def take_turns(
     work: WorkerWork,
     beginning: Beginning,
@@ -182,10 +199,12 @@ def play_short(
     ends: Sequence[int],
     delivered: Mapping[int, Delivery] | None,
     leaving: Sequence[int],
+    sent: Sequence[Sequence[SentRows]],
 ) -> Flown:
-    """Play several short rounds on one worker, with lanes that leave it then."""
+    """Play several short rounds on one worker, of lanes that leave it then, or whose rows others have sent."""
     work.make_ready()
-    return Flown(play_rounds(work, _begun(beginning, packed)[0], packed, row, ends, delivered, leaving))
+    rows = [each for some in sent for each in some]
+    return Flown(play_rounds(work, _begun(beginning, packed)[0], packed, row, ends, delivered, leaving, rows))
 
 
 def merge_flight(firsts: Sequence[Taken], last: Sequence[Taken], packed: Packed) -> Flown:

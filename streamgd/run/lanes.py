@@ -24,6 +24,7 @@ from streamgd.learn.recipe import Packed
 from streamgd.learn.state import State
 from streamgd.run.lane_rows import LEAST_WINDOWS, Delivery, LanePlans, LaneReader, Readers, RowInputs, more_windows
 from streamgd.run.runs import Run
+from streamgd.run.sent_rows import Rows, SentReader
 
 #: Rows times values of one kernel call, so that a request to stop is seen within a second.
 _CALL_VALUES = 30_000_000
@@ -150,7 +151,9 @@ def take_turn(
     return turn
 
 
-def train_turn(work: LaneWork, start: State, packed: Packed, lane: int, reader: LaneReader, row: int, end: int) -> Turn:
+def train_turn(
+    work: LaneWork, start: State, packed: Packed, lane: int, reader: LaneReader | SentReader, row: int, end: int
+) -> Turn:
     """Do what `take_turn` does, with a reader that stands at the turn's first row."""
     alone = work.plans.n_lanes == 1
     state = start.copy() if alone else begin_turn(start)
@@ -202,7 +205,7 @@ def leave_reader(work: LaneWork, reader: LaneReader, state: Found | State | None
 
 
 def _consume(
-    work: LaneWork, state: State, packed: Packed, window: Window, first: int, stop: int, *, close: bool
+    work: LaneWork, state: State, packed: Packed, window: Window | Rows, first: int, stop: int, *, close: bool
 ) -> None:
     """Train on some rows of a window, in calls that are not too long."""
     weight = _EMPTY if window.weight is None else window.weight

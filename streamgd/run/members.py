@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,6 +71,16 @@ class Members:
         """Whether that worker has room for all lanes."""
         report = self._reports[self.first]
         return lanes_kept(self._costs, report.n_threads, report.memory_limit) >= self._n_lanes
+
+    @property
+    def has_room_to_send(self) -> bool:
+        """Whether every worker has room for its lanes, and for as much again of rows that it sends."""
+        held = Counter(self._lanes.values())
+        reports = {address: self._reports[address] for address in held}
+        return all(
+            lanes_kept(self._costs, report.n_threads, report.memory_limit) >= min(self._n_lanes, 2 * held[address])
+            for address, report in reports.items()
+        )
 
     def groups(self) -> list[tuple[list[int], str]]:
         """Divide each worker's lanes among its threads, neighbours together: fewer tasks, and fewer sums to hand on."""

@@ -72,13 +72,25 @@ class Pace:
         Where rounds end.
     n_lanes, row_bytes, state_bytes : int
         Lanes, bytes of a row, and of a state.
+    sent_bytes : int or None
+        Where other workers send rows to one that plays alone: the most bytes of all lanes' rows in a task.
     bounded : bool
         Whether the blocks behind the rows wait in memory, as those of Dask collections do; then no more rows are handed
         over at once than the longest turn has.
     """
 
-    def __init__(self, turns: Turns, n_lanes: int, row_bytes: int, state_bytes: int, *, bounded: bool) -> None:
+    def __init__(
+        self,
+        turns: Turns,
+        n_lanes: int,
+        row_bytes: int,
+        state_bytes: int,
+        *,
+        sent_bytes: int | None = None,
+        bounded: bool,
+    ) -> None:
         self._turns = turns
+        self._together_bytes = _TOGETHER_BYTES if sent_bytes is None else min(_TOGETHER_BYTES, sent_bytes)
         self._n_lanes, self._row_bytes, self._state_bytes = n_lanes, row_bytes, state_bytes
         self._bounded = bounded
         self._last_s = 0.0  # of what was handed over last
@@ -133,7 +145,7 @@ class Pace:
             n_bytes += size
             if not self._is_short(ends[-1] - row, size, n_groups):
                 return ends[:-1], True
-            if n_bytes > _TOGETHER_BYTES or len(ends) > most:
+            if n_bytes > self._together_bytes or len(ends) > most:
                 return ends[:-1], False
             if ends[-1] >= self._turns.lane_rows:
                 return ends, False

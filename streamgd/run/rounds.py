@@ -28,6 +28,7 @@ from streamgd.run.folder import RunFolder
 from streamgd.run.lane_rows import Delivery, LaneReader
 from streamgd.run.lanes import LaneWork, Turn, leave_reader, open_reader, take_turn, train_turn
 from streamgd.run.runs import Run
+from streamgd.run.sent_rows import SentReader, SentRows
 from streamgd.run.turns import Turns
 
 #: Round records in ``metrics.jsonl`` per epoch, about; an epoch's end always has one.
@@ -148,6 +149,7 @@ def play_rounds(
     ends: Sequence[int],
     delivered: Mapping[int, Delivery] | None = None,
     leaving: Sequence[int] = (),
+    sent: Sequence[SentRows] = (),
 ) -> list[Round]:
     """Play several rounds in this thread, one lane's turn after the other.
 
@@ -167,26 +169,30 @@ def play_rounds(
         For each lane, the blocks of a Dask collection that the rows lie in.
     leaving : sequence of int, default=()
         Lanes that go elsewhere when these rounds have ended.
+    sent : sequence of SentRows, default=()
+        The rows of lanes that were read elsewhere.
 
     Returns
     -------
     list of Round
         What came of each.
     """
-    readers: list[LaneReader] = []
+    own: list[LaneReader] = []
+    readers: dict[int, LaneReader | SentReader] = {rows.lane: SentReader(rows) for rows in sent}
     played: list[Round] = []
     state = start
     try:
-        for lane in range(work.plans.n_lanes):
+        for lane in sorted(set(range(work.plans.n_lanes)) - readers.keys()):
             delivery = None if delivered is None else delivered[lane]
-            readers.append(open_reader(work, lane, start.epoch, row, delivery))
+            own.append(open_reader(work, lane, start.epoch, row, delivery))
+            readers[lane] = own[-1]
             if lane in leaving:
-                readers[-1].read_ahead_to(ends[-1])
+                own[-1].read_ahead_to(ends[-1])
         for end in ends:
             began = time.perf_counter()
             parts = [
                 Part.of(lane, train_turn(work, state, packed, lane, reader, row, end))
-                for lane, reader in enumerate(readers)
+                for lane, reader in sorted(readers.items())
             ]
             found = merge_parts(state, parts, packed, end)
             played.append(replace(found, took_s=time.perf_counter() - began))
@@ -194,10 +200,10 @@ def play_rounds(
             if played[-1].done or state.counters[kernels.STATUS] != kernels.OK:
                 break
     except BaseException:
-        for reader in readers:
+        for reader in own:
             work.readers.discard(reader)
         raise
-    for reader in readers:
+    for reader in own:
         leave_reader(work, reader, state)
     return played
 

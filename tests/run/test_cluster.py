@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,57 @@ def test_every_round_is_told_wherever_lane_0_is(two, folder, here, monkeypatch, 
     fit(folder, "hdf5", checkpoint_dir=tmp_path / "here")
     assert fit(folder, "hdf5", client=two[1], checkpoint_dir=tmp_path / "there") == here("hdf5")
     assert records(tmp_path / "there") == records(tmp_path / "here")
+
+
+def test_workers_read_for_who_plays_alone(four, folder, here, monkeypatch):
+    """What is slow to decode: each lane where it belongs, one task after the other, as its reader goes on."""
+    import distributed
+
+    sends: list[tuple[Any, ...]] = []
+    players: set[str] = set()
+
+    class Recorded(cluster_module.Graph):
+        def add(self, key, address, priority, function, *arguments, only=False):
+            if function is cluster_module.send_rows:
+                _, lanes, epoch, row, end, after = arguments
+                sends.append((tuple(lanes), address, only, epoch, row, end, isinstance(after, distributed.Future)))
+            elif function is cluster_module.play_short:
+                players.add(address)
+            return super().add(key, address, priority, function, *arguments, only=only)
+
+    monkeypatch.setattr(cluster_module, "Graph", Recorded)
+    hand_over(monkeypatch, {**TOGETHER, "_MOST_TOGETHER": 5})
+    assert fit(folder, "hdf5", client=four[1]) == here("hdf5")
+    assert not task_states(four[1])
+    assert len(players) == 1
+    assert all(only and address not in players for _, address, only, *_ in sends)
+    by_lanes = {lanes: [rest for some, _, _, *rest in sends if some == lanes] for lanes, *_ in sends}
+    assert len(by_lanes) == 3
+    for found in by_lanes.values():
+        assert len(found) > 4
+        for (epoch, _, end, _), (next_epoch, row, _, after) in pairwise(found):
+            assert (next_epoch, row) in ((epoch, end), (epoch + 1, 0))
+            assert after == (next_epoch == epoch)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "dask"])
+def test_what_is_quick_to_decode_is_not_sent(two, folder, here, monkeypatch, kind):
+    def never(*arguments: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(cluster_module, "send_rows", never)
+    monkeypatch.setattr(cluster_module.ClusterCrew, "_add_sent", never)
+    hand_over(monkeypatch, TOGETHER)
+    assert fit(folder, kind, client=two[1]) == here(kind)
+
+
+def test_rows_are_not_sent_where_there_is_no_room_for_them(two, folder, here, monkeypatch):
+    monkeypatch.setattr(members.Members, "has_room_to_send", False)
+    hand_over(monkeypatch, TOGETHER)
+    added = []
+    monkeypatch.setattr(cluster_module, "send_rows", lambda *arguments: added.append(arguments))
+    assert fit(folder, "hdf5", client=two[1]) == here("hdf5")
+    assert not added
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -76,6 +76,13 @@ def test_one_worker_has_nobody_to_share_with():
     assert max(stretch.n_rows * 4 * 100 for stretch in stretches) <= pace._TOGETHER_BYTES  # what is lost with it
 
 
+def test_rows_that_are_sent_fit_in_what_is_left_for_them():
+    pacing = Pace(TURNS, n_lanes=4, row_bytes=100, state_bytes=1000, sent_bytes=400_000, bounded=False)
+    alone = [stretch for stretch in follow(pacing, 2, 1e-6) if stretch.together]
+    assert len(alone) > 3
+    assert max(stretch.n_rows * 4 * 100 for stretch in alone) <= 400_000
+
+
 def test_without_room_for_all_lanes_rounds_are_shared_from_the_start():
     pacing = pace_of()
     assert not pacing.next(0, 0, 2, room=False).together

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from streamgd.run import workers
+from streamgd.run.members import Members
 from streamgd.run.runs import versions
 from streamgd.run.workers import (
     WorkerReport,
@@ -65,6 +66,28 @@ def test_read_ahead_takes_what_the_limit_leaves(run):
         limit = costs["fixed"] + costs["states"] + n_lanes * costs["lane"]
         assert lanes_kept(costs, 1, limit) == min(n_lanes, 4)
     assert lanes_kept(costs, 2, 1) == 2  # it was let in: at least what it trains at once
+
+
+def test_rows_are_sent_where_there_is_room_for_them_beside_the_lanes(run):
+    """Of the lanes at hand, those of two tasks take as much again; of a worker that has all lanes, none are sent."""
+    costs = costs_of(run)
+
+    def has_room(lanes: dict[int, str], rooms: dict[str, int]) -> bool:
+        members = Members.__new__(Members)
+        members._costs, members._n_lanes, members._lanes = costs, 4, lanes
+        members._reports = {
+            address: replace(FIT, memory_limit=costs["fixed"] + costs["states"] + n * costs["lane"])
+            for address, n in rooms.items()
+        }
+        return members.has_room_to_send
+
+    halves = {0: "a", 1: "a", 2: "b", 3: "b"}
+    assert has_room(halves, {"a": 4, "b": 4})
+    assert not has_room(halves, {"a": 4, "b": 3})
+    assert not has_room(halves, {"a": 3, "b": 4})
+    assert has_room(halves, {"a": 4, "b": 4, "idle": 1})
+    assert has_room({0: "a", 1: "b", 2: "c", 3: "d"}, dict.fromkeys("abcd", 2))
+    assert has_room(dict.fromkeys(range(4), "a"), {"a": 4})
 
 
 def test_more_windows_take_what_lanes_leave(run):

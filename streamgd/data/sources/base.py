@@ -222,6 +222,9 @@ class Source(abc.ABC):
     slice_cost_rows : int
         Rows that are decoded at least when a block is opened for any slice: 1 where slices cost what they hold, a data
         page's rows for Parquet, the whole block for Dask. The survey opens fewer blocks where this is high.
+    decodes_slowly : bool
+        True where it takes longer to decode rows than to send them from one process to another (gzip). Workers of a
+        cluster read for one another then.
     is_flat : bool
         True where rows lie as they are, at even distances, so that any few of them cost what their bytes cost: then
         `flat_rows` says where.
@@ -246,6 +249,7 @@ class Source(abc.ABC):
     open_block_bytes: int
     holds_block: bool = False
     slice_cost_rows: int = 1
+    decodes_slowly: bool = False
     is_flat: bool = False
     dropped: tuple[tuple[str, str], ...] = ()
     fingerprint: dict[str, Any]

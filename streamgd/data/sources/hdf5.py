@@ -131,6 +131,7 @@ class Hdf5Source(Source):
         self.stored_bytes = sum(each.stored_bytes for info in files for each in info.datasets)
         n_rows = sum(info.n_rows for info in files)
         self.is_flat = all(each.is_flat for info in files for each in info.datasets)
+        self.decodes_slowly = any("deflate" in each.filters for info in files for each in info.features)
         self._set_blocks([cut_into_blocks(info, block_bytes, n_rows) for info in files], block_bytes)
         self.fingerprint = self._make_fingerprint()
         self.origin = {

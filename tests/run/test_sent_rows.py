@@ -1,0 +1,118 @@
+"""Rows that are read elsewhere: they train to the same bits, and the reader goes on where they end."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+
+from streamgd.run.lanes import LaneWork, open_reader, take_turn
+from streamgd.run.rounds import Round, play_rounds
+from streamgd.run.runs import Run
+from streamgd.run.sent_rows import Rows, SentReader, SentRows
+from tests.data.fake import FakeSource, layout_of
+from tests.run import small
+
+BLOCKS = (40, 17, 40, 40, 33, 40, 5, 40, 40, 28)
+N_LANES = 3
+ENDS = [16, 40, 72]
+
+
+def begin_lanes(*, weighted: bool = True) -> Run:
+    X, y = small.data(sum(BLOCKS))
+    weight = np.random.default_rng(1).uniform(0.5, 2.0, len(y)) if weighted else None
+    source = FakeSource(BLOCKS, X, y, weight=weight)
+    run = small.begin_small(small.config_of(n_lanes=N_LANES, buffer_bytes=60_000), source)
+    run.layout = layout_of(run.source, window_rows=60, n_open=2, slice_rows=20)
+    return run
+
+
+@pytest.fixture(params=[True, False], ids=["weighted", "unweighted"])
+def run(request: pytest.FixtureRequest) -> Run:
+    return begin_lanes(weighted=request.param)
+
+
+@pytest.fixture
+def works(run: Run) -> Any:
+    """Two processes' readers, as it were."""
+    made = [LaneWork(run, run.source, n_threads=2, most_readers=N_LANES) for _ in range(2)]
+    yield made
+    for work in made:
+        work.readers.close()
+
+
+def send(work: LaneWork, lane: int, row: int, end: int, epoch: int = 0) -> SentRows:
+    reader = open_reader(work, lane, epoch, row, None)
+    sent = SentRows.read(reader, end - row)
+    work.readers.give_back(reader, work.most_readers)
+    return sent
+
+
+def told(rounds: list[Round]) -> Any:
+    tensors = [{name: array.tobytes() for name, array in each.state.to_tensors().items()} for each in rounds]
+    return tensors, [each.done for each in rounds], sum(each.read_rows for each in rounds)
+
+
+@pytest.mark.parametrize("ends", [ENDS, [*ENDS, 100, 200]], ids=["within an epoch", "to its end"])
+def test_rounds_over_rows_that_were_sent(run: Run, works: Any, ends: list[int]) -> None:
+    here, there = works
+    packed = run.packed(moments=False)
+    expected = told(play_rounds(here, run.state, packed, 0, ends))
+    here.readers.close()
+    fresh = LaneWork(run, run.source, n_threads=2, most_readers=N_LANES)
+    sent = [send(there, lane, 0, ends[-1]) for lane in (1, 2)]
+    found = play_rounds(fresh, run.state, packed, 0, ends, sent=sent)
+    assert [fresh.readers.has(lane) for lane in range(N_LANES)] == [True, False, False]
+    again = play_rounds(fresh, run.state, packed, 0, ends, sent=sent)  # as a task that is run anew: nothing was used up
+    fresh.readers.close()
+    assert told(found) == expected
+    assert told(again)[0] == expected[0]
+
+
+def test_the_reader_goes_on_where_they_end(run: Run, works: Any) -> None:
+    there = works[1]
+    packed = run.packed(moments=False)
+    send(there, 1, 0, 16)
+    sent = send(there, 1, 16, 72)
+    assert sum(part.n_rows for part in sent.parts) == 56
+    reader = there.readers._idle[1]
+    turns = [take_turn(each, run.state, packed, 1, 72, 110).found for each in works]
+    assert there.readers._idle[1] is reader
+    assert turns[0].theta.tobytes() == turns[1].theta.tobytes()
+    assert turns[0].checksum == turns[1].checksum
+
+
+def test_a_lane_that_is_over_sends_nothing(run: Run, works: Any) -> None:
+    there = works[1]
+    sent = send(there, 1, 0, 10_000)
+    assert sum(part.n_rows for part in sent.parts) == sent.lane_rows
+    assert send(there, 1, sent.lane_rows, sent.lane_rows + 50).parts == ()
+
+
+def odd(array: Any) -> Any:
+    """Return an array as messages leave them: at an odd address, not to be written to."""
+    if array is None:
+        return None
+    memory = np.zeros(array.nbytes + 1, np.uint8)
+    found = memory[1:].view(array.dtype).reshape(array.shape)
+    found[...] = array
+    found.flags.writeable = False
+    return found
+
+
+def test_compiled_code_gets_arrays_that_it_knows(run: Run, works: Any) -> None:
+    """For others it would be compiled anew, which takes seconds."""
+    there = works[1]
+    sent = pickle.loads(pickle.dumps(send(there, 0, 0, 72)))
+    parts = tuple(Rows(odd(part.X), odd(part.y), odd(part.weight), odd(part.ids)) for part in sent.parts)
+    assert not parts[0].X.flags.aligned
+    reader = SentReader(SentRows(sent.lane, sent.row, sent.lane_rows, parts, sent.read_rows))
+    n_rows = 0
+    for rows, first, stop in reader.pieces(72):
+        arrays = [array for array in (rows.X, rows.y, rows.weight, rows.ids) if array is not None]
+        assert all(array.flags.aligned and array.flags.writeable for array in arrays)
+        n_rows += stop - first
+    assert n_rows == 72
+    assert reader.row == 72
