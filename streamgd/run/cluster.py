@@ -188,6 +188,7 @@ class ClusterCrew(Crew):
             except _Again as again:
                 lost += again.counts
                 left += not again.counts
+                self._drop(flight)
                 self._drop_next()
                 if lost >= _MOST_ATTEMPTS or left >= _MOST_LOSSES:
                     raise ClusterError(
@@ -200,7 +201,12 @@ class ClusterCrew(Crew):
         return None
 
     def _start_again(self) -> None:
-        """Forget what was handed over ahead, and see which workers are left."""
+        """Forget what was handed over, and see which workers are left.
+
+        In this order, and after flights are dropped: with the question who is there, the scheduler learns that nobody
+        wants a collection's blocks any more. Those that it was to compute on a worker that is gone, when there was no
+        other, wait for that one for good; asked for again too soon, they would be the same tasks, of the same keys.
+        """
         self._ahead, self._attempt = None, self._attempt + 1
         if self._blocks is not None:
             self._blocks.clear()
@@ -380,7 +386,8 @@ class ClusterCrew(Crew):
 
         wait: Any = distributed.wait
         try:
-            wait([future], timeout=_POLL_S)
+            with self._client.as_current():  # it need not be the process's default
+                wait([future], timeout=_POLL_S)
         except TimeoutError:
             return False
         except Exception:  # cancelled; `_result` says what it means

@@ -31,6 +31,7 @@ from tests.clustering import (
     N_EPOCHS,
     N_ROWS,
     OPTIMIZERS,
+    Processes,
     await_workers,
     bits,
     cluster,
@@ -299,6 +300,22 @@ class TestFaults:
             losing.join()
             assert found == here("hdf5")
 
+    def test_the_only_worker_is_lost_with_blocks_that_it_computed(self, folder, here):
+        """They are computed on the next one, though they were to be computed on that one."""
+        with cluster(0) as (made, client):
+            processes = Processes(made.scheduler_address, 1)
+            await_workers(client, 1)
+            try:
+                for _ in range(2):
+                    client.run(slowed, 1.5)
+                    killing = threading.Timer(1.0, processes.kill, (0,))
+                    killing.start()
+                    assert fit(folder, "dask", client=client) == here("dask")
+                    killing.join()
+                    await_workers(client, 1)
+            finally:
+                processes.close()
+
     def test_workers_join_and_retire(self, folder, here):
         with cluster(1) as (made, client):
             done: list[Any] = []
@@ -519,6 +536,36 @@ def crew(source: Any, client: Any, options: Any, watcher: Any, stop: threading.E
         watcher,
         stop or threading.Event(),
     )
+
+
+def slowed(seconds: float, module: str = "streamgd.run.flights") -> None:
+    """Let whoever plays rounds alone take longer, or as long as ever."""
+    import importlib
+
+    flights: Any = importlib.import_module(module)
+    play = flights.__dict__.setdefault("_play_as_ever", flights.play_rounds)
+
+    def later(*arguments: Any) -> Any:
+        time.sleep(seconds)
+        return play(*arguments)
+
+    flights.play_rounds = later if seconds else play
+
+
+@pytest.mark.parametrize("default", [True, False], ids=["default", "not the default"])
+def test_rounds_may_take_long_whichever_client_is_the_default(two, folder, here, monkeypatch, default):
+    """Longer than it may take to fetch a state that is there."""
+    import distributed
+
+    client = two[1]
+    monkeypatch.setattr(distributed.client, "_global_clients", {0: client} if default else {})
+    monkeypatch.setattr(cluster_module, "_FETCH_S", 0.2)
+    hand_over(monkeypatch, TOGETHER)
+    client.run(slowed, 2.5)
+    try:
+        assert fit(folder, "parquet", client=client, max_iter=1) == fit(folder, "parquet", max_iter=1)
+    finally:
+        client.run(slowed, 0)
 
 
 def test_stopping_while_workers_are_awaited_ends_quietly(two, folder, monkeypatch):
