@@ -22,7 +22,8 @@ from streamgd.learn import kernels
 from streamgd.learn.merge import Found, begin_turn, found_by
 from streamgd.learn.recipe import Packed
 from streamgd.learn.state import State
-from streamgd.run.lane_rows import LEAST_WINDOWS, Delivery, LanePlans, LaneReader, Readers, RowInputs, more_windows
+from streamgd.run.lane_rows import LEAST_WINDOWS, Delivery, LanePlans, LaneReader, RowInputs, more_windows
+from streamgd.run.readers import Readers
 from streamgd.run.runs import Run
 from streamgd.run.sent_rows import Rows, SentReader
 
