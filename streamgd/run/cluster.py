@@ -313,7 +313,7 @@ class ClusterCrew(Crew):
             # After what was read before, whichever comes to the worker first.
             arguments = self._work, lanes, epoch, row, end, None if behind is None else behind.sent.get(_text(lanes))
             key = (f"lane-rows-{name}", epoch, row, _text(lanes))
-            sent[_text(lanes)] = graph.add(key, address, 15, send_rows, *arguments, only=True)
+            sent[_text(lanes)] = graph.add(key, address, 15, send_rows, *arguments)
         if behind is not None:
             return sent, []
         first = self._members.first

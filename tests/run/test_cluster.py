@@ -150,21 +150,21 @@ def test_workers_read_for_who_plays_alone(four, folder, here, monkeypatch):
     players: set[str] = set()
 
     class Recorded(cluster_module.Graph):
-        def add(self, key, address, priority, function, *arguments, only=False):
+        def add(self, key, address, priority, function, *arguments):
             if function is cluster_module.send_rows:
                 _, lanes, epoch, row, end, after = arguments
-                sends.append((tuple(lanes), address, only, epoch, row, end, isinstance(after, distributed.Future)))
+                sends.append((tuple(lanes), address, epoch, row, end, isinstance(after, distributed.Future)))
             elif function is cluster_module.play_short:
                 players.add(address)
-            return super().add(key, address, priority, function, *arguments, only=only)
+            return super().add(key, address, priority, function, *arguments)
 
     monkeypatch.setattr(cluster_module, "Graph", Recorded)
     hand_over(monkeypatch, {**TOGETHER, "_MOST_TOGETHER": 5})
     assert fit(folder, "hdf5", client=four[1]) == here("hdf5")
     assert not task_states(four[1])
     assert len(players) == 1
-    assert all(only and address not in players for _, address, only, *_ in sends)
-    by_lanes = {lanes: [rest for some, _, _, *rest in sends if some == lanes] for lanes, *_ in sends}
+    assert all(address not in players for _, address, *_ in sends)
+    by_lanes = {lanes: [rest for some, _, *rest in sends if some == lanes] for lanes, *_ in sends}
     assert len(by_lanes) == 3
     for found in by_lanes.values():
         assert len(found) > 4
