@@ -21,7 +21,7 @@ import pytest
 from streamgd.data.sources import open_source
 from streamgd.errors import ClusterError, DataError, OptionError
 from streamgd.run import cluster as cluster_module
-from streamgd.run import members, pace, workers
+from streamgd.run import dispatch, members, pace, workers
 from streamgd.run.checkpoint import CheckpointFolder
 from streamgd.run.config import Config
 from streamgd.run.loop import train
@@ -149,16 +149,16 @@ def test_workers_read_for_who_plays_alone(four, folder, here, monkeypatch):
     sends: list[tuple[Any, ...]] = []
     players: set[str] = set()
 
-    class Recorded(cluster_module.Graph):
+    class Recorded(dispatch.Graph):
         def add(self, key, address, priority, function, *arguments):
-            if function is cluster_module.send_rows:
+            if function is dispatch.send_rows:
                 _, lanes, epoch, row, end, after = arguments
                 sends.append((tuple(lanes), address, epoch, row, end, isinstance(after, distributed.Future)))
-            elif function is cluster_module.play_short:
+            elif function is dispatch.play_short:
                 players.add(address)
             return super().add(key, address, priority, function, *arguments)
 
-    monkeypatch.setattr(cluster_module, "Graph", Recorded)
+    monkeypatch.setattr(dispatch, "Graph", Recorded)
     hand_over(monkeypatch, {**TOGETHER, "_MOST_TOGETHER": 5})
     assert fit(folder, "hdf5", client=four[1]) == here("hdf5")
     assert not task_states(four[1])
@@ -178,8 +178,8 @@ def test_what_is_quick_to_decode_is_not_sent(two, folder, here, monkeypatch, kin
     def never(*arguments: Any) -> Any:
         raise AssertionError
 
-    monkeypatch.setattr(cluster_module, "send_rows", never)
-    monkeypatch.setattr(cluster_module.ClusterCrew, "_add_sent", never)
+    monkeypatch.setattr(dispatch, "send_rows", never)
+    monkeypatch.setattr(dispatch.Dispatch, "_add_sent", never)
     hand_over(monkeypatch, TOGETHER)
     assert fit(folder, kind, client=two[1]) == here(kind)
 
@@ -188,7 +188,7 @@ def test_rows_are_not_sent_where_there_is_no_room_for_them(two, folder, here, mo
     monkeypatch.setattr(members.Members, "has_room_to_send", False)
     hand_over(monkeypatch, TOGETHER)
     added = []
-    monkeypatch.setattr(cluster_module, "send_rows", lambda *arguments: added.append(arguments))
+    monkeypatch.setattr(dispatch, "send_rows", lambda *arguments: added.append(arguments))
     assert fit(folder, "hdf5", client=two[1]) == here("hdf5")
     assert not added
 
