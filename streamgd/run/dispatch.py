@@ -103,7 +103,7 @@ class Dispatch:
             run.layout.row_bytes,
             self.state_bytes,
             # Of two tasks at a time; see `Members.has_room_to_send`.
-            sent_bytes=self._n_lanes * lane_bytes(run) // 2 if self._sends else None,
+            sent_bytes=self._n_lanes * lane_bytes(run) // 2,
             bounded=self._blocks is not None,
         )
         self._flights = self._attempt = 0
@@ -144,7 +144,8 @@ class Dispatch:
         if self._ahead is not None and (self._ahead[0].epoch, self._ahead[0].row) == (epoch, row):
             return self._ahead[0]
         members = self._members
-        return self.pace.next(epoch, row, len(members.groups()), room=members.has_room)
+        sent = self._sends and bool(self._others()) and members.has_room_to_send
+        return self.pace.next(epoch, row, len(members.groups()), room=members.has_room, sent=sent)
 
     def _groups(self, stretch: Stretch) -> list[tuple[list[int], str]]:
         """Say which lanes take their turns in one task, and where."""
@@ -167,7 +168,7 @@ class Dispatch:
         aside: list[Key] = []
         if stretch.together:
             leaving: list[int] = []
-            if self._sends and self._others() and self._members.has_room_to_send:
+            if stretch.sent:
                 sent, aside = self._add_sent(graph, name, stretch, behind)
             elif stretch.last:
                 leaving = [lane for lanes, _ in self._others() for lane in lanes]
@@ -223,8 +224,9 @@ class Dispatch:
         epoch, row, end = stretch.epoch, stretch.row, stretch.ends[-1]
         sent: dict[str, Key] = {}
         for lanes, address in self._others():
-            # After what was read before, whichever comes to the worker first.
-            arguments = self._work, lanes, epoch, row, end, None if behind is None else behind.sent.get(_text(lanes))
+            # After what it sent before, if it has the same lanes still: whichever task comes to it first.
+            before = None if behind is None else behind.sent.get(_text(lanes))
+            arguments = self._work, lanes, address, epoch, row, end, before
             key = (f"lane-rows-{name}", epoch, row, _text(lanes))
             sent[_text(lanes)] = graph.add(key, address, 15, send_rows, *arguments)
         if behind is not None:

@@ -153,11 +153,20 @@ def begin_reading(work: WorkerWork, lanes: Sequence[int], epoch: int, row: int) 
         read_ahead(work, lane, epoch, row)
 
 
-def send_rows(work: WorkerWork, lanes: Sequence[int], epoch: int, row: int, end: int, after: Any) -> list[SentRows]:
-    """Read the rows of some lanes for who plays their first rounds; `after` what was read before, as rows go on."""
+def send_rows(
+    work: WorkerWork, lanes: Sequence[int], home: str, epoch: int, row: int, end: int, after: Any
+) -> list[SentRows]:
+    """Read the rows of some lanes for who plays their first rounds.
+
+    Where the lanes have their `home`, their readers stay. `after` is what was sent before, if anything: so that rows
+    are read in order.
+    """
+    from distributed import get_worker
+
     del after
     work.make_ready()
     found = []
+    at_home = get_worker().address == home
     for lane in lanes:
         reader = open_reader(work, lane, epoch, row, None)
         try:
@@ -165,7 +174,10 @@ def send_rows(work: WorkerWork, lanes: Sequence[int], epoch: int, row: int, end:
         except BaseException:
             work.readers.discard(reader)
             raise
-        work.readers.give_back(reader, work.most_readers)
+        if at_home:
+            work.readers.give_back(reader, work.most_readers)
+        else:  # a worker that plays alone has no room for them beside the rows
+            work.readers.discard(reader)
     return found
 
 

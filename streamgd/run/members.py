@@ -74,7 +74,7 @@ class Members:
 
     @property
     def has_room_to_send(self) -> bool:
-        """Whether every worker has room for its lanes, and for as much again of rows that it sends."""
+        """Whether workers have room for their lanes and as much again: rows that they send, and those of all others."""
         held = Counter(self._lanes.values())
         reports = {address: self._reports[address] for address in held}
         return all(

@@ -49,6 +49,8 @@ class Stretch:
         Whether one worker plays them all.
     last : bool
         Whether that is so for the last time, so that lanes go to their own workers where these rounds end.
+    sent : bool
+        Whether the others send it their lanes' rows.
     """
 
     epoch: int
@@ -56,6 +58,7 @@ class Stretch:
     ends: list[int]
     together: bool
     last: bool = False
+    sent: bool = False
 
     @property
     def n_rows(self) -> int:
@@ -72,8 +75,8 @@ class Pace:
         Where rounds end.
     n_lanes, row_bytes, state_bytes : int
         Lanes, bytes of a row, and of a state.
-    sent_bytes : int or None
-        Where other workers send rows to one that plays alone: the most bytes of all lanes' rows in a task.
+    sent_bytes : int
+        The most bytes of all lanes' rows in a task to which other workers send theirs.
     bounded : bool
         Whether the blocks behind the rows wait in memory, as those of Dask collections do; then no more rows are handed
         over at once than the longest turn has.
@@ -86,18 +89,18 @@ class Pace:
         row_bytes: int,
         state_bytes: int,
         *,
-        sent_bytes: int | None = None,
+        sent_bytes: int,
         bounded: bool,
     ) -> None:
         self._turns = turns
-        self._together_bytes = _TOGETHER_BYTES if sent_bytes is None else min(_TOGETHER_BYTES, sent_bytes)
+        self._sent_bytes = sent_bytes
         self._n_lanes, self._row_bytes, self._state_bytes = n_lanes, row_bytes, state_bytes
         self._bounded = bounded
         self._last_s = 0.0  # of what was handed over last
         self._row_s, self._alone_s = 0.0, 0.0  # for a row of each lane: shared, and where one worker plays alone
         self._shared = False
 
-    def next(self, epoch: int, row: int, n_groups: int, *, room: bool) -> Stretch:
+    def next(self, epoch: int, row: int, n_groups: int, *, room: bool, sent: bool = False) -> Stretch:
         """Return what to hand over from a row on.
 
         Parameters
@@ -108,11 +111,14 @@ class Pace:
             How many threads of workers would share the lanes.
         room : bool
             Whether a single worker has room for all lanes.
+        sent : bool, default=False
+            Whether others would send it their lanes' rows.
         """
         if room and not self._shared:
-            short, self._shared = self._short_ends(epoch, row, n_groups)
+            most_bytes = min(_TOGETHER_BYTES, self._sent_bytes) if sent else _TOGETHER_BYTES
+            short, self._shared = self._short_ends(epoch, row, n_groups, most_bytes)
             if short:
-                return Stretch(epoch, row, short, together=True, last=self._shared)
+                return Stretch(epoch, row, short, together=True, last=self._shared, sent=sent)
         self._shared = True  # lanes that went back to one worker would be read anew there
         return Stretch(epoch, row, self._shared_ends(epoch, row, n_groups), together=False)
 
@@ -136,7 +142,7 @@ class Pace:
         if stretch.together and chained:  # the first one opens files, and compiles
             self._alone_s = max(self._alone_s, sum(each.took_s for each in rounds) / stretch.n_rows)
 
-    def _short_ends(self, epoch: int, row: int, n_groups: int) -> tuple[list[int], bool]:
+    def _short_ends(self, epoch: int, row: int, n_groups: int, most_bytes: int) -> tuple[list[int], bool]:
         """Say where short rounds end, as many as a worker has room for, and whether the next round is not short."""
         ends = [self._turns.end(epoch, row)]
         most, n_bytes = min(_MOST_TOGETHER, _STATES_BYTES // self._state_bytes), 0
@@ -145,7 +151,7 @@ class Pace:
             n_bytes += size
             if not self._is_short(ends[-1] - row, size, n_groups):
                 return ends[:-1], True
-            if n_bytes > self._together_bytes or len(ends) > most:
+            if n_bytes > most_bytes or len(ends) > most:
                 return ends[:-1], False
             if ends[-1] >= self._turns.lane_rows:
                 return ends, False

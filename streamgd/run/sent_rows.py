@@ -67,6 +67,8 @@ class SentRows:
         In order.
     read_rows : int
         Rows that were read for them, or with them for later.
+    wait_s : float
+        Seconds that these were waited for.
     """
 
     lane: int
@@ -74,11 +76,16 @@ class SentRows:
     lane_rows: int
     parts: tuple[Rows, ...]
     read_rows: int
+    wait_s: float
+
+    def __sizeof__(self) -> int:
+        """Return the bytes that the rows take, by which Dask judges what to send, and when."""
+        return sum(part.X.nbytes + part.y.nbytes + 2 * part.ids.nbytes for part in self.parts)
 
     @classmethod
     def read(cls, reader: LaneReader, n_rows: int) -> Self:
         """Copy the next rows of a reader, up to its epoch's end."""
-        row, before = reader.row, reader.read_rows
+        row, read_rows, wait_s = reader.row, reader.read_rows, reader.wait_s
         parts = tuple(
             Rows(
                 window.X[first:stop].copy(),
@@ -88,7 +95,8 @@ class SentRows:
             )
             for window, first, stop in reader.pieces(n_rows)
         )
-        return cls(reader.lane, row, reader.lane_rows, parts, reader.read_rows - before)
+        read_rows, wait_s = reader.read_rows - read_rows, reader.wait_s - wait_s
+        return cls(reader.lane, row, reader.lane_rows, parts, read_rows, wait_s)
 
 
 class SentReader:
@@ -102,16 +110,18 @@ class SentReader:
 
     def __init__(self, sent: SentRows) -> None:
         self.row, self.lane_rows = sent.row, sent.lane_rows
-        self.wait_s, self.read_rows = 0.0, 0  # whoever read them waited
+        self.wait_s, self.read_rows = 0.0, 0
         self._parts = iter(sent.parts)
         self._part: Rows | None = None
         self._at = 0  # next row of the part
-        self._unsaid = sent.read_rows
+        self._unsaid = sent.read_rows, sent.wait_s
 
     def pieces(self, n_rows: int) -> Iterator[tuple[Rows, int, int]]:
         """Yield (rows, start, stop) of the next rows, up to the epoch's end."""
         end = min(self.row + n_rows, self.lane_rows)
-        self.read_rows, self._unsaid = self.read_rows + self._unsaid, 0
+        (read_rows, wait_s), self._unsaid = self._unsaid, (0, 0.0)
+        self.read_rows += read_rows
+        self.wait_s += wait_s
         while self.row < end:
             if self._part is None:
                 self._part, self._at = next(self._parts).compiled(), 0

@@ -190,7 +190,7 @@ def _look(source: Source, config: Config, classes: NDArray[Any] | None) -> tuple
         if not config.standardize:
             return Scaling.identity(source.n_features), 0
         everything = config.standardize == "full"
-        return _survey_features(source, everything=everything, centred=config.recipe.fit_intercept)
+        return _survey_features(source, config, everything=everything)
 
     if source.kind == "memory" or not config.standardize:
         return targets(), features()
@@ -335,12 +335,11 @@ def _class_factors(class_weight: dict[Any, float] | str | None, targets: _Target
     return factors
 
 
-def _survey_features(source: Source, *, everything: bool, centred: bool) -> tuple[Scaling, int]:
+def _survey_features(source: Source, config: Config, *, everything: bool) -> tuple[Scaling, int]:
     moments = Moments(source.n_features)
     n_rows = 0
-    for first, X, weight in _sampled(
-        source, [(block, n) for block, _, n in sample_runs(source, everything=everything)]
-    ):
+    runs = [(block, n) for block, _, n in sample_runs(source, everything=everything)]
+    for first, X, weight in _sampled(source, runs, config.buffer_bytes):
         _require_finite(source, first, X, None)
         moments.add(X, _checked_weights(source, first, weight))
         n_rows += len(X)
@@ -348,14 +347,14 @@ def _survey_features(source: Source, *, everything: bool, centred: bool) -> tupl
         return Scaling.identity(source.n_features), n_rows
     mean, squares = moments.merged()
     variance = squares / moments.total
-    if not centred:
+    if not config.recipe.fit_intercept:
         # Without an intercept there is nothing to take a shift back with: scale by the size around zero.
         mean, variance = np.zeros_like(mean), variance + mean**2
     return Scaling.from_moments(mean, variance), n_rows
 
 
-def _sampled(source: Source, runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Floats, Any]]:
-    """Yield (first row, features, weights) of pieces of the sample, in order, read side by side if that is cheap."""
+def _sampled(source: Source, runs: Sequence[tuple[int, int]], buffer_bytes: int) -> Iterator[tuple[int, Floats, Any]]:
+    """Yield (first row, features, weights) of pieces of the sample, in order, read side by side if there is room."""
     offsets = np.cumsum(source.block_rows) - source.block_rows
     placer = RowPlacer(source, None, None, None, check=False)
     piece = max(1, (1 << 22) // (8 * source.n_features))
@@ -370,8 +369,10 @@ def _sampled(source: Source, runs: Sequence[tuple[int, int]]) -> Iterator[tuple[
             first, X, weight = read(block, reader, 0, n)
             return first, X, None if weight is None else np.array(weight)  # it may be the reader's own
 
-    computed = source.kind == "dask"  # which computes blocks ahead in its own way
-    if computed or max(n for _, n in runs) > piece or _READ_AHEAD * source.open_block_bytes > _READ_AHEAD_BYTES:
+    most = max(n for _, n in runs)
+    needed = _READ_AHEAD * (source.open_block_bytes + 2 * most * 8 * source.n_features)  # as stored, and as numbers
+    room = min(_READ_AHEAD_BYTES, buffer_bytes // 2)
+    if source.kind == "dask" or most > piece or needed > room:  # Dask computes blocks ahead in its own way
         for (block, n), opened in zip(runs, source.open_heads(runs, piece_rows=piece), strict=True):
             with opened as reader:
                 for done in range(0, n, piece):

@@ -152,7 +152,8 @@ def test_workers_read_for_who_plays_alone(four, folder, here, monkeypatch):
     class Recorded(dispatch.Graph):
         def add(self, key, address, priority, function, *arguments):
             if function is dispatch.send_rows:
-                _, lanes, epoch, row, end, after = arguments
+                _, lanes, home, epoch, row, end, after = arguments
+                assert home == address
                 sends.append((tuple(lanes), address, epoch, row, end, isinstance(after, distributed.Future)))
             elif function is dispatch.play_short:
                 players.add(address)
@@ -171,6 +172,25 @@ def test_workers_read_for_who_plays_alone(four, folder, here, monkeypatch):
         for (epoch, _, end, _), (next_epoch, row, _, after) in pairwise(found):
             assert (next_epoch, row) in ((epoch, end), (epoch + 1, 0))
             assert after == (next_epoch == epoch)
+
+
+def pause(dask_worker: Any = None) -> None:
+    from distributed import Status
+
+    dask_worker.status = Status.paused
+
+
+def test_nobody_waits_for_a_worker_that_is_paused(folder, here, monkeypatch):
+    """Its lanes are read elsewhere."""
+    hand_over(monkeypatch, TOGETHER)
+    with cluster(2, memory_limit=0) as (_, client):
+        fit(folder, "hdf5", client=client, max_iter=1)
+        client.run(pause, workers=[max(client.nthreads())])
+        found: list[Any] = []
+        fitting = threading.Thread(target=lambda: found.append(fit(folder, "hdf5", client=client)), daemon=True)
+        fitting.start()
+        fitting.join(30)
+        assert found == [here("hdf5")]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "dask"])
@@ -308,10 +328,15 @@ class TestFaults:
             try:
                 for _ in range(2):
                     client.run(slowed, 1.5)
-                    killing = threading.Timer(1.0, processes.kill, (0,))
-                    killing.start()
-                    assert fit(folder, "dask", client=client) == here("dask")
-                    killing.join()
+                    found: list[Any] = []
+                    fitting = threading.Thread(
+                        target=lambda kept=found: kept.append(fit(folder, "dask", client=client)), daemon=True
+                    )
+                    fitting.start()
+                    time.sleep(1)
+                    processes.kill(0)
+                    fitting.join(60)
+                    assert found == [here("dask")]
                     await_workers(client, 1)
             finally:
                 processes.close()

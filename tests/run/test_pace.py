@@ -17,7 +17,7 @@ TURNS = Turns(64, 10**9, LANE_ROWS, grow=True)
 
 
 def pace_of(turns: Turns = TURNS, state_bytes: int = 1000, *, bounded: bool = False) -> Pace:
-    return Pace(turns, n_lanes=4, row_bytes=100, state_bytes=state_bytes, bounded=bounded)
+    return Pace(turns, n_lanes=4, row_bytes=100, state_bytes=state_bytes, sent_bytes=400_000, bounded=bounded)
 
 
 def rounds_of(stretch: Stretch, seconds: float) -> list[Round]:
@@ -29,13 +29,13 @@ def flown(pace: Pace, stretch: Stretch, seconds: float, chained: int = 1) -> Non
     pace.ended(stretch, chained, rounds_of(stretch, seconds), seconds)
 
 
-def follow(pace: Pace, n_groups: int, row_s: float, n_epochs: int = 1) -> list[Stretch]:
+def follow(pace: Pace, n_groups: int, row_s: float, n_epochs: int = 1, *, sent: bool = False) -> list[Stretch]:
     """Play whole epochs, on workers that take so long for a row of each lane, one of them alone."""
     found: list[Stretch] = []
     for epoch in range(n_epochs):
         row = 0
         while row < LANE_ROWS:
-            stretch = pace.next(epoch, row, n_groups, room=True)
+            stretch = pace.next(epoch, row, n_groups, room=True, sent=sent)
             found.append(stretch)
             flown(pace, stretch, stretch.n_rows * row_s / (1 if stretch.together else n_groups))
             row = stretch.ends[-1]
@@ -77,10 +77,14 @@ def test_one_worker_has_nobody_to_share_with():
 
 
 def test_rows_that_are_sent_fit_in_what_is_left_for_them():
-    pacing = Pace(TURNS, n_lanes=4, row_bytes=100, state_bytes=1000, sent_bytes=400_000, bounded=False)
-    alone = [stretch for stretch in follow(pacing, 2, 1e-6) if stretch.together]
-    assert len(alone) > 3
-    assert max(stretch.n_rows * 4 * 100 for stretch in alone) <= 400_000
+    sent, own = (
+        [stretch for stretch in follow(pace_of(), 2, 1e-6, sent=sent) if stretch.together] for sent in (True, False)
+    )
+    assert len(sent) > 3
+    assert max(stretch.n_rows * 4 * 100 for stretch in sent) <= 400_000
+    assert all(stretch.sent for stretch in sent)
+    assert len(own) < len(sent)
+    assert not any(stretch.sent for stretch in own)
 
 
 def test_without_room_for_all_lanes_rounds_are_shared_from_the_start():

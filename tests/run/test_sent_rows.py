@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import pickle
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from streamgd.run.flights import WorkerWork, send_rows
 from streamgd.run.lanes import LaneWork, open_reader, take_turn
 from streamgd.run.rounds import Round, play_rounds
 from streamgd.run.runs import Run
@@ -91,6 +95,33 @@ def test_a_lane_that_is_over_sends_nothing(run: Run, works: Any) -> None:
     assert send(there, 1, sent.lane_rows, sent.lane_rows + 50).parts == ()
 
 
+def test_readers_stay_where_their_lanes_are(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads for a worker that cannot has no room for its readers."""
+    memory = SimpleNamespace(memory_limit=0, memory_pause_fraction=0.8)
+    worker = SimpleNamespace(address="a", state=SimpleNamespace(nthreads=1), memory_manager=memory)
+    monkeypatch.setattr("distributed.get_worker", lambda: worker)
+    work = WorkerWork(run, run.source)
+    there, here = (send_rows(work, [lane], home, 0, 0, 16, None)[0] for lane, home in ((1, "a"), (2, "b")))
+    assert [work.readers.has(lane) for lane in range(N_LANES)] == [False, True, False]
+    assert (there.lane, here.lane) == (1, 2)
+    work.readers.close()
+
+
+def test_whoever_plays_is_told_what_others_waited(works: Any) -> None:
+    sent = replace(send(works[1], 0, 0, 72), wait_s=1.5)
+    reader = SentReader(sent)
+    assert reader.wait_s == reader.read_rows == 0
+    list(reader.pieces(16))
+    list(reader.pieces(16))
+    assert (reader.wait_s, reader.read_rows) == (1.5, sent.read_rows)
+
+
+def test_dask_is_told_their_size(works: Any) -> None:
+    """It judges by that how much to move at once."""
+    sent = send(works[1], 0, 0, 72)
+    assert sys.getsizeof(sent) >= 72 * (3 * 4 + 8 + 8)
+
+
 def odd(array: Any) -> Any:
     """Return an array as messages leave them: at an odd address, not to be written to."""
     if array is None:
@@ -108,7 +139,7 @@ def test_compiled_code_gets_arrays_that_it_knows(run: Run, works: Any) -> None:
     sent = pickle.loads(pickle.dumps(send(there, 0, 0, 72)))
     parts = tuple(Rows(odd(part.X), odd(part.y), odd(part.weight), odd(part.ids)) for part in sent.parts)
     assert not parts[0].X.flags.aligned
-    reader = SentReader(SentRows(sent.lane, sent.row, sent.lane_rows, parts, sent.read_rows))
+    reader = SentReader(replace(sent, parts=parts))
     n_rows = 0
     for rows, first, stop in reader.pieces(72):
         arrays = [array for array in (rows.X, rows.y, rows.weight, rows.ids) if array is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from streamgd.data.sources import open_source
 from streamgd.data.sources.memory import MemorySource
 from streamgd.errors import DataError, NonFiniteError, OptionError, SchemaError
 from streamgd.learn.losses import LOSSES
+from streamgd.learn.moments import Moments
 from streamgd.learn.recipe import Recipe
 from streamgd.run import survey as module
 from streamgd.run.config import Config
@@ -358,6 +360,33 @@ def test_blocks_read_side_by_side_give_the_same_bits(
         monkeypatch.setattr(module, "_READ_AHEAD_BYTES", n_bytes)
         found[n_bytes] = bits(take_survey(source, regression(standardize=standardize)))
     assert found[0] == found[1 << 24]
+
+
+@pytest.mark.parametrize(("buffer_bytes", "ahead"), [(1 << 30, 2), (1 << 10, 0)], ids=["roomy", "tight"])
+def test_blocks_are_read_ahead_within_the_buffer(
+    monkeypatch: pytest.MonkeyPatch, buffer_bytes: int, ahead: int
+) -> None:
+    X, y, _ = rows()
+    source = FakeSource([10] * 20, X, y)
+    opened, added, most = [0], [0], [0]
+    open_block, add = source.open_block, Moments.add
+
+    def counted_open(*arguments: Any, **options: Any) -> Any:
+        opened[0] += 1
+        most[0] = max(most[0], opened[0] - added[0])
+        return open_block(*arguments, **options)
+
+    def slow_add(self: Moments, values: Any, weight: Any) -> None:
+        if values.shape[1] == 3:  # features
+            time.sleep(0.01)
+            added[0] += 1
+        add(self, values, weight)
+
+    monkeypatch.setattr(source, "open_block", counted_open)
+    monkeypatch.setattr(Moments, "add", slow_add)
+    take_survey(source, Config(recipe=Recipe(), buffer_bytes=buffer_bytes))
+    assert added[0] == 20
+    assert most[0] == 1 + ahead
 
 
 def test_the_first_bad_row_is_named_however_blocks_are_read() -> None:
