@@ -372,7 +372,8 @@ def _sampled(source: Source, runs: Sequence[tuple[int, int]], buffer_bytes: int)
     most = max(n for _, n in runs)
     needed = _READ_AHEAD * (source.open_block_bytes + 2 * most * 8 * source.n_features)  # as stored, and as numbers
     room = min(_READ_AHEAD_BYTES, buffer_bytes // 2)
-    if source.kind == "dask" or most > piece or needed > room:  # Dask computes blocks ahead in its own way
+    simple = source.kind in ("dask", "memory") or len(runs) == 1  # Dask computes blocks ahead in its own way
+    if simple or most > piece or needed > room:
         for (block, n), opened in zip(runs, source.open_heads(runs, piece_rows=piece), strict=True):
             with opened as reader:
                 for done in range(0, n, piece):
