@@ -246,7 +246,7 @@ def as_vector(y: Any) -> Any:
 
 def find_numbers(y: Array, classes: Floats) -> tuple[Floats, int]:
     """Find numbers among sorted classes: their indices as a column, and the first row of none (or -1)."""
-    from streamgd.data.placing import find_classes
+    from streamgd.data.compiled.classes import find_classes
 
     codes = np.empty(len(y))
     unknown = find_classes(np.ascontiguousarray(y, np.float64), classes, codes)

@@ -10,8 +10,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from streamgd.data import placing
 from streamgd.data.ahead import Range, ReadAhead, cached_bytes, stays_in_memory
+from streamgd.data.compiled.flat import FD, OFFSET, ROW_BYTES
 from streamgd.data.flat_files import FlatFiles
 from streamgd.data.plan import EpochPlan, Layout, WindowPlan
 from streamgd.data.sources.base import Source
@@ -112,7 +112,7 @@ class EarlyBlocks:
         start, n = int(self._rows.block_start[block]), int(self._source.block_rows[block]) if n_rows is None else n_rows
         pieces = [
             None if fd < 0 else Piece(fd, offset + start * row_bytes, n * row_bytes, start * row_bytes)
-            for fd, offset, row_bytes in table[:, [placing.FD, placing.OFFSET, placing.ROW_BYTES]].tolist()
+            for fd, offset, row_bytes in table[:, [FD, OFFSET, ROW_BYTES]].tolist()
         ]
         return pieces, held
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamgd.data import placing
+from streamgd.data.compiled.flat import FD, PART, PLACED, ROW_BYTES, TARGET, place_flat
+from streamgd.data.compiled.shuffle import draw_places
 from streamgd.data.early import EarlyBlocks
 from streamgd.data.flat_files import OPEN_FILES, FlatFiles
 from streamgd.data.plan import MAX_READERS, EpochPlan, Layout, WindowPlan
@@ -37,7 +38,7 @@ _OWN_WINDOW_BYTES = 24 << 20
 
 @dataclass(frozen=True)
 class _Part:
-    """Slices of a window, or some of them: the table that `streamgd.data.placing.place_flat` takes.
+    """Slices of a window, or some of them: the table that `streamgd.data.compiled.flat.place_flat` takes.
 
     Places are drawn from the key when rows are placed; without one they have been drawn. `ready` says where blocks lie
     that are in memory already, if any are.
@@ -135,7 +136,7 @@ class FlatFiller:
         places = self._memory("places", len(window.ids), np.int32)[: plan.n_rows]
         part = _Part(slices, plan.key, places, ready)
         if not (plan.shuffle and self._n_parts == 1 and self._one_file):
-            placing.draw_places(part.key, places)
+            draw_places(part.key, places)
             part = replace(part, key=_NO_KEY)
         if self._n_parts > 1 and len(slices) > 1:
             self._place_parts(window, part)
@@ -180,30 +181,26 @@ class FlatFiller:
         strips = opened[0][0][None] if len(opened) == 1 else np.stack([table for table, _ in opened])
         ready = part.ready
         if not self._with_target:
-            wanted = strips[0, :, placing.PART] != placing.TARGET
+            wanted = strips[0, :, PART] != TARGET
             strips, ready = strips[:, wanted], ready[:, wanted] if len(ready) else ready
         slices = part.slices.copy()
         slices[:, 3] = 0 if of_slice is None else of_slice
-        width = int((strips[:, :, placing.ROW_BYTES] * (strips[:, :, placing.FD] >= 0)).sum(axis=1).max())
+        width = int((strips[:, :, ROW_BYTES] * (strips[:, :, FD] >= 0)).sum(axis=1).max())
         scratch = self._memory("scratch", max(_SCRATCH_BYTES, width) + 64 * (strips.shape[1] + 1), np.uint8)
         weight = np.empty((0, 0)) if window.weight is None else window.weight[:, None]
-        status, failed = placing.place_flat(
+        status, failed = place_flat(
             slices,
             strips,
             ready,
-            self._shift,
-            self._factor,
+            (self._shift, self._factor),
             self._classes,
             part.key,
             part.places,
-            window.X,
-            window.y,
-            weight,
-            window.ids,
+            (window.X, window.y, weight, window.ids),
             scratch,
             self._check,
         )
-        if status != placing.PLACED:
+        if status != PLACED:
             self._explain(window, slices[failed], int(slices[:failed, 2].sum()), part.places)
 
     def _explain(self, window: Window, failed: NDArray[np.int64], first: int, places: NDArray[np.int32]) -> None:

@@ -11,7 +11,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamgd.data import placing
+from streamgd.data.compiled.flat import (
+    CODE,
+    FD,
+    FEATURES,
+    N_COLUMNS,
+    OFFSET,
+    PART,
+    ROW_BYTES,
+    TARGET,
+    WEIGHT,
+    load_numbers,
+)
+from streamgd.data.compiled.memory import DTYPE_CODES
 from streamgd.data.sources.base import Array, Slice, Source
 from streamgd.data.sources.flat import FlatRows, Strip
 from streamgd.data.sources.mapped import OpenFile
@@ -20,8 +32,8 @@ from streamgd.errors import CorruptDataError
 
 Floats = NDArray[np.float64]
 
-_DTYPES = {code: np.dtype(name) for name, code in placing.DTYPE_CODES.items() if name != "bool"}
-_PARTS = {"features": placing.FEATURES, "target": placing.TARGET, "weight": placing.WEIGHT}
+_DTYPES = {code: np.dtype(name) for name, code in DTYPE_CODES.items() if name != "bool"}
+_PARTS = {"features": FEATURES, "target": TARGET, "weight": WEIGHT}
 #: Files kept open, and read in one call; most systems allow a process 1,024.
 OPEN_FILES = 128
 #: Bytes of targets that are read in one call, as float64: the fewer calls, the less often does a thread wait for the
@@ -81,7 +93,7 @@ def _described(strips: Sequence[Strip], unbuffered: bool) -> tuple[NDArray[np.in
             -1 if strip.path is None else opened[strip.path].descriptor,
             strip.offset,
             strip.row_bytes,
-            placing.DTYPE_CODES[strip.dtype],
+            DTYPE_CODES[strip.dtype],
             _PARTS[strip.part],
             strip.column,
             strip.n_columns,
@@ -115,7 +127,7 @@ def _numbers(source: Source, rows: FlatRows, n_outputs: int) -> Iterator[tuple[i
         for at in range(0, n_rows, most):
             strips, held = files.open(file)
             n = min(most, n_rows - at)
-            if not placing.load_numbers(strips, start + at, y[:n], weight[:n], scratch):
+            if not load_numbers(strips, start + at, y[:n], weight[:n], scratch):
                 raise _unreadable(source.locate_row(first), n)
             del held  # not before: a descriptor that is closed meanwhile may be another file's by now
             yield first, y[:n], weight[:n, 0] if source.has_weight else None
@@ -151,36 +163,36 @@ class FlatPieces:
         if self._rows is None or self._files is None:
             return None
         table, held = self._files.open(int(self._rows.block_file[block]))
-        strips = {strip[placing.PART]: strip for strip in table.tolist()}
+        strips = {strip[PART]: strip for strip in table.tolist()}
         if len(strips) < len(table) or not all(self._is_whole(strip) for strip in strips.values()):
             return None
         first, found = int(self._rows.block_start[block]) + start, {}
         for part, strip in strips.items():
-            dtype, shape = _DTYPES[strip[placing.CODE]], (n_rows, strip[placing.N_COLUMNS])
-            values = self._features(shape, dtype) if part == placing.FEATURES else np.empty(shape, dtype)
-            at = strip[placing.OFFSET] + first * strip[placing.ROW_BYTES]
+            dtype, shape = _DTYPES[strip[CODE]], (n_rows, strip[N_COLUMNS])
+            values = self._features(shape, dtype) if part == FEATURES else np.empty(shape, dtype)
+            at = strip[OFFSET] + first * strip[ROW_BYTES]
             try:
-                got = os.preadv(strip[placing.FD], [values.data.cast("B")], at)
+                got = os.preadv(strip[FD], [values.data.cast("B")], at)
             except OSError as err:
                 raise _unreadable(self._source.locate(block, start), n_rows) from err
             if got != values.nbytes:
                 raise _unreadable(self._source.locate(block, start), n_rows)
             found[part] = values
         del held  # not before: a descriptor that is closed meanwhile may be another file's by now
-        y, weight, target = found.get(placing.TARGET), found.get(placing.WEIGHT), self._source.target
+        y, weight, target = found.get(TARGET), found.get(WEIGHT), self._source.target
         if y is not None and target is not None and target.is_vector:
             y = y[:, 0]
-        return Slice(found[placing.FEATURES], y, None if weight is None else weight[:, 0])
+        return Slice(found[FEATURES], y, None if weight is None else weight[:, 0])
 
     def _is_whole(self, strip: list[int]) -> bool:
         """Whether a strip lies in a file and is all that there is of its part, as the source hands it out."""
         fd, _, row_bytes, code, part, _, n_columns = strip
         if fd < 0 or row_bytes != n_columns * _DTYPES[code].itemsize:
             return False
-        if part == placing.FEATURES:
+        if part == FEATURES:
             return n_columns == self._source.n_features
         target = self._source.target
-        if part == placing.TARGET:  # booleans have the code of bytes
+        if part == TARGET:  # booleans have the code of bytes
             return target is not None and (n_columns, _DTYPES[code].name) == (target.n_outputs, target.dtype)
         return n_columns == 1
 

@@ -16,8 +16,8 @@ shuffling there is one slot, blocks are taken in file order and rows keep their 
 
 Random numbers are the raw stream of ``numpy.random.Philox(SeedSequence(seed, spawn_key))``, with the spawn key
 ``(0,)`` for the deal, ``(epoch, 0)`` for the order of blocks and ``(epoch, 1 + lane, 1 + window)`` for the places in a
-window, turned into permutations by `streamgd.data.placing.permute`. NumPy promises to keep that stream, but not
-`Generator.permutation`.
+window, turned into permutations by `streamgd.data.compiled.shuffle.permute`. NumPy promises to keep that stream, but
+not `Generator.permutation`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class WindowPlan:
         out : ndarray of at least `n_rows` int32, default=None
             Memory to use; a view of it is returned.
         """
-        from streamgd.data.placing import draw_places
+        from streamgd.data.compiled.shuffle import draw_places
 
         found = np.empty(self.n_rows, np.int32) if out is None else out[: self.n_rows]
         draw_places(self.key, found)
@@ -131,7 +131,7 @@ class WindowPlan:
 
     @property
     def key(self) -> NDArray[np.uint64]:
-        """What `streamgd.data.placing.draw_places` draws the places from; empty if rows keep their order."""
+        """What `streamgd.data.compiled.shuffle.draw_places` draws the places from; empty if rows keep their order."""
         return _key(self.seed, self.epoch, 1 + self.lane, 1 + self.index) if self.shuffle else _NO_KEY
 
 
@@ -200,7 +200,7 @@ class EpochPlan:
 
     def _dealt(self, n_lanes: int) -> NDArray[np.int32]:
         """Return the lane of each block."""
-        from streamgd.data.placing import deal_blocks
+        from streamgd.data.compiled.slices import deal_blocks
 
         order = np.arange(len(self.block_rows), dtype=np.int32)
         if self.shuffle:
@@ -218,7 +218,7 @@ class EpochPlan:
     @cached_property
     def checksum(self) -> int:
         """What the identities of the lane's rows add up to, see `checksum_of`."""
-        from streamgd.data.placing import sum_identities
+        from streamgd.data.compiled.checksums import sum_identities
 
         return int(sum_identities(self.blocks.astype(np.int64), self.block_rows[self.blocks]))
 
@@ -230,7 +230,7 @@ class EpochPlan:
         first : int, default=0
             Window to begin with; none are given if there are no more than that.
         """
-        from streamgd.data.placing import N_LIVE, next_slices
+        from streamgd.data.compiled.slices import N_LIVE, next_slices
 
         slots, walk = self._start()
         window = self._skip(slots, walk, first) if first else 0
@@ -261,7 +261,7 @@ class EpochPlan:
         rows : ndarray of int64
             The first row of each that is still to come; 0 for those not begun.
         """
-        from streamgd.data.placing import N_LIVE, NEXT_BLOCK, TURN
+        from streamgd.data.compiled.slices import N_LIVE, NEXT_BLOCK, TURN
 
         slots, walk = self._start()
         if window:
@@ -295,7 +295,7 @@ class EpochPlan:
         return self.n_windows, self.n_rows
 
     def _rows_before(self, window: int) -> int:
-        from streamgd.data.placing import N_LIVE, NEXT_BLOCK
+        from streamgd.data.compiled.slices import N_LIVE, NEXT_BLOCK
 
         slots, walk = self._start()
         self._skip(slots, walk, window)
@@ -311,7 +311,7 @@ class EpochPlan:
         return slots, np.array([n_slots, 0, n_slots], np.int64)
 
     def _skip(self, slots: NDArray[np.int64], walk: NDArray[np.int64], n_windows: int) -> int:
-        from streamgd.data.placing import skip_windows
+        from streamgd.data.compiled.slices import skip_windows
 
         layout = self.layout
         return int(
@@ -324,14 +324,14 @@ def checksum_of(block_rows: NDArray[np.int64]) -> int:
 
     What an epoch's rows must add up to, in whatever order they came. Takes about half a second for a billion rows.
     """
-    from streamgd.data.placing import sum_identities
+    from streamgd.data.compiled.checksums import sum_identities
 
     rows = np.ascontiguousarray(block_rows, np.int64)
     return int(sum_identities(np.arange(len(rows), dtype=np.int64), rows))
 
 
 def _permute(out: NDArray[np.int32], seed: int, *spawn_key: int) -> None:
-    from streamgd.data.placing import permute
+    from streamgd.data.compiled.shuffle import permute
 
     permute(_key(seed, *spawn_key), out)
 

@@ -14,14 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamgd.data.placing import (
-    DTYPE_CODES,
-    place_columns,
-    place_identities,
-    place_rows,
-    place_targets,
-    place_weights,
-)
+from streamgd.data.compiled.memory import DTYPE_CODES
+from streamgd.data.compiled.placing import place_columns, place_identities, place_rows, place_targets, place_weights
 from streamgd.data.plan import Layout, WindowPlan
 from streamgd.data.sources.base import Array, Columns, Slice, Source, readable
 from streamgd.data.targets import TargetCodec

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from streamgd.data.placing import NOT_READY
+from streamgd.data.compiled.flat import NOT_READY
 from streamgd.data.window import Stopped
 
 #: What offsets, lengths and addresses are multiples of: a page, which every disk's sectors divide.

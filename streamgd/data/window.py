@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from streamgd.data.placing import copy_rows, place_weights
+from streamgd.data.compiled.placing import copy_rows, place_weights
 from streamgd.data.plan import MAX_READERS, Layout, WindowPlan
 from streamgd.data.rows import RowPlacer, Window
 from streamgd.data.sources.base import BlockReader, Source

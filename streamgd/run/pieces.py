@@ -15,8 +15,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from streamgd.data.compiled.combining import combine_columns, combine_eights, combine_rows
+from streamgd.data.compiled.memory import DTYPE_CODES
 from streamgd.data.flat_files import FlatPieces
-from streamgd.data.placing import DTYPE_CODES, combine_columns, combine_eights, combine_rows
 from streamgd.data.prefetch import default_threads
 from streamgd.data.sources.base import BlockReader, Columns, Source, readable
 from streamgd.learn.model import LinearModel

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from streamgd.data import placing
-from streamgd.data.placing import DTYPE_CODES, find_classes, permute, raw_numbers
+from streamgd.data.compiled.classes import find_classes
+from streamgd.data.compiled.combining import combine_eights, combine_rows
+from streamgd.data.compiled.memory import DTYPE_CODES
+from streamgd.data.compiled.shuffle import permute, raw_numbers
 from streamgd.data.rows import RowPlacer, Window
 from streamgd.data.sources.base import Slice
 from streamgd.data.targets import TargetCodec
@@ -214,9 +216,9 @@ class TestCombining:
         X = (rng.normal(size=(n_rows, 9)) * 10.0 ** rng.integers(-8, 8, (n_rows, 9))).astype(dtype)
         factors, start = rng.normal(size=(n_outputs, 9)), rng.normal(size=n_outputs)
         found, expected = np.full((2, n_rows, n_outputs), np.nan)
-        done = placing.combine_eights(X, factors, start, found)
+        done = combine_eights(X, factors, start, found)
         assert done == n_rows // 8 * 8
-        assert placing.combine_rows(X.ctypes.data, placing.DTYPE_CODES[dtype], 9, factors, start, expected)
+        assert combine_rows(X.ctypes.data, DTYPE_CODES[dtype], 9, factors, start, expected)
         assert found[:done].tobytes() == expected[:done].tobytes()
         by_hand = np.zeros((n_rows, n_outputs))
         for j in range(9):
@@ -229,4 +231,4 @@ class TestCombining:
         X = np.ones((40, 4))
         X[row, 2] = value
         factors = np.array([[1.0, 2.0, 0.0, 1.0]])  # even where it does not count
-        assert placing.combine_eights(X, factors, np.zeros(1), np.empty((40, 1))) == row // 8 * 8
+        assert combine_eights(X, factors, np.zeros(1), np.empty((40, 1))) == row // 8 * 8

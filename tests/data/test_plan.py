@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamgd.data.placing import permute, raw_numbers
+from streamgd.data.compiled.shuffle import permute, raw_numbers
 from streamgd.data.plan import (
     EpochPlan,
     Layout,

@@ -59,7 +59,8 @@ def test_an_edited_formula_is_not_answered_from_the_cache(tmp_path):
     """Numba looks only at the file that holds the compiled function; formulas are elsewhere."""
     package, original = tmp_path / "streamgd", Path(streamgd.__file__).parent
     shutil.copytree(original / "learn", package / "learn", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(original / "errors.py", package)
+    for name in ("errors.py", "compiling.py"):
+        shutil.copy(original / name, package)
     (package / "__init__.py").touch()
     environment = {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
 

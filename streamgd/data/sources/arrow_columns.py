@@ -57,7 +57,7 @@ class BatchLayout:
 
     def find(self, batch: pa.RecordBatch) -> Columns | None:
         """Return the columns of a batch; None if there may be nulls among their values."""
-        from streamgd.data.placing import find_arrow_columns
+        from streamgd.data.compiled.arrow import find_arrow_columns
 
         _, capsule = batch.__arrow_c_array__()
         addresses = np.empty(len(self.numbers), np.int64)

@@ -268,7 +268,7 @@ class _Reader(BlockReader):
 
 def sum_of_rows(files: list[CacheFile], rows: list[Array], first_row: int) -> int:
     """Sum up consecutive rows of all files of a cache; sums of some rows and of others add up, modulo 2**64."""
-    from streamgd.data.placing import sum_words
+    from streamgd.data.compiled.checksums import sum_words
 
     total = 0
     for number, (file, values) in enumerate(zip(files, rows, strict=True)):

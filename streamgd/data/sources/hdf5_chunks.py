@@ -16,9 +16,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from streamgd.data.compiled.hdf5 import expand_lzf, fletcher32, put_rows
 from streamgd.data.sources.base import Array
 from streamgd.data.sources.buffers import Buffers, Bytes, Kept
-from streamgd.data.sources.hdf5_codecs import expand_lzf, fletcher32, put_rows
 from streamgd.data.sources.hdf5_inflate import inflate_to
 
 #: Numbers by which HDF5 knows filters.

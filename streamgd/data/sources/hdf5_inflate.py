@@ -15,8 +15,8 @@ from typing import cast
 import numpy as np
 from isal import igzip_lib, isal_zlib
 
+from streamgd.data.compiled.hdf5 import inflate
 from streamgd.data.sources.buffers import Bytes
-from streamgd.data.sources.hdf5_codecs import inflate
 
 #: Room for ISA-L's state, four times what it takes today. Of what it does not take, the system gives no page.
 _STATE_BYTES = 1 << 18

@@ -266,7 +266,7 @@ def _hash_columns(columns: Sequence[Column], n_rows: int) -> str:
 
 def _sum_columns(columns: Sequence[Column], n_rows: int) -> str:
     """Sum up all values, a piece at a time; copied are only pieces that do not lie in one run of bytes."""
-    from streamgd.data.placing import sum_words  # imports Numba
+    from streamgd.data.compiled.checksums import sum_words  # imports Numba
 
     total = 0
     for number, column in enumerate(columns):

@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from streamgd.data.sources import parquet_codecs as codecs
+from streamgd.data.compiled import parquet_members as members
+from streamgd.data.compiled.parquet_pages import next_pages, take_values
 from streamgd.data.sources.base import Array, Columns
 from streamgd.data.sources.buffers import Buffers, Bytes
 from streamgd.data.sources.parquet_pages import SCRATCH_BYTES, Chunk, chunk_of
@@ -30,7 +31,7 @@ _LEAST_BYTES = 4
 _ENCODINGS = frozenset({"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY", "BIT_PACKED"})
 #: Codecs by their names in footers: those whose data says how much it decompresses to.
 _CODECS = {"UNCOMPRESSED": None, "SNAPPY": "snappy", "GZIP": "gzip", "ZSTD": "zstd"}
-_CODES = {None: codecs.UNCOMPRESSED, "snappy": codecs.SNAPPY}
+_CODES = {None: members.UNCOMPRESSED, "snappy": members.SNAPPY}
 #: Memory for pages of columns that have not asked for it, at most.
 _MOST_AT_A_GUESS = 1 << 20
 #: Bytes read at once for a column's first page.
@@ -110,17 +111,17 @@ class DirectRows:
     def __init__(self, file: Any, columns: Sequence[DirectColumn], start: int, scratch: Buffers) -> None:
         self._file, self._fd, self._scratch = file, file.fileno(), scratch
         n = self.n_columns = len(columns)
-        self._table = np.zeros((n, codecs.N_MEMBERS), np.int64)
+        self._table = np.zeros((n, members.N_MEMBERS), np.int64)
         for page, column in zip(self._table, columns, strict=True):
-            page[codecs.AT] = column.chunk.start
-            page[codecs.END] = column.chunk.start + column.chunk.compressed_bytes
-            page[codecs.WIDTH], page[codecs.MAX_LEVEL] = column.dtype.itemsize, column.max_level
-            page[codecs.CODEC] = _CODES.get(column.codec, codecs.OTHER_CODEC)
-            page[codecs.GUESS], page[codecs.SKIPPED] = _FIRST_BYTES, start
-            page[codecs.MOST_BYTES], page[codecs.MOST_VALUES] = column.chunk.uncompressed_bytes, column.n_values
+            page[members.AT] = column.chunk.start
+            page[members.END] = column.chunk.start + column.chunk.compressed_bytes
+            page[members.WIDTH], page[members.MAX_LEVEL] = column.dtype.itemsize, column.max_level
+            page[members.CODEC] = _CODES.get(column.codec, members.OTHER_CODEC)
+            page[members.GUESS], page[members.SKIPPED] = _FIRST_BYTES, start
+            page[members.MOST_BYTES], page[members.MOST_VALUES] = column.chunk.uncompressed_bytes, column.n_values
         self._codecs = tuple(column.codec for column in columns)
         self._names = tuple(column.dtype.name for column in columns)
-        self._widths = self._table[:, codecs.WIDTH].copy()
+        self._widths = self._table[:, members.WIDTH].copy()
         self._ones = np.ones(n, np.int64)
         #: What each column's values lie in, and the values of its dictionary.
         self._held: list[Bytes | None] = [None] * n
@@ -143,12 +144,12 @@ class DirectRows:
             before are right.
         """
         table = self._table
-        if (table[:, codecs.LEFT] == 0).any():
+        if (table[:, members.LEFT] == 0).any():
             self._next_pages()
-        n_rows = int(min(most, table[:, codecs.LEFT].min()))
-        addresses = table[:, codecs.ADDRESS].copy()
-        table[:, codecs.ADDRESS] += n_rows * self._widths
-        table[:, codecs.LEFT] -= n_rows
+        n_rows = int(min(most, table[:, members.LEFT].min()))
+        addresses = table[:, members.ADDRESS].copy()
+        table[:, members.ADDRESS] += n_rows * self._widths
+        table[:, members.LEFT] -= n_rows
         return n_rows, _Held(n_rows, addresses, self._widths, self._ones, self._names, tuple(self._held))
 
     def _next_pages(self) -> None:
@@ -156,13 +157,13 @@ class DirectRows:
         memory = self._scratch.take(SCRATCH_BYTES)
         try:
             while True:
-                status, column, n_bytes = codecs.next_pages(self._fd, self._table, memory)
-                if status == codecs.NEEDS_SCRATCH:
+                status, column, n_bytes = next_pages(self._fd, self._table, memory)
+                if status == members.NEEDS_SCRATCH:
                     self._scratch.give(memory)
                     memory = self._scratch.take(n_bytes + n_bytes // 8)
-                elif status == codecs.FOREIGN:
+                elif status == members.FOREIGN:
                     self._decompress(column, memory)
-                elif status != codecs.DONE:
+                elif status != members.DONE:
                     self._provide(status, column, n_bytes)
                 else:
                     return
@@ -171,10 +172,10 @@ class DirectRows:
 
     def _provide(self, status: int, column: int, n_bytes: int) -> None:
         """Give a column the memory that its page takes; and those like it as much, which will need it too."""
-        if status not in (codecs.NEEDS_ROOM, codecs.NEEDS_DICTIONARY):
+        if status not in (members.NEEDS_ROOM, members.NEEDS_DICTIONARY):
             raise UndecodableError("a page cannot be read, or makes no sense")
-        values = status == codecs.NEEDS_ROOM
-        address, room = (codecs.MEMORY, codecs.ROOM) if values else (codecs.DICTIONARY, codecs.DICTIONARY_ROOM)
+        values = status == members.NEEDS_ROOM
+        address, room = (members.MEMORY, members.ROOM) if values else (members.DICTIONARY, members.DICTIONARY_ROOM)
         held = self._held if values else self._dictionaries
         # Nothing big is taken for many columns on the word of one header.
         guessed = values and n_bytes <= _MOST_AT_A_GUESS
@@ -191,19 +192,19 @@ class DirectRows:
     def _decompress(self, column: int, memory: Bytes) -> None:
         """Check and decompress a page that was read to the scratch memory, and go on with it."""
         page = self._table[column]
-        begin, stored, decoded = int(page[codecs.BEGIN]), int(page[codecs.STORED]), int(page[codecs.DECODED])
+        begin, stored, decoded = int(page[members.BEGIN]), int(page[members.STORED]), int(page[members.DECODED])
         data = memory[begin : begin + stored]
-        if page[codecs.HAS_CRC] and zlib.crc32(data.data) != page[codecs.CRC]:
+        if page[members.HAS_CRC] and zlib.crc32(data.data) != page[members.CRC]:
             raise UndecodableError("a page does not match its checksum")
-        levels = int(page[codecs.LEVELS]) if page[codecs.KIND] == codecs.DATA_PAGE_V2 else 0
+        levels = int(page[members.LEVELS]) if page[members.KIND] == members.DATA_PAGE_V2 else 0
         if not 0 <= levels <= min(stored, decoded):
             raise UndecodableError("levels are longer than their page")
         found = _decompressed(
-            self._codecs[column] if page[codecs.COMPRESSED] else None, data[levels:], decoded - levels
+            self._codecs[column] if page[members.COMPRESSED] else None, data[levels:], decoded - levels
         )
-        if page[codecs.KIND] == codecs.DICTIONARY_PAGE or page[codecs.ENCODING] == codecs.PLAIN:
-            is_dictionary = page[codecs.KIND] == codecs.DICTIONARY_PAGE
-            self._provide(codecs.NEEDS_DICTIONARY if is_dictionary else codecs.NEEDS_ROOM, column, len(found))
+        if page[members.KIND] == members.DICTIONARY_PAGE or page[members.ENCODING] == members.PLAIN:
+            is_dictionary = page[members.KIND] == members.DICTIONARY_PAGE
+            self._provide(members.NEEDS_DICTIONARY if is_dictionary else members.NEEDS_ROOM, column, len(found))
             kept = self._dictionaries[column] if is_dictionary else self._held[column]
             assert kept is not None
             kept[: len(found)] = found
@@ -211,8 +212,8 @@ class DirectRows:
             kept = found
         while True:
             at = data.ctypes.data, kept.ctypes.data
-            status, n_bytes = codecs.take_values(page, *at, len(found))
-            if status == codecs.DONE:
+            status, n_bytes = take_values(page, *at, len(found))
+            if status == members.DONE:
                 return
             self._provide(status, column, n_bytes)
 
@@ -225,7 +226,7 @@ class DirectRows:
         for memory in (*self._held, *self._dictionaries):
             self._give_back(memory)
         self._held, self._dictionaries = [None] * self.n_columns, [None] * self.n_columns
-        self._table[:, codecs.LEFT] = 0
+        self._table[:, members.LEFT] = 0
         self._file = None
 
 

@@ -1,26 +1,21 @@
 """Where Numba comes in: it takes arrays apart, releases the GIL, and keeps compiled code on disk.
 
-What is compiled is written by `batch` and `measures`. Numba's cache looks for changes only in the file that holds the
-compiled function, and files of different types and CPUs share an index that processes may write at the same time. So
-the name of a compiled function, which is that of its files, holds all of that: its types, the CPU, and a hash of the
-source; whoever finds a file finds the right one.
+What is compiled is written by `batch` and `measures`. The name of a compiled function, which is that of its files in
+the cache, holds its types and a hash of the source (`streamgd.compiling`); whoever finds a file finds the right one.
 """
 
 from __future__ import annotations
 
-import hashlib
-import pkgutil
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import llvmlite
 import numba
 import numpy as np
 from numba import types
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from streamgd.compiling import digest
 from streamgd.learn.kernels import batch, measures
 from streamgd.learn.kernels.llvm import Code, Pointer, Value
 
@@ -88,12 +83,7 @@ def _call_add_moments(arrays):
 @cache
 def _digest() -> str:
     """Return a hash of all that compiled code follows from, but for the types."""
-    cpu = cpu_target.target_context.codegen().magic_tuple()
-    found = hashlib.blake2b(repr((numba.__version__, llvmlite.__version__, cpu)).encode(), digest_size=6)
-    for name in SOURCES:
-        found.update(pkgutil.get_data("streamgd.learn.kernels", f"{name}.py") or b"")
-    found.update(pkgutil.get_data("streamgd.learn", "codes.py") or b"")
-    return found.hexdigest()
+    return digest("streamgd.learn.codes", *(f"{__package__}.{name}" for name in SOURCES))
 
 
 @cache

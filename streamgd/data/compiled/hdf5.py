@@ -1,17 +1,12 @@
 """Compiled decoding of HDF5 chunks: checksums, LZF, calls of ISA-L, and the bytes of a chunk put in rows.
 
-Everything here works on plain bytes and runs without the interpreter lock, so that readers decode side by side. The one
-file of compiled code outside `streamgd.data.placing`: it is imported only by who reads compressed or chunked HDF5.
-Nothing here is imported by another compiled file, because Numba's cache notices only changes of the file that holds a
-function.
+Everything here works on plain bytes; who calls takes HDF5's file format apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -19,7 +14,17 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-_F = TypeVar("_F", bound=Callable[..., Any])
+from streamgd.data.compiled.compiling import compiled
+from streamgd.data.compiled.memory import (
+    copy_bytes,
+    put_uint8,
+    put_uint16,
+    put_uint32,
+    put_uint64,
+    uint32_at,
+    uint64_at,
+)
+
 Bytes = NDArray[np.uint8]
 
 #: Bytes of rows that are put together before they are dealt out: they stay in the first cache.
@@ -31,63 +36,10 @@ _ADLER_BYTES, _ADLER_TIMES, _ADLER_BASE = 64, 22, 65521
 #: Bytes into ISA-L's `struct inflate_state`, as igzip_lib.h has it for 64 bits, where what is needed of it lies.
 _NEXT_OUT, _AVAIL_OUT, _TOTAL_OUT, _NEXT_IN, _AVAIL_IN = 0, 8, 12, 16, 32
 
-
-def _compiled(function: _F) -> _F:
-    """Compile without the interpreter lock, and keep the machine code on disk."""
-    return cast(_F, numba.njit(nogil=True, cache=True)(function))
-
-
-def _writer_of(kind: Any) -> Any:
-    """Make a function of (address, index, value) that writes one number to memory, aligned or not."""
-
-    @intrinsic
-    def write(_context: Any, _address: Any, _index: Any, _value: Any) -> Any:
-        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-            pointer = builder.inttoptr(arguments[0], context.get_data_type(kind).as_pointer())
-            builder.store(arguments[2], builder.gep(pointer, [arguments[1]]), align=1)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, kind), generate
-
-    return write
-
-
-def _reader_of(kind: Any) -> Any:
-    """Make a function of (address, index) that reads one number from memory, aligned or not."""
-
-    @intrinsic
-    def read(_context: Any, _address: Any, _index: Any) -> Any:
-        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-            pointer = builder.inttoptr(arguments[0], context.get_data_type(kind).as_pointer())
-            return builder.load(builder.gep(pointer, [arguments[1]]), align=1)
-
-        return kind(types.int64, types.int64), generate
-
-    return read
-
-
-_write_8, _write_16 = _writer_of(types.uint8), _writer_of(types.uint16)
-_write_32, _write_64 = _writer_of(types.uint32), _writer_of(types.uint64)
-_read_32, _read_64 = _reader_of(types.uint32), _reader_of(types.uint64)
-
-
-@intrinsic
-def _copy_bytes(_context: Any, _target: Any, _source: Any, _n_bytes: Any) -> Any:
-    """Copy memory from address to address."""
-
-    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-        target, source, n_bytes = arguments
-        pointer = cgutils.voidptr_t
-        cgutils.raw_memcpy(builder, builder.inttoptr(target, pointer), builder.inttoptr(source, pointer), n_bytes, 1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), generate
-
-
 # A chunk to rows --------------------------------------------------------------------------------------------------
 
 
-@_compiled
+@compiled
 def _join(chunk: Bytes, n_items: int, item_bytes: int, first: int, count: int, target: int) -> None:
     """Join the bytes of some items of a shuffled chunk, and write the items one after the other.
 
@@ -97,7 +49,7 @@ def _join(chunk: Bytes, n_items: int, item_bytes: int, first: int, count: int, t
         b0, b1 = chunk[first:][:count], chunk[n_items + first :][:count]
         b2, b3 = chunk[2 * n_items + first :][:count], chunk[3 * n_items + first :][:count]
         for i in range(count):
-            _write_32(target, i, _join_four(b0[i], b1[i], b2[i], b3[i]))
+            put_uint32(target, i, _join_four(b0[i], b1[i], b2[i], b3[i]))
     elif item_bytes == 8:
         b0, b1 = chunk[first:][:count], chunk[n_items + first :][:count]
         b2, b3 = chunk[2 * n_items + first :][:count], chunk[3 * n_items + first :][:count]
@@ -105,43 +57,43 @@ def _join(chunk: Bytes, n_items: int, item_bytes: int, first: int, count: int, t
         b6, b7 = chunk[6 * n_items + first :][:count], chunk[7 * n_items + first :][:count]
         for i in range(count):
             low, high = _join_four(b0[i], b1[i], b2[i], b3[i]), _join_four(b4[i], b5[i], b6[i], b7[i])
-            _write_64(target, i, np.uint64(low) | np.uint64(high) << np.uint64(32))
+            put_uint64(target, i, np.uint64(low) | np.uint64(high) << np.uint64(32))
     elif item_bytes == 2:
         b0, b1 = chunk[first:][:count], chunk[n_items + first :][:count]
         for i in range(count):
-            _write_16(target, i, np.uint16(np.uint32(b0[i]) | np.uint32(b1[i]) << np.uint32(8)))
+            put_uint16(target, i, np.uint16(np.uint32(b0[i]) | np.uint32(b1[i]) << np.uint32(8)))
     else:
         for k in range(item_bytes):
             one = chunk[k * n_items + first :][:count]
             for i in range(count):
-                _write_8(target, i * item_bytes + k, one[i])
+                put_uint8(target, i * item_bytes + k, one[i])
 
 
-@_compiled
+@compiled
 def _join_four(b0: np.uint8, b1: np.uint8, b2: np.uint8, b3: np.uint8) -> np.uint32:
     low = np.uint32(b0) | np.uint32(b1) << np.uint32(8)
     return low | (np.uint32(b2) | np.uint32(b3) << np.uint32(8)) << np.uint32(16)
 
 
-@_compiled
+@compiled
 def _deal(source: int, n_rows: int, source_step: int, n_bytes: int, target: int, target_step: int) -> None:
     """Copy the first bytes of each row; rows of few bytes without a call for each."""
     if n_bytes == 4:
         for i in range(n_rows):
-            _write_32(target + i * target_step, 0, _read_32(source + i * source_step, 0))
+            put_uint32(target + i * target_step, 0, uint32_at(source + i * source_step, 0))
     elif n_bytes == 8:
         for i in range(n_rows):
-            _write_64(target + i * target_step, 0, _read_64(source + i * source_step, 0))
+            put_uint64(target + i * target_step, 0, uint64_at(source + i * source_step, 0))
     elif n_bytes == 16:
         for i in range(n_rows):
-            _write_64(target + i * target_step, 0, _read_64(source + i * source_step, 0))
-            _write_64(target + i * target_step, 1, _read_64(source + i * source_step, 1))
+            put_uint64(target + i * target_step, 0, uint64_at(source + i * source_step, 0))
+            put_uint64(target + i * target_step, 1, uint64_at(source + i * source_step, 1))
     else:
         for i in range(n_rows):
-            _copy_bytes(target + i * target_step, source + i * source_step, n_bytes)
+            copy_bytes(target + i * target_step, source + i * source_step, n_bytes)
 
 
-@_compiled
+@compiled
 def put_rows(
     chunk: Bytes,
     shuffled: bool,
@@ -175,7 +127,7 @@ def put_rows(
     if not shuffled:
         source = chunk.ctypes.data + first * row_bytes
         if wanted == row_bytes == step:
-            _copy_bytes(target, source, n_rows * row_bytes)
+            copy_bytes(target, source, n_rows * row_bytes)
         else:
             _deal(source, n_rows, row_bytes, wanted, target, step)
     elif wanted == row_bytes == step:
@@ -193,7 +145,7 @@ def put_rows(
 # Filters ----------------------------------------------------------------------------------------------------------
 
 
-@_compiled
+@compiled
 def fletcher32(data: Bytes) -> int:
     """Compute Fletcher's checksum as HDF5 does: over 16-bit words, high byte first, each sum from 1 to 65535.
 
@@ -220,7 +172,7 @@ def fletcher32(data: Bytes) -> int:
     return int(high << np.uint64(16) | low)
 
 
-@_compiled
+@compiled
 def _fold(value: np.uint64) -> np.uint64:
     """Reduce modulo 65535; only zero stays zero, as other multiples become 65535."""
     while value > np.uint64(0xFFFF):
@@ -265,7 +217,7 @@ def _adler_sums(_context: Any, _address: Any, _n_times: Any) -> Any:
     return types.UniTuple(types.uint64, 2)(types.int64, types.int64), generate
 
 
-@_compiled
+@compiled
 def adler32(data: Bytes) -> int:
     """Compute the checksum at the end of zlib's format (RFC 1950)."""
     base, n_bytes, address = np.uint64(_ADLER_BASE), len(data), data.ctypes.data
@@ -295,7 +247,7 @@ def _call(_context: Any, _function: Any, _argument: Any) -> Any:
     return types.int32(types.int64, types.int64), generate
 
 
-@_compiled
+@compiled
 def inflate(begin: int, run: int, state: int, data: Bytes, out: Bytes) -> int:
     """Decompress zlib's format to memory that is there already, and return the number of bytes, or -1 if it cannot be.
 
@@ -312,13 +264,13 @@ def inflate(begin: int, run: int, state: int, data: Bytes, out: Bytes) -> int:
     if n < 6 or data[0] & 15 != 8 or (int(data[0]) << 8 | int(data[1])) % 31 != 0 or data[1] & 32 != 0:
         return -1
     _call(begin, state)
-    _write_64(state + _NEXT_OUT, 0, np.uint64(out.ctypes.data))
-    _write_32(state + _AVAIL_OUT, 0, np.uint32(len(out)))
-    _write_64(state + _NEXT_IN, 0, np.uint64(data.ctypes.data + 2))
-    _write_32(state + _AVAIL_IN, 0, np.uint32(n - 2))
+    put_uint64(state + _NEXT_OUT, 0, np.uint64(out.ctypes.data))
+    put_uint32(state + _AVAIL_OUT, 0, np.uint32(len(out)))
+    put_uint64(state + _NEXT_IN, 0, np.uint64(data.ctypes.data + 2))
+    put_uint32(state + _AVAIL_IN, 0, np.uint32(n - 2))
     if _call(run, state) != 0:
         return -1
-    done, left = int(_read_32(state + _TOTAL_OUT, 0)), int(_read_32(state + _AVAIL_IN, 0))
+    done, left = int(uint32_at(state + _TOTAL_OUT, 0)), int(uint32_at(state + _AVAIL_IN, 0))
     if done > len(out) or left < 4 or left > n - 2:
         return -1
     stored = np.uint32(0)
@@ -327,7 +279,7 @@ def inflate(begin: int, run: int, state: int, data: Bytes, out: Bytes) -> int:
     return done if adler32(out[:done]) == int(stored) else -1
 
 
-@_compiled
+@compiled
 def expand_lzf(data: Bytes, out: Bytes) -> int:
     """Decompress LZF (M. Lehmann's LibLZF format), and return the number of bytes, or -1 if it cannot be.
 
@@ -344,7 +296,7 @@ def expand_lzf(data: Bytes, out: Bytes) -> int:
             if at + length > n or done + length > room:
                 return -1
             if at + 32 <= n and done + 32 <= room:  # more than needed: a length that is known is copied at once
-                _copy_bytes(target + done, source + at, 32)
+                copy_bytes(target + done, source + at, 32)
             else:
                 for i in range(length):
                     out[done + i] = data[at + i]
@@ -362,7 +314,7 @@ def expand_lzf(data: Bytes, out: Bytes) -> int:
             if distance > done or done + length > room:
                 return -1
             if distance >= length:
-                _copy_bytes(target + done, target + done - distance, length)
+                copy_bytes(target + done, target + done - distance, length)
             else:
                 for i in range(done, done + length):
                     out[i] = out[i - distance]

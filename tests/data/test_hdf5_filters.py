@@ -11,8 +11,8 @@ import h5py
 import numpy as np
 import pytest
 
+from streamgd.data.compiled.hdf5 import adler32, expand_lzf, fletcher32, put_rows
 from streamgd.data.sources import hdf5_inflate
-from streamgd.data.sources.hdf5_codecs import adler32, expand_lzf, fletcher32, put_rows
 from streamgd.data.sources.hdf5_inflate import inflate_to
 
 
