@@ -18,8 +18,9 @@ from streamgd.data.compiled.flat import FD, PART, PLACED, ROW_BYTES, TARGET, pla
 from streamgd.data.compiled.shuffle import draw_places
 from streamgd.data.early import EarlyBlocks
 from streamgd.data.flat_files import OPEN_FILES, FlatFiles
-from streamgd.data.plan import MAX_READERS, EpochPlan, Layout, WindowPlan
+from streamgd.data.plan import EpochPlan, Layout, WindowPlan
 from streamgd.data.rows import RowPlacer, Window
+from streamgd.data.shapes import MAX_READERS
 from streamgd.data.sources.base import Source
 from streamgd.data.sources.flat import FlatRows
 from streamgd.data.targets import TargetCodec

@@ -32,7 +32,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamgd.data.layout import (
-    MAX_READERS,
     Layout,
     Mixing,
     format_bytes,
@@ -43,7 +42,6 @@ from streamgd.data.layout import (
 from streamgd.errors import OptionError
 
 __all__ = [
-    "MAX_READERS",
     "EpochPlan",
     "Layout",
     "Mixing",

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamgd.data.compiled.placing import copy_rows, place_weights
-from streamgd.data.plan import MAX_READERS, Layout, WindowPlan
+from streamgd.data.plan import Layout, WindowPlan
 from streamgd.data.rows import RowPlacer, Window
+from streamgd.data.shapes import MAX_READERS
 from streamgd.data.sources.base import BlockReader, Source
 from streamgd.data.targets import TargetCodec
 from streamgd.errors import OptionError
