@@ -351,7 +351,7 @@ class TestDataFrames:
 def client() -> Iterator[Client]:
     with (
         dask.config.set({"distributed.worker.profile.enabled": False}),
-        Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None) as client,
+        Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address="127.0.0.1:0") as client,
     ):
         yield client
 
