@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import dask.core
+import numpy as np
 from dask.highlevelgraph import HighLevelGraph
 
 #: Dask is annotated in parts only.
@@ -115,21 +116,55 @@ class BlockGraph:
         return tasks, keys, list(persisted)
 
 
+def settled(frame: Any) -> Any:
+    """Return a DataFrame as Dask computes it, with its partitions as they are: what is picked from it has the same.
+
+    Dask's own `optimize` joins the partitions of files of which few columns are read, so that each choice of columns
+    has other blocks; and `dask.optimize` returns a DataFrame with the keys of what it was made of, whose values are
+    other ones. Shuffles are by tasks, each of which may be computed at any time.
+    """
+    with _dask.config.set({"dataframe.shuffle.method": "tasks"}):
+        return frame.simplify().lower_completely().simplify()
+
+
+def values_of(frame: Any) -> Any:
+    """Return the values of a DataFrame or Series as an array of the same blocks, whose lengths are not known."""
+    from dask.array import Array
+
+    kind: Any = Array
+    frame = settled(frame)
+    name, meta = f"values-{frame._name}", _values(frame._meta)
+    more = (0,) * (meta.ndim - 1)
+    tasks = {(name, i, *more): (_values, key) for i, key in enumerate(frame.__dask_keys__())}
+    graph = HighLevelGraph({name: dict(frame.__dask_graph__()) | tasks}, {name: set()})
+    return kind(graph, name, ((np.nan,) * len(tasks), *((n,) for n in meta.shape[1:])), meta=meta)
+
+
+def _values(part: Any) -> Any:
+    values = part.values
+    return values if isinstance(values, np.ndarray) else values.astype(object)
+
+
+def is_frame(collection: Any) -> bool:
+    """Whether this is a Dask DataFrame or Series, and no array."""
+    return hasattr(collection, "lower_completely") and not hasattr(collection, "chunks")
+
+
 def _optimized(collections: Sequence[Any]) -> tuple[dict[Any, Any], list[Any]]:
     """Optimize collections; return their tasks, and the keys of each collection.
 
     Arrays are optimized together, as `dask.compute` does: one by one (as `dask.optimize` does), a target made from the
     features would load them a second time.
     """
-    arrays = [each for each in collections if isinstance(each.__dask_graph__(), HighLevelGraph)]
+    arrays = [each for each in collections if not is_frame(each)]
     tasks: dict[Any, Any] = {}
     if arrays:
         merged = HighLevelGraph.merge(*(array.__dask_graph__() for array in arrays))
         tasks.update(arrays[0].__dask_optimize__(merged, [array.__dask_keys__() for array in arrays]))
     keys = []
     for each in collections:
-        if not any(each is array for array in arrays):
-            (each,) = _dask.optimize(each)
+        if is_frame(each):
+            each = settled(each)
             tasks.update(each.__dask_graph__())
         keys.append(each.__dask_keys__())
     return tasks, keys
@@ -192,7 +227,7 @@ def _usable(futures: list[Any] | None, client: Any) -> bool:
 
 def measure_lengths(collection: Any, what: str) -> list[int]:
     """Compute the number of rows of each block, which loads every block once."""
-    blocks = collection.to_delayed()
+    blocks = settled(collection).to_delayed(optimize_graph=False) if is_frame(collection) else collection.to_delayed()
     blocks = blocks[:, 0] if getattr(blocks, "ndim", 1) == 2 else blocks
     logger.info("%s has blocks of unknown length: measuring all %d of them once", what, len(blocks))
     lengths = [_dask.delayed(len)(block) for block in blocks]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from dask.base import is_dask_collection
 
-from streamgd.data.sources.dask_blocks import measure_lengths
+from streamgd.data.sources.dask_blocks import is_frame, measure_lengths, settled, values_of
 from streamgd.data.sources.frames import pick_columns
 from streamgd.errors import DataError, SchemaError
 
@@ -124,7 +124,7 @@ def frame_parts(frame: Any, target: Any, features: Sequence[str] | None, weight:
     sample = frame._meta_nonempty
     columns, _, _ = pick_columns(sample, names[0], features, names[1])
     chosen = [sample.columns[j] for j in columns.positions]
-    frame = frame[[*chosen, *listed(names[0]), *listed(names[1])]]
+    frame = settled(frame[[*chosen, *listed(names[0]), *listed(names[1])]])
     rows = tuple(_measured(frame[[frame.columns[0]]], "the DataFrame"))
     y = names[0] if names[0] is not None else _aligned(target, rows, "y")
     w = names[1] if names[1] is not None else _aligned(weight, rows, "weight")
@@ -171,8 +171,8 @@ def _aligned(part: Any, rows: Sequence[int], what: str) -> Any:
 
         from_array: Any = da.from_array
         part = from_array(np.asarray(part))
-    elif not hasattr(part, "chunks"):
-        part = part.to_dask_array()
+    elif is_frame(part):
+        part = values_of(part)
     part = _with_known_rows(part, what)
     if part.shape[0] != sum(rows):
         raise SchemaError(

@@ -1,0 +1,94 @@
+"""Dask DataFrames that something was done to: what is read is what Dask itself computes, in its order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dask.dataframe as dd
+import numpy as np
+import pandas as pd
+import pytest
+
+from streamgd.data.sources.dask import DaskSource
+from tests.data.contract import read_all
+
+N_FILES, FEATURES = 12, [f"x{j}" for j in range(20)]
+N_ROWS = 40 * N_FILES + N_FILES * (N_FILES - 1) // 2
+
+
+def table() -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    found = pd.DataFrame(rng.normal(size=(N_ROWS, len(FEATURES))), columns=FEATURES)
+    found["y"] = np.arange(N_ROWS, dtype=float)  # says which row it is
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Many files of few rows, of which Dask reads several at once where few columns are wanted."""
+    found, first = tmp_path_factory.mktemp("files"), 0
+    for number in range(N_FILES):
+        table().iloc[first : first + 40 + number].to_parquet(found / f"{number:02}.parquet", index=False)
+        first += 40 + number
+    return found
+
+
+FROM: dict[str, Callable[[Path], Any]] = {
+    "pandas": lambda _: dd.from_pandas(table(), npartitions=7),
+    "parquet": dd.read_parquet,
+    "map": lambda _: dd.from_map(lambda k: table().iloc[100 * k : 100 * k + 100], range(6), meta=table().iloc[:0]),
+    "delayed": lambda _: dd.from_delayed(dd.from_pandas(table(), npartitions=7).to_delayed(), meta=table().iloc[:0]),
+}
+THEN: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda frame: frame,
+    "assign": lambda frame: frame.assign(x0=-frame.x0, y=frame.y + 1),
+    "map_partitions": lambda frame: frame.map_partitions(lambda part: part * 10),
+    "filter": lambda frame: frame[frame.x3 > 0],
+    "filter after assign": lambda frame: frame.assign(x3=-frame.x3).query("x3 > 0 and x1 < 1"),
+    "rename": lambda frame: frame.rename(columns={"x0": "x19", "x19": "x0"}),
+    "astype": lambda frame: frame.astype("float32"),
+    "sample": lambda frame: frame.sample(frac=0.5, random_state=1),
+    "repartition": lambda frame: frame.repartition(npartitions=3),
+    "concat": lambda frame: dd.concat([frame, frame.assign(y=frame.y + N_ROWS)]),
+    "sort_values": lambda frame: frame.sort_values("x2"),
+    "drop_duplicates": lambda frame: frame.drop_duplicates(subset=["y"]),
+    "persist": lambda frame: frame[frame.x3 > 0].persist(),
+    "some partitions": lambda frame: frame.partitions[1:4],
+}
+
+
+@pytest.mark.filterwarnings("ignore:The inplace keyword")  # between Dask and pandas
+@pytest.mark.parametrize("then", THEN)
+@pytest.mark.parametrize("origin", FROM)
+def test_what_is_read_is_what_dask_computes(folder: Path, origin: str, then: str) -> None:
+    frame = THEN[then](FROM[origin](folder))
+    expected = frame.compute().sort_values("y")
+    apart = DaskSource.from_dataframe(frame[FEATURES], frame["y"])
+    for source in (DaskSource.from_dataframe(frame, "y", FEATURES), apart):
+        X, y, _ = read_all(source)
+        order = np.argsort(y)
+        np.testing.assert_array_equal(y[order], expected["y"])
+        np.testing.assert_array_equal(X[order], expected[FEATURES])
+        targets = np.concatenate([part for _, part, _ in source.iter_targets()])
+        np.testing.assert_array_equal(targets, y)
+
+
+@pytest.mark.filterwarnings("ignore:The inplace keyword")
+@pytest.mark.parametrize("columns", [["x0"], FEATURES])
+def test_blocks_are_the_partitions_whatever_is_picked(folder: Path, columns: list[str]) -> None:
+    """Dask reads several files at once where few columns are wanted."""
+    source = DaskSource.from_dataframe(dd.read_parquet(folder), "y", columns)
+    assert source.block_rows.tolist() == [40 + number for number in range(N_FILES)]
+
+
+@pytest.mark.parametrize("how", ["shuffle", "merge"])
+def test_rows_of_a_shuffle_and_their_targets_apart(how: str) -> None:
+    """By way of the disk, Dask would order the rows of each by chance."""
+    frame = FROM["pandas"](Path())
+    frame = frame.shuffle("x1") if how == "shuffle" else frame.merge(frame[["y"]].assign(z=1.0), on="y")
+    source = DaskSource.from_dataframe(frame[["x0", "x1"]], frame["y"])
+    X, y, _ = read_all(source)
+    assert sorted(y) == table()["y"].tolist()
+    np.testing.assert_array_equal(X, table().iloc[y.astype(int)][["x0", "x1"]])
