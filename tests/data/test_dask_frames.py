@@ -59,7 +59,7 @@ THEN: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:The inplace keyword")  # between Dask and pandas
+@pytest.mark.filterwarnings("ignore:The inplace keyword", "ignore:Passing more than 2 positional")  # within Dask
 @pytest.mark.parametrize("then", THEN)
 @pytest.mark.parametrize("origin", FROM)
 def test_what_is_read_is_what_dask_computes(folder: Path, origin: str, then: str) -> None:
