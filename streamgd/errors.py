@@ -18,7 +18,8 @@ Every one says what was found, what was expected and the way out::
     │   ├── CheckpointError                no checkpoint can be read
     │   ├── CheckpointWriteError           a checkpoint cannot be written; the one before is still good
     │   └── ResumeError                    data, configuration or format differ from the run's
-    ├── ClusterError (RuntimeError)        a cluster that cannot train: no workers, unfit ones, a lost scheduler
+    ├── ClusterError (RuntimeError)        a cluster that cannot train: no workers, a lost scheduler
+    │   └── UnfitWorkerError               a worker that cannot take part, found before training starts
     ├── CacheError (RuntimeError)          a cache that cannot be written
     ├── DivergenceError (ArithmeticError)  the coefficients left the finite numbers
     └── RowAccountingError (RuntimeError)  an epoch did not see each row exactly once; always a bug or changing data
@@ -61,6 +62,10 @@ class DataError(StreamgdError, ValueError):
 
 class SourceNotFoundError(DataError, FileNotFoundError):
     """No such file, dataset or column."""
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        """Be made anew when the error crosses a process boundary: its bases disagree on how to be copied."""
+        return type(self), (str(self),)
 
 
 class SchemaError(DataError):
@@ -109,6 +114,10 @@ class ResumeError(RunError):
 
 class ClusterError(StreamgdError, RuntimeError):
     """A cluster cannot train: it has no workers, or they cannot take part, or the scheduler is lost."""
+
+
+class UnfitWorkerError(ClusterError):
+    """A worker cannot take part: it has other versions, cannot read the data, or has too little memory."""
 
 
 class CacheError(StreamgdError, RuntimeError):

@@ -100,6 +100,7 @@ def train(stop: StopRequest, /, data: tuple[str, ...], run_path: Path, **given: 
     from streamgd.commands.choosing import choose
     from streamgd.commands.clusters import connected
     from streamgd.commands.reading import open_data
+    from streamgd.errors import UnfitWorkerError
     from streamgd.run.config import refuse_cache
     from streamgd.run.folder import RunFolder
     from streamgd.run.runs import plan_for
@@ -126,7 +127,11 @@ def train(stop: StopRequest, /, data: tuple[str, ...], run_path: Path, **given: 
             if folder.holds_run:
                 _say_stopped(stop, run_path, "before the first update")
             raise
-        return _train(run, folder, options, view, stop, reasons, client)
+        try:
+            return _train(run, folder, options, view, stop, reasons, client)
+        except UnfitWorkerError:  # perhaps other options help, with which a run begins anew
+            folder.discard()
+            raise
 
 
 @click.command(short_help="Go on with a run that was stopped or killed.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import warnings
@@ -21,7 +22,7 @@ from streamgd.data.plan import parse_bytes
 from streamgd.data.sources.base import Source
 from streamgd.errors import OptionError
 from streamgd.estimators.inputs import is_streamed, rows_source, training_source
-from streamgd.estimators.runs import folder_of, open_run
+from streamgd.estimators.runs import folder_of, open_run, stack_level
 from streamgd.learn import kernels
 from streamgd.learn.losses import Task
 from streamgd.learn.model import LinearModel
@@ -45,7 +46,11 @@ class SGDEstimator(BaseEstimator):  # type: ignore[misc]
 
     _task: ClassVar[Task]
     # These say how to fit: they are no data that meta-estimators could route.
-    __metadata_request__fit: ClassVar[dict[str, str]] = {"resume": UNUSED, "client": UNUSED}
+    __metadata_request__fit: ClassVar[dict[str, str]] = {
+        "resume": UNUSED,
+        "client": UNUSED,
+        "workers_timeout_s": UNUSED,
+    }
 
     checkpoint_dir: str | os.PathLike[str] | None
     checkpoint_every_s: float
@@ -75,41 +80,49 @@ class SGDEstimator(BaseEstimator):  # type: ignore[misc]
     def _source(self, X: Any, y: Any, sample_weight: Any, *, reset: bool) -> Source:
         return training_source(self, X, y, sample_weight, reset=reset, labels=self._task == "classification")
 
-    def _fit(self, X: Any, y: Any, sample_weight: Any, *, resume: bool, client: Any) -> Self:
-        config, options = self._config(_seed_of(self.random_state)), self._options()
+    def _fit(self, X: Any, y: Any, sample_weight: Any, *, resume: bool, client: Any, workers_timeout_s: float) -> Self:
+        config = self._config(_seed_of(self.random_state))
+        options = replace(self._options(), workers_timeout_s=workers_timeout_s)
         refuse_cache(config, cached=options.cache is not None, on_cluster=client is not None)
-        if client is not None:
-            from streamgd.run.cluster import require_client
-
-            require_client(client)
         if resume:
             self._require_findable()
         trained: Trained | None = getattr(self, "_trained", None) if self.warm_start else None
-        source = self._source(X, y, sample_weight, reset=trained is None)
-        start = (
-            None if trained is None else trained.warm_start(source, config, np.atleast_2d(self.coef_), self.intercept_)
-        )
-        watcher = _Announcer(self.verbose)
-        if self.checkpoint_dir is None:
-            run = start or prepare(source, config)
-            train(run, options=options, watcher=watcher, client=client)
-            self.run_dir_ = None
-        else:
-            with RunFolder(
-                folder_of(self.checkpoint_dir, config, source, start, cached=self.cache is not None)
-            ) as folder:
-                run = open_run(folder, source, config, start, resume=resume)
-                train(run, options=options, folder=folder, watcher=watcher, client=client)
-            self.run_dir_ = folder.path
+        with contextlib.ExitStack() as held:
+            if client is not None:
+                from streamgd.run.cluster import require_client
+
+                require_client(client)
+                held.enter_context(client.as_current())  # it need not be the process's default
+            source = self._source(X, y, sample_weight, reset=trained is None)
+            held.enter_context(source.computing_on(client))
+            start = None
+            if trained is not None:
+                start = trained.warm_start(source, config, np.atleast_2d(self.coef_), self.intercept_)
+            run, self.run_dir_ = self._train(source, config, options, start, resume=resume, client=client)
         self._adopt(Trained.of(run))
         if run.finished == "max_iter" and isinstance(config.tol, (int, float)) and config.tol > -np.inf:
             warnings.warn(
                 f"the loss was still falling by more than tol={config.tol} when max_iter={run.n_epochs} epochs were "
                 "over: raise max_iter, or set tol to 'auto' or None if this is what you want",
                 ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=stack_level(),
             )
         return self
+
+    def _train(
+        self, source: Source, config: Config, options: RunOptions, start: Run | None, *, resume: bool, client: Any
+    ) -> tuple[Run, Path | None]:
+        """Train in memory, or in a run folder; return the run, and the folder."""
+        watcher = _Announcer(self.verbose)
+        if self.checkpoint_dir is None:
+            run = start or prepare(source, config)
+            train(run, options=options, watcher=watcher, client=client)
+            return run, None
+        path = folder_of(self.checkpoint_dir, config, source, start, cached=self.cache is not None)
+        with RunFolder(path) as folder:
+            run = open_run(folder, source, config, start, resume=resume)
+            train(run, options=options, folder=folder, watcher=watcher, client=client)
+        return run, folder.path
 
     def _require_findable(self) -> None:
         if self.checkpoint_dir is None:
@@ -199,7 +212,7 @@ class _Announcer(Watcher):
         self._began = time.monotonic()
 
     def message(self, text: str) -> None:
-        warnings.warn(text, stacklevel=8)  # the caller of fit
+        warnings.warn(text, stacklevel=stack_level())
 
     def note(self, text: str) -> None:
         if self._verbose > 0:

@@ -251,7 +251,14 @@ class SGDClassifier(ClassifierMixin, SGDEstimator):  # type: ignore[misc]
         self.n_lanes = n_lanes
 
     def fit(
-        self, X: Any, y: Any = None, sample_weight: Any = None, *, resume: bool = False, client: Any = None
+        self,
+        X: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        resume: bool = False,
+        client: Any = None,
+        workers_timeout_s: float = 300.0,
     ) -> Self:
         """Fit the model.
 
@@ -271,6 +278,8 @@ class SGDClassifier(ClassifierMixin, SGDEstimator):  # type: ignore[misc]
             A Dask cluster to train the lanes on; None trains here. The coefficients are the same, to the bit, for any
             number of workers, lost ones included. Workers open files themselves, under the same paths; the blocks of
             Dask collections go from worker to worker.
+        workers_timeout_s : float, default=300
+            Seconds to wait for workers where the cluster has none.
 
         Returns
         -------
@@ -302,7 +311,7 @@ class SGDClassifier(ClassifierMixin, SGDEstimator):  # type: ignore[misc]
         disk is full, a warning says so and the fit goes on without. Each part of about a megabyte is checked when it is
         first read.
         """
-        return self._fit(X, y, sample_weight, resume=resume, client=client)
+        return self._fit(X, y, sample_weight, resume=resume, client=client, workers_timeout_s=workers_timeout_s)
 
     def partial_fit(self, X: Any, y: Any = None, classes: Any = None, sample_weight: Any = None) -> Self:
         """Train for one epoch on some rows: further rows of a stream, or the same once more.

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,4 +165,12 @@ def load(run_dir: str | os.PathLike[str]) -> SGDRegressor | SGDClassifier:
 
 def warn(text: str) -> None:
     """Say something in the way of a library."""
-    warnings.warn(text, stacklevel=2)
+    warnings.warn(text, stacklevel=stack_level())
+
+
+def stack_level() -> int:
+    """Count the callers up to the first one outside of streamgd, whose line a warning of the caller should name."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_globals.get("__name__", "").partition(".")[0] == "streamgd" and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    return level

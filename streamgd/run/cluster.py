@@ -130,13 +130,7 @@ class ClusterCrew(Crew):
         return None
 
     def _start_again(self) -> None:
-        """Forget what was handed over, and see which workers are left.
-
-        In this order, and after flights are dropped: while the client asks who is there, it tells the scheduler that
-        nobody wants a collection's blocks any more. Those that were to be computed on a worker that is gone, when there
-        was no other, wait for that one for good; asked for again before that, they would be the same tasks, because
-        they have the same keys.
-        """
+        """Forget what was handed over, and see which workers are left."""
         self._dispatch.start_again()
         self._look(now=True, lose=False)
 

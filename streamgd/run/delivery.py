@@ -7,6 +7,7 @@ collection is in memory than two of the longest turns need.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ class DeliveredBlocks:
         self._plans = LanePlans.of(run)
         self._epochs: dict[tuple[int, int], EpochPlan] = {}
         self._futures: dict[int, list[Any]] = {}
+        self._name, self._attempt = uuid.uuid4().hex[:12], 0
 
     def deliver(
         self, epoch: int, row: int, end: int, lanes: Mapping[int, str], workers: Sequence[str] | None
@@ -65,13 +67,14 @@ class DeliveredBlocks:
         return (epoch, row) if epoch < self._plans.n_epochs else None
 
     def clear(self) -> None:
-        """Release what was computed."""
+        """Release what was computed; what is asked for from now on are other tasks."""
         self._futures.clear()
+        self._attempt += 1
 
     def _computed(self, blocks: Sequence[int], workers: Sequence[str]) -> dict[int, list[Any]]:
         missing = [block for block in blocks if block not in self._futures]
         if missing:
-            self._futures |= self._collection.submit(self._client, missing, workers)
+            self._futures |= self._collection.submit(self._client, missing, workers, f"{self._name}-{self._attempt}")
         return {block: self._futures[block] for block in blocks}
 
     def _blocks_of(self, epoch: int, lane: int, row: int, end: int) -> list[int]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamgd.learn.recipe import Packed
+from streamgd.run.asking import tell_workers
 from streamgd.run.delivery import DeliveredBlocks
 from streamgd.run.flights import (
     WorkerWork,
@@ -136,7 +137,7 @@ class Dispatch:
             self._blocks.clear()
         if self._client.status == "running":
             with contextlib.suppress(Exception):
-                self._client.run(_close, self._work.key, on_error="ignore")
+                tell_workers(self._client, _close, self._work.key)
         del self._work
 
     def _stretch(self, epoch: int, row: int) -> Stretch:

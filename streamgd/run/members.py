@@ -8,16 +8,19 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from streamgd.errors import ClusterError
+from streamgd.errors import ClusterError, UnfitWorkerError
+from streamgd.run.asking import reports_of_workers, threads_of_workers
 from streamgd.run.epochs import Watcher
 from streamgd.run.runs import Run
-from streamgd.run.workers import WorkerReport, assign, costs_of, describe, lanes_kept, unfit
+from streamgd.run.workers import WorkerReport, assign, costs_of, lanes_kept, unfit
 
 #: How often to look whether workers came or went, and, while there are none, whether one came.
 _LOOK_S, _POLL_S = 1.0, 0.25
+#: Workers that do not answer are asked again after so many seconds.
+_ASK_AGAIN_S = 30.0
 #: A wait for workers is told after this, and then now and again.
 _SAY_AFTER_S, _SAY_EVERY_S = 2.0, 60.0
 
@@ -48,6 +51,9 @@ class Members:
         self._refused: set[str] = set()
         self._lost: str | None = None  # what kept the last worker from answering
         self._lanes: dict[int, str] = {}
+        self._silent: dict[str, float] = {}  # when workers did not answer
+        source = run.source
+        self._trial = None if source.kind == "dask" or source.held_bytes == source.stored_bytes else source
         self._looked = float("-inf")
         self._first = True
         self.look()
@@ -113,17 +119,14 @@ class Members:
             return None
         began = said = time.monotonic()
         gone: set[str] = set()
+        wanted: Any = None
         while not self._stop.is_set():
-            threads = self._present()
-            gone |= self._reports.keys() - threads.keys()
-            known = {address: report.n_threads for address, report in self._reports.items()}
-            new = [each for each, n in threads.items() if known.get(each) != n and each not in self._refused]
-            if new:
-                self._check(new)
-            self._reports = {address: report for address, report in self._reports.items() if address in threads}
-            self._refused &= set(threads)
+            threads = threads_of_workers(self._client)
+            if threads is not None:
+                gone |= self._reports.keys() - threads.keys()
+                self._let_in(threads)
             self._looked = time.monotonic()
-            if self._reports:
+            if threads is not None and self._reports:
                 before = set(self._lanes.values())
                 usable = {address: report.n_threads for address, report in self._reports.items()}
                 self._lanes = assign(self._n_lanes, usable, self._lanes)
@@ -131,43 +134,61 @@ class Members:
                 return ", ".join(sorted(gone)) if gone & before else None
             waited = self._looked - began
             if waited > self._timeout_s:
-                found = "" if self._lost is None else f" (the last one did not answer: {self._lost})"
-                raise ClusterError(
-                    f"no worker for {waited:.0f} s{found}: start workers and resume the run, or allow a longer wait "
-                    "(workers_timeout_s, --workers-timeout)"
-                )
+                raise self._nobody(waited, scheduler=threads is not None)
             if waited > _SAY_AFTER_S and (self._looked - said > _SAY_EVERY_S or said == began):
-                self._watcher.message(f"no workers: waiting for some, up to {self._timeout_s:g} s")
+                lacking = "no workers: waiting for some" if threads is not None else "the scheduler does not answer"
+                self._watcher.message(f"{lacking}, up to {self._timeout_s:g} s")
                 said = self._looked
+            if wanted is None and threads is not None:
+                wanted = self._client.submit(_nothing, pure=False)  # a cluster that adapts starts workers for tasks
             time.sleep(_POLL_S)
         return None
 
-    def _present(self) -> dict[str, int]:
-        """Ask the scheduler for its workers."""
-        try:
-            found: dict[str, int] = dict(self._client.nthreads())
-        except Exception as err:
-            raise ClusterError(
-                f"the scheduler does not answer ({type(err).__name__}: {err}): start the cluster again and resume the "
-                "run"
-            ) from err
-        return found
+    def _nobody(self, waited: float, *, scheduler: bool) -> ClusterError:
+        if not scheduler:
+            return ClusterError(
+                f"the scheduler did not answer for {waited:.0f} s: start the cluster again and resume the run"
+            )
+        found = "" if self._lost is None else f" (the last one that was asked: {self._lost})"
+        return ClusterError(
+            f"no worker for {waited:.0f} s{found}: start workers and resume the run, or allow a longer wait "
+            "(workers_timeout_s, --workers-timeout)"
+        )
+
+    def _let_in(self, threads: Mapping[str, int]) -> None:
+        """Ask workers that are new, and forget those that are gone."""
+        known = {address: report.n_threads for address, report in self._reports.items()}
+        new = [each for each, n in threads.items() if known.get(each) != n and each not in self._refused]
+        now = time.monotonic()
+        new = [each for each in new if now - self._silent.get(each, -_ASK_AGAIN_S) >= _ASK_AGAIN_S]
+        if new:
+            self._check(new)
+        self._reports = {address: report for address, report in self._reports.items() if address in threads}
+        self._refused &= set(threads)
 
     def _check(self, addresses: Sequence[str]) -> None:
         """Let workers in, or refuse them: before training all must be fit, later those that are not are left out."""
-        source = None if self._run.source.kind in ("dask", "memory") else self._run.source
-        reports = self._client.run(describe, source, workers=list(addresses), on_error="return")
+        reports = reports_of_workers(self._client, self._trial, addresses)
         for address in addresses:
             report = reports.get(address)
-            if report is None or isinstance(report, OSError):
-                self._lost = f"{address}: {type(report).__name__}: {report}" if report is not None else self._lost
+            if report is None:
+                self._silent[address] = time.monotonic()
+                self._lost = address
+                self._watcher.message(f"worker {address} does not answer: it gets no lanes until it does")
+                continue
+            if isinstance(report, OSError):
+                self._lost = f"{address}: {type(report).__name__}: {report}"
                 continue  # gone again, as it seems; else it is asked once more
             why = unfit(address, report, self._run)
             if why is None:
                 assert isinstance(report, WorkerReport)
                 self._reports[address] = report
             elif self._first:
-                raise ClusterError(why)
+                raise UnfitWorkerError(why)
             else:
                 self._refused.add(address)
                 self._watcher.message(f"{why}. The run goes on without it")
+
+
+def _nothing() -> None:
+    """Be a task that waits for a worker."""

@@ -62,7 +62,9 @@ def describe(source: Source | None, dask_worker: Any = None) -> WorkerReport:
     unreadable = None
     if source is not None:
         try:
-            for block in np.unique(np.linspace(0, source.n_blocks - 1, _TRIALS).astype(int)).tolist():
+            blocks = np.unique(np.linspace(0, source.n_blocks - 1, _TRIALS).astype(int)).tolist()
+            source.check_unchanged(blocks)
+            for block in blocks:
                 with source.open_block(block, piece_rows=1) as reader:
                     reader.read(1)
             source.close()
@@ -107,8 +109,8 @@ def unfit(address: str, report: WorkerReport | BaseException, run: Run) -> str |
         )
     if report.unreadable is not None:
         return (
-            f"worker {address} cannot read the data: {report.unreadable}. Workers open files themselves: put them on "
-            "storage that every worker sees under the same path"
+            f"worker {address} cannot read the data: {report.unreadable}. Workers open files themselves: put the same "
+            "ones where every worker sees them under the same path"
         )
     needed = memory_needed(run, report.n_threads, report.n_threads)
     if report.memory_limit and needed > report.memory_limit:
@@ -202,7 +204,7 @@ def _states_bytes(run: Run, n_threads: int) -> int:
 
 def _copied_bytes(run: Run) -> int:
     """Rows in the memory of the client go to every worker."""
-    return run.source.stored_bytes if run.source.kind == "memory" else 0
+    return run.source.held_bytes
 
 
 def assign(n_lanes: int, threads: Mapping[str, int], before: Mapping[int, str]) -> dict[int, str]:

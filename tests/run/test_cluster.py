@@ -19,11 +19,13 @@ import numpy as np
 import pytest
 
 from streamgd.data.sources import open_source
-from streamgd.errors import ClusterError, DataError, OptionError
+from streamgd.errors import ClusterError, DataError, OptionError, UnfitWorkerError
+from streamgd.learn import kernels
+from streamgd.run import asking, dispatch, members, pace, workers
 from streamgd.run import cluster as cluster_module
-from streamgd.run import dispatch, members, pace, workers
 from streamgd.run.checkpoint import CheckpointFolder
-from streamgd.run.config import Config
+from streamgd.run.config import Config, RunOptions
+from streamgd.run.epochs import Watcher
 from streamgd.run.loop import train
 from streamgd.run.runs import prepare
 from tests.clustering import (
@@ -261,6 +263,25 @@ class TestBits:
         options = {"buffer": buffer, "batch_size": 128}
         assert fit(folder, "dask", client=two[1], **options) == fit(folder, "dask", **options)
 
+    def test_of_what_is_made_of_a_persisted_array(self, two, folder):
+        X, y = load(folder, "dask")
+        X = two[1].persist(X)
+        y = X.sum(axis=1)
+        assert bits(estimator().fit(X[:, :3], y, client=two[1])) == bits(
+            estimator().fit(load(folder, "dask")[0][:, :3], load(folder, "dask")[0].sum(axis=1))
+        )
+
+    def test_nothing_of_a_collection_is_computed_here(self, two, folder, tmp_path):
+        """Not for the survey either, though the client is not the process's default."""
+        X, y = load(folder, "dask")
+
+        def noted(block: Any) -> Any:
+            (tmp_path / f"{os.getpid()}").touch()
+            return block
+
+        estimator().fit(X.map_blocks(noted, dtype=X.dtype), y.map_blocks(noted, dtype=y.dtype), client=two[1])
+        assert {path.name for path in tmp_path.iterdir()} <= {str(pid) for pid in two[1].run(os.getpid).values()}
+
     def test_of_a_data_frame(self, two, folder):
         import dask.dataframe as dd
         import pandas as pd
@@ -290,17 +311,38 @@ class TestBits:
         assert not threads_of_ours()
 
 
+class StopAt(Watcher):
+    """Stops a run once it has seen so many rows."""
+
+    def __init__(self, n_rows: int) -> None:
+        self.n_rows, self.stop = n_rows, threading.Event()
+
+    def advanced(self, run: Any, reading: Any) -> None:
+        if int(run.state.counters[kernels.N_ROWS]) >= self.n_rows:
+            self.stop.set()
+
+
 class TestFaults:
     @pytest.mark.usefixtures("rounds")
     @pytest.mark.parametrize("kind", KINDS)
-    def test_workers_are_killed(self, two, folder, here, kind):
+    def test_workers_are_killed(self, two, folder, kind):
         client, rng = two[1], random.Random(kind)
         await_workers(client, 2)
-        killing = threading.Timer(rng.uniform(0.1, 0.8), kill_worker, (client, rng.randrange(2)))
+        expected = fit(folder, kind, max_iter=40)
+        fit(folder, kind, client=client, max_iter=1)  # who starts takes its time
+        killed: list[float] = []
+
+        def kill() -> None:
+            kill_worker(client, rng.randrange(2))
+            killed.append(time.monotonic())
+
+        killing = threading.Timer(rng.uniform(0.05, 0.3), kill)
         killing.start()
-        found = fit(folder, kind, client=client)
+        found = fit(folder, kind, client=client, max_iter=40)
+        ended = time.monotonic()
         killing.join()
-        assert found == here(kind)
+        assert found == expected
+        assert killed[0] < ended
 
     def test_all_workers_are_lost_and_others_come(self, folder, here):
         with cluster(1) as (made, client):
@@ -341,22 +383,94 @@ class TestFaults:
             finally:
                 processes.close()
 
-    def test_workers_join_and_retire(self, folder, here):
+    def test_two_fits_of_one_collection_lose_all_workers(self, folder, here):
+        """The blocks of either are its own: what waits for a worker that is gone, nobody else waits for."""
+        X, y = load(folder, "dask")
+        with cluster(0) as (made, client):
+            processes = Processes(made.scheduler_address, 1)
+            await_workers(client, 1)
+            try:
+                for _ in range(2):
+                    client.run(slowed, 1.0)
+                    found: list[Any] = []
+
+                    def once(kept: list[Any] = found) -> None:
+                        kept.append(bits(estimator().fit(X, y, client=client)))
+
+                    fitting = [threading.Thread(target=once, daemon=True) for _ in range(2)]
+                    for each in fitting:
+                        each.start()
+                        time.sleep(0.3)
+                    time.sleep(0.7)
+                    processes.kill(0)
+                    for each in fitting:
+                        each.join(60)
+                    assert found == [here("dask")] * 2
+                    await_workers(client, 1)
+            finally:
+                processes.close()
+
+    def test_a_cluster_that_adapts_starts_workers(self, folder, here):
+        """It does so for tasks that wait."""
+        with cluster(0) as (made, client):
+            made.adapt(minimum=0, maximum=1, interval="100 ms")
+            found = []
+            fitting = threading.Thread(target=lambda: found.append(fit(folder, "parquet", client=client)), daemon=True)
+            fitting.start()
+            fitting.join(60)
+            assert found == [here("parquet")]
+
+    def test_a_worker_that_is_silent_gets_no_lanes(self, folder, here, monkeypatch):
+        """Nor is it waited for in the end."""
+        monkeypatch.setattr(asking, "ANSWER_S", 1.0)
+        with cluster(0) as (made, client):
+            processes = Processes(made.scheduler_address, 2)
+            await_workers(client, 2)
+            pids = client.run(os.getpid)
+            try:
+                os.kill(pids[min(pids)], signal.SIGSTOP)
+                began = time.monotonic()
+                with pytest.warns(UserWarning, match=f"worker {min(pids)} does not answer") as told:
+                    assert fit(folder, "hdf5", client=client) == here("hdf5")
+                assert time.monotonic() - began < 20
+                assert told[0].filename.endswith("clustering.py")  # who called fit
+            finally:
+                os.kill(pids[min(pids)], signal.SIGCONT)
+                processes.close()
+
+    def test_workers_join_and_retire(self, folder):
+        stop = threading.Event()
         with cluster(1) as (made, client):
-            done: list[Any] = []
-            training = threading.Thread(target=lambda: done.append(fit(folder, "parquet", client=client)))
+            source = open_source(folder / "rows.parquet", "y")
+            run = prepare(source, Config(n_lanes=4, max_iter=10_000, tol=None, buffer_bytes=3_000_000))
+            training = threading.Thread(target=train, args=(run,), kwargs={"client": client, "stop": stop})
             training.start()
-            time.sleep(0.3)
+
+            def after_more_epochs() -> None:
+                until, epoch = time.monotonic() + 60, run.state.epoch
+                while run.state.epoch < epoch + 5:
+                    assert training.is_alive()
+                    assert time.monotonic() < until
+                    time.sleep(0.01)
+
+            after_more_epochs()
             made.scale(3)
             await_workers(client, 3)
-            time.sleep(0.3)
+            after_more_epochs()
             client.retire_workers(sorted(client.nthreads())[:2])
+            after_more_epochs()
+            stop.set()
             training.join()
-            assert done == [here("parquet")]
+        again = prepare(source, Config(n_lanes=4, max_iter=10_000, tol=None, buffer_bytes=3_000_000))
+        rounds = int(run.state.counters[kernels.N_ROWS])
+        watcher = StopAt(rounds)
+        assert train(again, watcher=watcher, stop=watcher.stop) is False
+        for name, array in run.state.to_tensors().items():
+            np.testing.assert_array_equal(again.state.to_tensors()[name], array, name)
 
     @pytest.mark.parametrize("way", [SINGLY, CHAINED, TOGETHER], ids=["singly", "chained", "together"])
     @pytest.mark.parametrize("kind", KINDS)
-    def test_the_client_is_killed_and_resumed_elsewhere(self, two, folder, here, kind, way, tmp_path):
+    def test_the_client_is_killed_and_resumed_elsewhere(self, two, four, folder, here, kind, way, tmp_path):
         make_data(tmp_path)
         scheduler = two[0].scheduler_address
         command = [sys.executable, "-m", "tests.clustering", kind, str(tmp_path), scheduler, "auto", json.dumps(way)]
@@ -372,7 +486,8 @@ class TestFaults:
         assert not (tmp_path / "done.txt").exists()
         (checkpoints,) = run.glob("*/checkpoints")
         assert 0 < int(CheckpointFolder(checkpoints).files()[0].name[5:23]) < N_EPOCHS * N_ROWS
-        resumed = fit(tmp_path, kind, checkpoint_dir=run)  # without any cluster
+        # Without any cluster, or on one of another size.
+        resumed = fit(tmp_path, kind, client=four[1] if way is CHAINED else None, checkpoint_dir=run)
         assert resumed == here(kind)
 
 
@@ -440,10 +555,7 @@ class TestErrors:
         def full(source: Any, dask_worker: Any = None) -> Any:
             raise OSError("No space left on device")
 
-        from streamgd.run.config import RunOptions
-        from streamgd.run.epochs import Watcher
-
-        monkeypatch.setattr(members, "describe", full)
+        monkeypatch.setattr(asking, "describe", full)
         X, _ = load(folder, "hdf5")
         with cluster(1) as (_, client), pytest.raises(ClusterError, match=r"no worker for .*No space left on device"):
             crew(X, client, RunOptions(workers_timeout_s=0.5), Watcher())
@@ -452,15 +564,26 @@ class TestErrors:
         make_data(tmp_path)
         X, _ = load(tmp_path, "hdf5")
         (tmp_path / "rows.h5").rename(tmp_path / "moved.h5")
-        from streamgd.run.config import RunOptions
-        from streamgd.run.epochs import Watcher
 
         with pytest.raises(ClusterError, match=r"worker tcp://127\.0\.0\.1:\d+ cannot read the data.*rows\.h5"):
             crew(X, two[1], RunOptions(), Watcher())
 
+    @pytest.mark.parametrize("kind", ["hdf5", "parquet", "npy"])
+    def test_workers_that_have_another_file(self, two, tmp_path, kind):
+        make_data(tmp_path)
+        X, _ = load(tmp_path, "hdf5" if kind == "npy" else kind)
+        path, place = tmp_path / f"rows.{'h5' if kind == 'hdf5' else kind}", slice(-5000, -4000)
+        if kind == "npy":
+            with np.load(tmp_path / "rows.npz") as file:
+                np.save(path, file["X"])
+            X, place = open_source(np.load(path, mmap_mode="r"), np.zeros(N_ROWS)), slice(-40_000, -1000)
+        content = bytearray(path.read_bytes())
+        content[place] = bytes(len(content[place]))
+        path.write_bytes(content)
+        with pytest.raises(UnfitWorkerError, match=r"worker tcp://.* cannot read the data.*Error"):
+            crew(X, two[1], RunOptions(), Watcher())
+
     def test_no_workers(self, folder):
-        from streamgd.run.config import RunOptions
-        from streamgd.run.epochs import Watcher
 
         X, _ = load(folder, "hdf5")
         with cluster(0) as (_, client):
@@ -593,21 +716,22 @@ def test_rounds_may_take_long_whichever_client_is_the_default(two, folder, here,
         client.run(slowed, 0)
 
 
-def test_stopping_while_workers_are_awaited_ends_quietly(two, folder, monkeypatch):
+@pytest.mark.parametrize("answer", [{}, None], ids=["no worker", "silent scheduler"])
+def test_stopping_while_workers_are_awaited_ends_quietly(two, folder, monkeypatch, answer):
     """In the middle of a run, when every worker is gone: nothing may be handed over to those that were there."""
     stop = threading.Event()
     seen: list[int] = []
 
-    def present(self):
+    def present(client):
         seen.append(1)
         if len(seen) <= 1:
-            return dict(self._client.nthreads())
+            return dict(client.nthreads())
         stop.set()
-        return {}
+        return answer
 
     monkeypatch.setattr(members, "_LOOK_S", 0.0)
     hand_over(monkeypatch, SINGLY)
-    monkeypatch.setattr(members.Members, "_present", present)
+    monkeypatch.setattr(members, "threads_of_workers", present)
     run = prepare(open_source(folder / "rows.h5", "y"), Config(n_lanes=2, max_iter=3, tol=None))
     assert train(run, client=two[1], stop=stop) is False
     assert len(seen) == 2

@@ -7,6 +7,7 @@ needs only the metadata; `streamgd.data.window` only `Source.open_block`; the su
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -255,6 +256,13 @@ class Source(abc.ABC):
     fingerprint: dict[str, Any]
     origin: dict[str, Any]
 
+    def computing_on(self, client: Any) -> contextlib.AbstractContextManager[None]:
+        """Have blocks that must be computed be so on a `distributed.Client`, which need not be the process's default.
+
+        A context manager. Files, and data in memory, have none.
+        """
+        return contextlib.nullcontext()
+
     @property
     def n_rows(self) -> int:
         """Rows of all blocks."""
@@ -339,6 +347,20 @@ class Source(abc.ABC):
     def flat_rows(self) -> FlatRows | None:
         """Say where the rows lie, for this process; None unless `is_flat`."""
         return None
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of rows that this object holds in memory, and that go with it to other processes."""
+        return 0
+
+    def check_unchanged(self, blocks: Sequence[int]) -> None:  # noqa: B027 - most sources look when they open a file
+        """Make sure that the files behind some blocks are those that were opened, wherever this source was sent.
+
+        Raises
+        ------
+        CorruptDataError
+            If one is another, or was changed.
+        """
 
     def announce(self, blocks: Sequence[int]) -> None:  # noqa: B027 - only sources that compute can use it
         """Tell which blocks will be opened next, in order, so that a source that computes may begin. Only a hint."""

@@ -7,6 +7,7 @@ and `frames`, by the rules for data in memory.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 from streamgd.data.sources.arrays import as_features, as_target, as_weight
 from streamgd.data.sources.base import Array, BlockReader, Slice, Source, choose_row_dtype
 from streamgd.data.sources.columns import Column, Features, Target
-from streamgd.data.sources.dask_blocks import Ahead, BlockGraph, active_client
+from streamgd.data.sources.dask_blocks import Ahead, BlockGraph, active_client, within_task
 from streamgd.data.sources.dask_parts import Parts, array_parts, frame_parts
 from streamgd.errors import DataError, EmptySourceError, SchemaError, SourceNotFoundError, StreamgdError
 
@@ -57,7 +58,8 @@ class DaskSource(Source):
     ----------
     compute_here : bool
         Whether blocks are computed in the thread that opens them even if a client is active. True for a source that was
-        unpickled, which was sent to where it is to be used.
+        made within a task of a cluster, or unpickled, which was sent to where it is to be used: threads that read for a
+        task do not know that they do, and what they asked of the cluster could wait for that task.
 
     Raises
     ------
@@ -161,7 +163,7 @@ class DaskSource(Source):
         self.stored_bytes = self.n_rows * row_bytes
         self.open_block_bytes = int(self.block_rows.max()) * row_bytes
         self.origin = {"kind": self.kind, "shape": [self.n_rows, self.n_features]}
-        self.compute_here = False
+        self.compute_here = within_task()
         self._delivered: Mapping[int, Sequence[Any]] | None = None
         self._start_afresh()
 
@@ -171,10 +173,11 @@ class DaskSource(Source):
         self._graphs: dict[bool, BlockGraph] = {}
         self._ahead = Ahead()
         self._n_open = 0
+        self._client: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process."""
-        own = ("_lock", "_graphs", "_ahead", "_n_open")
+        own = ("_lock", "_graphs", "_ahead", "_n_open", "_client")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -182,6 +185,21 @@ class DaskSource(Source):
         self.__dict__.update(state)
         self.compute_here = True
         self._start_afresh()
+
+    @contextlib.contextmanager
+    def computing_on(self, client: Any) -> Iterator[None]:
+        """Compute on this client meanwhile, and none means as before; see `Source.computing_on`."""
+        before, self._client = self._client, client
+        try:
+            yield
+        finally:
+            self._client = before
+
+    def _computing_client(self) -> Any | None:
+        """Return the client that computes blocks; None computes them in the thread that opens them."""
+        if self._client is not None:
+            return self._client if self._client.status == "running" else None
+        return None if self.compute_here else active_client()
 
     # Reading
 
@@ -193,7 +211,7 @@ class DaskSource(Source):
 
     def open_heads(self, heads: Sequence[tuple[int, int]], *, piece_rows: int) -> Iterator[BlockReader]:
         """Open blocks of which only the first rows are wanted: from a cluster no others come."""
-        client = None if self.compute_here else active_client()
+        client = self._computing_client()
         if client is None or any(_FEW * n > int(self.block_rows[block]) for block, n in heads):
             yield from super().open_heads(heads, piece_rows=piece_rows)
             return
@@ -217,7 +235,7 @@ class DaskSource(Source):
 
     def announce(self, blocks: Sequence[int]) -> None:
         """Have the client, if there is one, begin with a few of these blocks."""
-        client = None if self.compute_here else active_client()
+        client = self._computing_client()
         if client is not None:
             numbers = self._numbers[list(blocks)].tolist()
             self._ahead.announce(self._graph(targets_only=False), client, numbers, self._n_open)
@@ -234,28 +252,32 @@ class DaskSource(Source):
 
     def _targets(self) -> Iterator[tuple[int, Any]]:
         """Compute target and weights of every block: on a cluster, those of many blocks for one answer of it."""
-        client = None if self.compute_here else active_client()
+        client = self._computing_client()
         if client is None:
             for block in range(self.n_blocks):
                 yield block, self._compute(block, targets_only=True)
             return
         graph = self._graph(targets_only=True)
         groups = self._target_groups()
-        upcoming = graph.submit_all(client, self._numbers[groups[0]].tolist())
-        for blocks, following in zip(groups, [*groups[1:], None], strict=True):
-            futures = upcoming
-            if following is not None:
-                upcoming = graph.submit_all(client, self._numbers[following].tolist())
-            try:
-                found = client.gather(futures)
-            except Exception:
-                found = {}  # which block it is, and why, comes out block by block
-            for block in blocks:
-                number = int(self._numbers[block])
-                if number in found:
-                    yield block, self._checked(block, found[number], targets_only=True)
-                else:
-                    yield block, self._compute(block, targets_only=True)
+        under_way = [graph.submit_all(client, self._numbers[groups[0]].tolist())]
+        try:
+            for blocks, following in zip(groups, [*groups[1:], None], strict=True):
+                if following is not None:
+                    under_way.append(graph.submit_all(client, self._numbers[following].tolist()))
+                try:
+                    found = client.gather(under_way[0])
+                except Exception:
+                    found = {}  # which block it is, and why, comes out block by block
+                for block in blocks:
+                    number = int(self._numbers[block])
+                    if number in found:
+                        yield block, self._checked(block, found[number], targets_only=True)
+                    else:
+                        yield block, self._compute(block, targets_only=True)
+                del under_way[0]
+        finally:
+            for future in (f for blocks in under_way for futures in blocks.values() for f in futures):
+                future.release()  # an error's traceback holds them, and with them their tasks on the cluster
 
     def _target_groups(self) -> list[list[int]]:
         """Divide the blocks into runs whose targets may be in memory together."""
@@ -289,7 +311,9 @@ class DaskSource(Source):
         """Open these blocks from now on, and no others; see `with_blocks`."""
         self._delivered = blocks
 
-    def submit(self, client: Any, blocks: Sequence[int], workers: Sequence[str] | None = None) -> dict[int, list[Any]]:
+    def submit(
+        self, client: Any, blocks: Sequence[int], workers: Sequence[str] | None = None, name: str | None = None
+    ) -> dict[int, list[Any]]:
         """Have a cluster compute blocks, and leave them there.
 
         Parameters
@@ -300,6 +324,8 @@ class DaskSource(Source):
             Which.
         workers : sequence of str or None, default=None
             Where, if possible.
+        name : str or None, default=None
+            Makes the tasks different from all others', see `BlockGraph.submit_all`.
 
         Returns
         -------
@@ -307,7 +333,7 @@ class DaskSource(Source):
             What `with_blocks` takes once they are computed.
         """
         numbers = {block: int(self._numbers[block]) for block in blocks}
-        found = self._graph(targets_only=False).submit_all(client, list(numbers.values()), workers)
+        found = self._graph(targets_only=False).submit_all(client, list(numbers.values()), workers, name)
         return {block: found[number] for block, number in numbers.items()}
 
     def _graph(self, *, targets_only: bool) -> BlockGraph:
@@ -320,7 +346,7 @@ class DaskSource(Source):
     def _compute(self, block: int, *, targets_only: bool) -> tuple[Features | None, Target | None, Column | None]:
         """Compute a block and check that it is what was promised."""
         number = int(self._numbers[block])
-        client = None if self.compute_here else active_client()
+        client = self._computing_client()
         if self._delivered is not None:
             return self._checked(block, self._delivered[block], targets_only=targets_only)
         try:

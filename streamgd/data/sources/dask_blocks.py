@@ -24,19 +24,25 @@ _MEASURING_THREADS = 4
 _LEAST_AHEAD = 4
 
 
+def within_task() -> bool:
+    """Whether this thread runs a task of a cluster; never imports `distributed`."""
+    distributed = sys.modules.get("distributed")
+    if distributed is None:
+        return False
+    try:
+        distributed.get_worker()
+    except ValueError:
+        return False
+    return True
+
+
 def active_client() -> Any | None:
     """Return the `distributed.Client` that is active in this process, or None; never imports `distributed`.
 
     Within a task of a cluster there is none: a task that waits for others can wait forever.
     """
     distributed = sys.modules.get("distributed")
-    if distributed is None:
-        return None
-    try:
-        distributed.get_worker()
-    except ValueError:
-        pass
-    else:
+    if distributed is None or within_task():
         return None
     try:
         client = distributed.default_client()
@@ -76,28 +82,56 @@ class BlockGraph:
         return [futures[key] if key in futures else self._persisted[key] for key in keys]
 
     def submit_all(
-        self, client: Any, blocks: Sequence[int], workers: Sequence[str] | None = None
+        self, client: Any, blocks: Sequence[int], workers: Sequence[str] | None = None, name: str | None = None
     ) -> dict[int, list[Any]]:
-        """Begin computing several blocks, on some workers if that is possible; return the futures of each."""
+        """Begin computing several blocks; return the futures of each.
+
+        Parameters
+        ----------
+        client : distributed.Client
+            Of the cluster.
+        blocks : sequence of int
+            Which.
+        workers : sequence of str or None, default=None
+            Where, if possible.
+        name : str or None, default=None
+            What the keys of tasks end in, so that nobody else's are the same. Tasks that were to be computed on workers
+            which are gone may wait for good, and whoever asks for tasks of their keys would wait with them.
+        """
         tasks: dict[Any, Any] = {}
         keys: dict[int, list[Any]] = {}
         for block in blocks:
             more, keys[block], _ = self._cut(block)
             tasks |= more
-        wanted = [key for some in keys.values() for key in some if key in tasks]
+        names = {key: key if name is None else _ending_in(name, key) for key in tasks}
+        if name is not None:
+            tasks = {names[key]: task.substitute(names, key=names[key]) for key, task in self._nodes(tasks).items()}
+        wanted = [names[key] for some in keys.values() for key in some if key in names]
         where: dict[str, Any] = {} if workers is None else {"workers": list(workers), "allow_other_workers": True}
         futures = dict(zip(wanted, client.get(tasks, wanted, sync=False, **where), strict=True)) if wanted else {}
         return {
-            block: [futures[key] if key in futures else self._persisted[key] for key in some]
+            block: [futures[names[key]] if key in names else self._persisted[key] for key in some]
             for block, some in keys.items()
         }
+
+    def _nodes(self, tasks: dict[Any, Any]) -> dict[Any, Any]:
+        """Return tasks in the form in which keys can be replaced."""
+        from dask._task_spec import convert_legacy_graph
+
+        return dict(convert_legacy_graph(tasks, all_keys=self._known))
 
     @cached_property
     def _persisted(self) -> dict[Any, Any]:
         """What the cluster holds already; optimizing leaves only its keys in the graph."""
-        future = sys.modules["distributed"].Future
+        distributed = sys.modules.get("distributed")
+        if distributed is None:
+            return {}
         graphs = [dict(collection.__dask_graph__()) for collection in self._collections]
-        return {key: task for graph in graphs for key, task in graph.items() if isinstance(task, future)}
+        return {k: task for graph in graphs for k, task in graph.items() if isinstance(task, distributed.Future)}
+
+    @cached_property
+    def _known(self) -> set[Any]:
+        return self._tasks.keys() | self._persisted.keys()
 
     def _cut(self, block: int) -> tuple[dict[Any, Any], list[Any], list[Any]]:
         """Return the tasks behind a block, its keys, and the keys of persisted data that the tasks need."""
@@ -107,13 +141,16 @@ class BlockGraph:
         left = list(keys)
         while left:
             key = left.pop()
-            if key in self._tasks:
-                if key not in tasks:
-                    tasks[key] = self._tasks[key]
-                    left += _dask.core.get_dependencies(self._tasks, key, as_list=True)
-            else:
+            if key not in self._tasks or key in self._persisted:
                 persisted[key] = True
+            elif key not in tasks:
+                tasks[key] = self._tasks[key]
+                left += _dask.core.keys_in_tasks(self._known, [self._tasks[key]], as_list=True)
         return tasks, keys, list(persisted)
+
+
+def _ending_in(name: str, key: Any) -> Any:
+    return (f"{key[0]}-{name}", *key[1:]) if isinstance(key, tuple) else f"{key}-{name}"
 
 
 def settled(frame: Any) -> Any:

@@ -36,6 +36,7 @@ from streamgd.data.sources.hdf5_layout import (
     check_agreement,
     describe_file,
     flat_offset,
+    hash_of,
     widest_dtype,
 )
 from streamgd.data.sources.hdf5_rows import OpenFiles
@@ -266,6 +267,13 @@ class Hdf5Source(Source):
                 yield ahead.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def check_unchanged(self, blocks: Sequence[int]) -> None:
+        """Hash a little of each file, as for the fingerprint; see `Source.check_unchanged`."""
+        for file in dict.fromkeys(self.place(block)[0] for block in blocks):
+            info = self._files[file]
+            if hash_of(info.path) != (info.n_bytes, info.digest):
+                raise CorruptDataError(f"{info.path}: not the file that was opened first, or changed since")
 
     def stamp(self) -> dict[str, Any]:
         """Look at the files, also those that rows are taken from behind links; see `Source.stamp`."""

@@ -174,7 +174,7 @@ def describe_file(path: str, features: Sequence[str], target: str | None, weight
         )
     if w is not None and (len(w.shape) != 1 or not _is_number(w)):
         raise SchemaError(f"{path}: weight {_shown(w)}; expected numbers of shape (n_rows,)")
-    n_bytes, digest = _digest(path)
+    n_bytes, digest = hash_of(path)
     found = FileInfo(path, n_bytes, digest, xs, y, w, tuple(sorted(behind)))
     for info in found.datasets:
         if info.shape[0] != found.n_rows:
@@ -307,7 +307,7 @@ def _shown(info: DatasetInfo) -> str:
     return f"dataset {info.name!r} has shape {info.shape} and type {info.dtype}"
 
 
-def _digest(path: str) -> tuple[int, str]:
+def hash_of(path: str) -> tuple[int, str]:
     """Measure a file, and hash its first and last bytes and a few pieces between: cheap, whatever the compression."""
     digest = hashlib.blake2b(digest_size=16)
     with Path(path).open("rb") as file:

@@ -27,7 +27,7 @@ from streamgd.data.sources.files import stamp_of
 from streamgd.data.sources.flat import FlatRows, Part, Strip
 from streamgd.data.sources.frames import pick_columns
 from streamgd.data.sources.mapped import MappedArray
-from streamgd.errors import EmptySourceError, SchemaError
+from streamgd.errors import CorruptDataError, EmptySourceError, SchemaError
 
 #: Up to this size the fingerprint covers every value; above it, rows spread over the whole.
 _HASHED_WHOLE_BYTES = 4 << 20
@@ -196,6 +196,16 @@ class MemorySource(Source):
             stop = min(first + _TARGET_ROWS, self.n_rows)
             y = None if self._target is None else self._target.read(first, stop)
             yield first, y, None if self._weight is None else self._weight.read(first, stop)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all but memmaps, which are sent as the paths of their files."""
+        return sum(column.n_bytes for column in self._columns() if not isinstance(column.data, MappedArray))
+
+    def check_unchanged(self, blocks: Sequence[int]) -> None:
+        """Read the rows again that the fingerprint covers; see `Source.check_unchanged`."""
+        if self._make_fingerprint() != self.fingerprint:
+            raise CorruptDataError(f"{self.name}: not the values that were opened first, or changed since")
 
     def stamp(self) -> dict[str, Any]:
         """Sum up all values, at about the memory's speed, and look at the files behind memmaps; see `Source.stamp`."""

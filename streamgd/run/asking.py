@@ -1,0 +1,80 @@
+"""What is asked of a cluster, and for how long an answer is awaited.
+
+A worker or a scheduler may stop answering without being gone: it is stopped, swaps, or its network is torn. Dask waits
+for it without end; here, whoever asks goes on without the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from streamgd.data.sources.base import Source
+from streamgd.errors import ClusterError
+from streamgd.run.workers import WorkerReport, describe
+
+#: Seconds in which whoever is alive says so; and in which a worker imports what it needs, and opens files.
+ANSWER_S, _REPORT_S = 5.0, 120.0
+
+
+def threads_of_workers(client: Any) -> dict[str, int] | None:
+    """Ask the scheduler for its workers, and the threads of each; None if it does not answer.
+
+    Raises
+    ------
+    ClusterError
+        If it is gone.
+    """
+    try:
+        return dict(client.nthreads(callback_timeout=ANSWER_S))
+    except TimeoutError:
+        return None
+    except Exception as err:
+        raise ClusterError(
+            f"the scheduler does not answer ({type(err).__name__}: {err}): start the cluster again and resume the run"
+        ) from err
+
+
+def reports_of_workers(
+    client: Any, source: Source | None, addresses: Sequence[str]
+) -> dict[str, WorkerReport | BaseException]:
+    """Have workers describe themselves; those that are gone or do not answer are left out.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Of the cluster.
+    source : Source or None
+        Files to open on trial.
+    addresses : sequence of str
+        Whom to ask.
+    """
+    alive = client.sync(_who_answers, client, addresses)
+    if not alive:
+        return {}
+    try:
+        return dict(client.run(describe, source, workers=alive, on_error="return", callback_timeout=_REPORT_S))
+    except TimeoutError:  # somebody stopped meanwhile; it is found out when they are asked again
+        return {}
+
+
+def tell_workers(client: Any, function: Any, *arguments: Any) -> None:
+    """Run something on all workers that answer."""
+    client.run(function, *arguments, on_error="ignore", callback_timeout=ANSWER_S)
+
+
+async def _who_answers(client: Any, addresses: Sequence[str]) -> list[str]:
+    asked = {
+        address: asyncio.ensure_future(client.run(os.getpid, workers=[address], on_error="ignore", asynchronous=True))
+        for address in addresses
+    }
+    await asyncio.wait(asked.values(), timeout=ANSWER_S)
+    alive = []
+    for address, answer in asked.items():
+        if not answer.done():
+            answer.cancel()
+        elif answer.exception() is None and address in answer.result():
+            alive.append(address)
+    return alive
