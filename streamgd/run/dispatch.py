@@ -113,7 +113,7 @@ class Dispatch:
         self._hand_over_work()
 
     def _hand_over_work(self) -> None:
-        graph = Graph(self._client, None)
+        graph = Graph(self._client, self._members.fit)
         key = graph.add(f"lane-work-{self._name}-{self._attempt}", None, 0, keep, self._lane_work)
         (self._work,) = graph.hand_over([key])
 

@@ -65,7 +65,7 @@ class Members:
     @property
     def fit(self) -> list[str] | None:
         """The workers that may take part, if not all may."""
-        return sorted(self._reports) if self._refused else None
+        return sorted(self._reports) if self._refused or self._silent else None
 
     @property
     def first(self) -> str:
@@ -165,12 +165,14 @@ class Members:
             self._check(new)
         self._reports = {address: report for address, report in self._reports.items() if address in threads}
         self._refused &= set(threads)
+        self._silent = {address: when for address, when in self._silent.items() if address in threads}
 
     def _check(self, addresses: Sequence[str]) -> None:
         """Let workers in, or refuse them: before training all must be fit, later those that are not are left out."""
         reports = reports_of_workers(self._client, self._trial, addresses)
         for address in addresses:
             report = reports.get(address)
+            self._silent.pop(address, None)
             if report is None:
                 self._silent[address] = time.monotonic()
                 self._lost = address
