@@ -233,6 +233,6 @@ def _stored_width(dtypes: Sequence[str]) -> int:
     for name in set(dtypes):
         try:
             width[name] = np.dtype(name).itemsize
-        except TypeError:
+        except (TypeError, ValueError):  # as for decimal128(7, 2), which NumPy takes for a structure
             width[name] = 16
     return max(1, sum(width[name] for name in dtypes))

@@ -145,7 +145,7 @@ class SGDEstimator(BaseEstimator):  # type: ignore[misc]
         if trained is None:
             run = prepare(source, replace(config, max_iter=1, tol=None), classes=classes)
         else:
-            run = trained.next_epoch(source, config)
+            run = trained.next_epoch(source, config, np.atleast_2d(self.coef_), self.intercept_)
         # One epoch of rows that will hardly come again is not worth a cache.
         train(run, options=replace(self._options(), cache=None), watcher=_Announcer(self.verbose))
         self.run_dir_ = None

@@ -23,7 +23,7 @@ from streamgd.learn.options import is_number, require
 PENALTIES = (None, "l2", "l1", "elasticnet")
 
 
-def strengths(penalty: str | None, alpha: float, l1_ratio: float) -> tuple[float, float]:
+def strengths(penalty: str | None, alpha: float, l1_ratio: float | None) -> tuple[float, float]:
     """Strength of the l1 and of the l2 part.
 
     Returns
@@ -38,6 +38,8 @@ def strengths(penalty: str | None, alpha: float, l1_ratio: float) -> tuple[float
     """
     require(penalty in PENALTIES, "penalty", penalty, "None, 'l2', 'l1' or 'elasticnet'")
     require(is_number(alpha) and alpha >= 0, "alpha", alpha, "a number of at least 0, not infinite")
-    require(is_number(l1_ratio) and 0 <= l1_ratio <= 1, "l1_ratio", l1_ratio, "a number from 0 to 1")
-    share = {None: (0.0, 0.0), "l2": (0.0, 1.0), "l1": (1.0, 0.0), "elasticnet": (l1_ratio, 1.0 - l1_ratio)}[penalty]
+    unused = penalty != "elasticnet" and l1_ratio is None  # which scikit-learn allows
+    part = 0.0 if unused or l1_ratio is None else l1_ratio
+    require(unused or (is_number(l1_ratio) and 0 <= part <= 1), "l1_ratio", l1_ratio, "a number from 0 to 1")
+    share = {None: (0.0, 0.0), "l2": (0.0, 1.0), "l1": (1.0, 0.0), "elasticnet": (part, 1.0 - part)}[penalty]
     return alpha * share[0], alpha * share[1]

@@ -58,7 +58,7 @@ class Trained:
         """Return the model in the data's units."""
         return model_of(self.config, self.survey, self.state, self.is_vector)
 
-    def next_epoch(self, source: Source, config: Config) -> Run:
+    def next_epoch(self, source: Source, config: Config, coef: Floats, intercept: Floats) -> Run:
         """Return the run of one more epoch, over `source`; this object stays as it is.
 
         Parameters
@@ -67,6 +67,8 @@ class Trained:
             Rows with as many features and targets as before.
         config : Config
             What is set now; only what shapes no array and no unit may differ from `config`.
+        coef, intercept : ndarrays of shape (n_outputs, n_features) and (n_outputs,)
+            Where to go on, in the data's units: somebody may have set others than were learnt.
 
         Raises
         ------
@@ -77,6 +79,10 @@ class Trained:
         """
         self._require_compatible(source, config)
         state = self._between_epochs()
+        model = self.model()
+        if not (np.array_equal(coef, model.coef) and np.array_equal(intercept, model.intercept)):
+            theta = self.survey.scaling.unfold(coef, intercept)
+            state.theta[:], state.average[:] = theta, theta
         config = replace(config, max_iter=state.epoch + 1, tol=None)
         state = _with_carry(state, config.batch_rows(source.n_rows), source)
         return Run(source, config, self.survey, plan_for(source, config), state)

@@ -183,12 +183,13 @@ def _load_npy(path: Any, role: str) -> tuple[Any, str]:
 def _open_dask(data: Any, target: Any, features: Any, weight: Any, dtype: str) -> Source:
     from streamgd.data.sources.dask import DaskSource
 
-    if hasattr(data, "columns") and hasattr(data, "npartitions"):
+    kinds = {name: getattr(data, name, None) for name in ("npartitions", "ndim", "chunks")}  # a Delayed has them all
+    if isinstance(kinds["npartitions"], int) and kinds["ndim"] == 2 and kinds["chunks"] is None:
         return DaskSource.from_dataframe(data, target, features, weight, dtype)
-    if not hasattr(data, "chunks"):
+    if not isinstance(kinds["chunks"], tuple):
         raise DataError(
             f"a dask {type(data).__name__} has no rows and columns to train on; make it a Dask array "
-            "(dask.array.from_delayed) or DataFrame (to_dataframe, dask.dataframe.from_delayed)"
+            "(dask.array.from_delayed) or DataFrame (to_frame, to_dataframe, dask.dataframe.from_delayed)"
         )
     _refuse_features(features)
     _refuse_names(target, weight)

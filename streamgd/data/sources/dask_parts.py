@@ -170,7 +170,13 @@ def _aligned(part: Any, rows: Sequence[int], what: str) -> Any:
         from dask import array as da
 
         from_array: Any = da.from_array
-        part = from_array(np.asarray(part))
+        values = np.asarray(part)
+        if values.ndim == 0:
+            raise SchemaError(
+                f"{what} is the single value {values!s}; expected one for each row"
+                + ("" if what == "weight" else ", or the name of a column, a string")
+            )
+        part = from_array(values)
     elif is_frame(part):
         part = values_of(part)
     part = _with_known_rows(part, what)
