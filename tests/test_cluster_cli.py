@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from streamgd.commands import clusters
+from streamgd.run import workers
 from tests.clustering import cluster
 from tests.test_cli import Said, assert_same_run, parquet, sg
 
@@ -38,9 +39,16 @@ def test_wrong_addresses_are_told_at_once(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_scheduler_is_found(sg: Callable[..., Said], parquet: Path, tmp_path: Path) -> None:
+def test_a_scheduler_is_found(
+    sg: Callable[..., Said], parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train = ["train", parquet, "--target", "y", "--epochs", 1, "--lanes", 2, "--quiet", "--run"]
     with cluster(1) as (made, _):
+        with monkeypatch.context() as meanwhile:
+            meanwhile.setattr(workers, "PROCESS_BYTES", 10**15)
+            said = sg(*train, tmp_path / "there", "--scheduler", made.scheduler_address)
+        assert said.status == 2
+        assert "choose a smaller buffer" in said.err  # and it can be tried at once
         said = sg(*train, tmp_path / "there", "--scheduler", made.scheduler_address)
         assert said.status == 0, said.err
     assert sg(*train, tmp_path / "here").status == 0

@@ -413,6 +413,23 @@ def test_partial_fit_takes_parts_of_any_size_and_kind() -> None:
     assert model.t_ - 1 == 4 + 1 + 2 + 8 + 1 + 7  # every call closes its last batch
 
 
+def test_partial_fit_goes_on_from_coefficients_that_were_set() -> None:
+    X = table(500)
+    y = target(X)
+    model = SGDRegressor(optimizer="sgd", eta0=1e-12, learning_rate="constant", max_iter=1).fit(X, y)
+    model.coef_, model.intercept_ = np.arange(4.0), np.array([9.0])
+    model.partial_fit(X[:1], y[:1])
+    np.testing.assert_allclose(model.coef_, np.arange(4.0), atol=1e-7)
+    np.testing.assert_allclose(model.intercept_, [9.0], atol=1e-4)
+
+
+def test_what_elasticnet_alone_uses_may_be_none_elsewhere() -> None:
+    X = table(500)
+    assert_same_fit(
+        SGDRegressor(penalty="l2", l1_ratio=None).fit(X, target(X)), SGDRegressor(penalty="l2").fit(X, target(X))
+    )
+
+
 def test_partial_fit_keeps_the_scale_of_the_first_call() -> None:
     X = table(1_000)
     model = SGDRegressor().partial_fit(X, target(X))

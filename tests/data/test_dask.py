@@ -20,9 +20,10 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from distributed import Client
+from distributed import Client, get_client
 from scipy import sparse
 
+from streamgd import SGDRegressor
 from streamgd.data.sources import dask as dask_module
 from streamgd.data.sources.base import Source
 from streamgd.data.sources.dask import DaskSource
@@ -489,6 +490,33 @@ class TestWithClient:
         tasks = [client.submit(total, source, pure=False) for _ in range(2)]  # as many as there are threads
         assert client.gather(tasks, direct=True) == [pytest.approx(X.sum(dtype=float))] * 2
         source.close()
+
+    def test_within_a_task_readers_compute_too(self, client: Client) -> None:
+        """Their threads run no task, but what they asked of the cluster would wait for the one that they read for."""
+
+        def fitted() -> float:
+            get_client()  # a default client is here now
+            return float(SGDRegressor(max_iter=2, tol=None).fit(*lazy(seed=6)[2:]).coef_[0])
+
+        tasks = [client.submit(fitted, pure=False) for _ in range(2)]  # as many as there are threads
+        expected = float(SGDRegressor(max_iter=2, tol=None).fit(*lazy(seed=6)[2:]).coef_[0])
+        assert [task.result(timeout=30) for task in tasks] == [expected] * 2
+
+    def test_a_target_that_cannot_be_computed_leaves_nothing(self, client: Client) -> None:
+        """Not even while the error is kept."""
+
+        def fail(block: np.ndarray, block_info: Any = None) -> np.ndarray:
+            if block_info[0]["chunk-location"][0] == 1:
+                raise ZeroDivisionError("on purpose")
+            return block
+
+        _, _, lazy_X, lazy_y = lazy(seed=8)
+        source = DaskSource(lazy_X, lazy_y.map_blocks(fail, dtype=lazy_y.dtype, meta=np.empty(0, lazy_y.dtype)))
+        before = set(client.futures)
+        with pytest.raises(DataError, match="on purpose") as kept:
+            list(source.iter_targets())
+        assert eventually(lambda: set(client.futures) <= before)
+        assert kept.value.__cause__ is not None
 
     def test_sent_elsewhere_it_computes_there(self, client: Client) -> None:
         source = pickle.loads(pickle.dumps(DaskSource(*lazy()[2:])))

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dask
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
 
+from streamgd.data.sources import open_source
 from streamgd.data.sources.dask import DaskSource
+from streamgd.errors import DataError
 from tests.data.contract import read_all
 
 N_FILES, FEATURES = 12, [f"x{j}" for j in range(20)]
@@ -81,6 +84,20 @@ def test_blocks_are_the_partitions_whatever_is_picked(folder: Path, columns: lis
     """Dask reads several files at once where few columns are wanted."""
     source = DaskSource.from_dataframe(dd.read_parquet(folder), "y", columns)
     assert source.block_rows.tolist() == [40 + number for number in range(N_FILES)]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (lambda frame: open_source(frame["x0"]), "Series has no rows and columns"),
+        (lambda frame: open_source(dask.delayed(frame)), r"Delayed\w* has no rows and columns"),
+        (lambda frame: open_source(frame, 5), "y is the single value 5; expected one for each row, or the name"),
+        (lambda frame: open_source(frame, "y", weight=2.0), "weight is the single value 2.0; expected one for each"),
+    ],
+)
+def test_what_cannot_be_used_is_told(given: Callable[[Any], Any], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        given(FROM["pandas"](Path()))
 
 
 @pytest.mark.parametrize("how", ["shuffle", "merge"])

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from streamgd.data.sources import parquet_rows
+from streamgd.data.plan import plan_layout
+from streamgd.data.sources import open_source, parquet_rows
 from streamgd.data.sources.base import Source
 from streamgd.data.sources.parquet import ParquetSource
 from streamgd.data.sources.parquet_pages import Chunk, open_bytes
@@ -268,6 +269,14 @@ class TestFeatureTypes:
             write(tmp_path / "a.parquet", {"x": values}, row_group_size=170)
             found = read_all(ParquetSource(tmp_path / "a.parquet"))[0][:, 0]
             assert found.tolist() == [float(value) for value in exact]
+
+    @pytest.mark.parametrize("kind", [pa.decimal128(7, 2), pa.decimal128(30, 3), pa.decimal256(50, 9)])
+    def test_decimals_have_a_place_in_the_plan(self, tmp_path: Path, kind: pa.DataType) -> None:
+        """NumPy takes some of their names for structures."""
+        money = pa.array([decimal.Decimal(n) for n in range(50)], kind)
+        pq.write_table(pa.table({"money": money, "y": np.arange(50.0)}), tmp_path / "a.parquet")
+        layout = plan_layout(open_source(tmp_path / "a.parquet", "y"), 1_000_000)
+        assert layout.window_rows == 50
 
     def test_decimals_beside_the_limits(self) -> None:
         tens = [decimal.Decimal(n).scaleb(3) for n in (1, -999, 2**53 + 1)]

@@ -34,7 +34,7 @@ def test_zero_alpha_is_no_penalty(penalty):
         (("l2", float("nan"), 0.5), ["alpha=nan", "at least 0"]),
         (("l2", "1", 0.5), ["alpha='1'", "at least 0"]),
         (("l2", 1.0, 1.5), ["l1_ratio=1.5", "from 0 to 1"]),
-        ((None, 1.0, None), ["l1_ratio=None", "from 0 to 1"]),
+        (("elasticnet", 1.0, None), ["l1_ratio=None", "from 0 to 1"]),
     ],
 )
 def test_what_cannot_be_used_is_named(arguments, words):

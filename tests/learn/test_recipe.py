@@ -61,7 +61,7 @@ BAD: list[tuple[str, tuple[Any, ...], str, dict[str, Any]]] = [
     ("quantile", (0, 1, 1.5, -0.5, *NUMBERS), "a number between 0 and 1", {}),
     ("penalty", ("L2", "none", "", 2, ["l2"]), "None, 'l2', 'l1' or 'elasticnet'", {}),
     ("alpha", (-1e-4, *NUMBERS), "a number of at least 0", {}),
-    ("l1_ratio", (-0.1, 1.1, *NUMBERS), "a number from 0 to 1", {}),
+    ("l1_ratio", (-0.1, 1.1, *NUMBERS), "a number from 0 to 1", {"penalty": "elasticnet"}),
     ("fit_intercept", ("yes", 1, None), "True or False", {}),
     ("optimizer", ("SGD", "", None, 0, ["sgd"]), "one of 'auto', 'sgd', 'adagrad', 'adam', 'dowg'", {}),
     ("learning_rate", ("fast", None, 0.1, ["constant"]), "it takes 'auto', 'constant', 'optimal'", {}),

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from streamgd import errors
 from streamgd.data.sources import open_source
 from streamgd.errors import ClusterError, DataError, OptionError, UnfitWorkerError
 from streamgd.learn import kernels
@@ -560,6 +561,20 @@ class TestErrors:
         X, _ = load(folder, "hdf5")
         with cluster(1) as (_, client), pytest.raises(ClusterError, match=r"no worker for .*No space left on device"):
             crew(X, client, RunOptions(workers_timeout_s=0.5), Watcher())
+
+    @pytest.mark.parametrize("kind", [value for value in vars(errors).values() if isinstance(value, type)])
+    def test_errors_come_back_as_they_are(self, kind):
+        """As Dask sends them, with their tracebacks."""
+        from distributed.protocol.pickle import dumps, loads
+
+        try:
+            try:
+                raise OSError("the tape is torn")
+            except OSError as cause:
+                raise kind("what is wrong") from cause
+        except errors.StreamgdError as error:
+            found = loads(dumps(error))
+        assert (type(found), str(found)) == (kind, "what is wrong")
 
     def test_files_that_workers_cannot_read(self, two, tmp_path):
         make_data(tmp_path)
