@@ -32,6 +32,8 @@ from streamgd.run.runs import Run
 _POLL_S = 0.25
 #: A merged state comes to the client at so many bytes a second at least, after two seconds at most.
 _FETCH_RATE, _FETCH_S = 10e6, 2.0
+#: A wait for the first rounds is told after this.
+_SAY_AFTER_S = 30.0
 #: Times that a round is played again before what keeps it from ending is taken to be for good.
 _MOST_ATTEMPTS = 5
 #: Times that workers may leave over the same round before it is taken to be what ends them.
@@ -67,7 +69,7 @@ class ClusterCrew(Crew):
         self._next: Flight | None = None
         self._flown_from: State | None = None
         self._played: deque[Round] = deque()  # rounds that came with others before them
-        self._round_s = 0.0
+        self._round_s, self._said, self._watcher = 0.0, False, watcher
         self._members = Members(run, client, options.workers_timeout_s, watcher, stop)
         self._dispatch = Dispatch(run, client, self._members)
         self._pace = self._dispatch.pace
@@ -109,6 +111,7 @@ class ClusterCrew(Crew):
                     if stop.is_set():
                         return None
                     self._look()
+                    self._say_if_long(time.monotonic() - began)
                 self._played.extend(self._result(flight))
                 took_s = time.monotonic() - began
                 self._pace.ended(stretch, flight.chained, self._played, took_s)
@@ -128,6 +131,15 @@ class ClusterCrew(Crew):
             finally:
                 drop(flight)
         return None
+
+    def _say_if_long(self, waited: float) -> None:
+        """Say once that the first rounds take long: nothing else tells workers that are at work from busy ones."""
+        if not self._said and not self._round_s and waited > _SAY_AFTER_S:
+            self._said = True
+            self._watcher.message(
+                f"no round has ended after {waited:.0f} s: reading is slow, or the workers are busy with other tasks. "
+                "The run waits for them"
+            )
 
     def _start_again(self) -> None:
         """Forget what was handed over, and see which workers are left."""

@@ -725,9 +725,12 @@ def test_rounds_may_take_long_whichever_client_is_the_default(two, folder, here,
     monkeypatch.setattr(distributed.client, "_global_clients", {0: client} if default else {})
     monkeypatch.setattr(cluster_module, "_FETCH_S", 0.2)
     hand_over(monkeypatch, TOGETHER)
+    monkeypatch.setattr(cluster_module, "_SAY_AFTER_S", 1.0)
     client.run(slowed, 2.5)
     try:
-        assert fit(folder, "parquet", client=client, max_iter=1) == fit(folder, "parquet", max_iter=1)
+        with pytest.warns(UserWarning, match="no round has ended after 1 s") as told:
+            assert fit(folder, "parquet", client=client, max_iter=1) == fit(folder, "parquet", max_iter=1)
+        assert len(told) == 1
     finally:
         client.run(slowed, 0)
 
