@@ -89,12 +89,12 @@ class SGDEstimator(BaseEstimator):  # type: ignore[misc]
         trained: Trained | None = getattr(self, "_trained", None) if self.warm_start else None
         with contextlib.ExitStack() as held:
             if client is not None:
+                from streamgd.data.sources.dask_blocks import computing_on
                 from streamgd.run.cluster import require_client
 
                 require_client(client)
-                held.enter_context(client.as_current())  # it need not be the process's default
+                held.enter_context(computing_on(client))  # what the survey needs of a collection
             source = self._source(X, y, sample_weight, reset=trained is None)
-            held.enter_context(source.computing_on(client))
             start = None
             if trained is not None:
                 start = trained.warm_start(source, config, np.atleast_2d(self.coef_), self.intercept_)

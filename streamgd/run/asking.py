@@ -39,8 +39,8 @@ def threads_of_workers(client: Any) -> dict[str, int] | None:
 
 def reports_of_workers(
     client: Any, source: Source | None, addresses: Sequence[str]
-) -> dict[str, WorkerReport | BaseException]:
-    """Have workers describe themselves; those that are gone or do not answer are left out.
+) -> tuple[dict[str, WorkerReport | BaseException], set[str]]:
+    """Have workers describe themselves; return what they say, and those that are there and say nothing.
 
     Parameters
     ----------
@@ -51,13 +51,14 @@ def reports_of_workers(
     addresses : sequence of str
         Whom to ask.
     """
-    alive = client.sync(_who_answers, client, addresses)
+    alive, silent = client.sync(_who_answers, client, addresses)
     if not alive:
-        return {}
+        return {}, silent
     try:
-        return dict(client.run(describe, source, workers=alive, on_error="return", callback_timeout=_REPORT_S))
-    except TimeoutError:  # somebody stopped meanwhile; it is found out when they are asked again
-        return {}
+        reports = client.run(describe, source, workers=alive, on_error="return", callback_timeout=_REPORT_S)
+    except TimeoutError:  # somebody stopped meanwhile
+        return {}, silent | set(alive)
+    return dict(reports), silent
 
 
 def tell_workers(client: Any, function: Any, *arguments: Any) -> None:
@@ -65,16 +66,18 @@ def tell_workers(client: Any, function: Any, *arguments: Any) -> None:
     client.run(function, *arguments, on_error="ignore", callback_timeout=ANSWER_S)
 
 
-async def _who_answers(client: Any, addresses: Sequence[str]) -> list[str]:
+async def _who_answers(client: Any, addresses: Sequence[str]) -> tuple[list[str], set[str]]:
+    """Tell workers that answer, and those that do not; the rest is gone."""
     asked = {
         address: asyncio.ensure_future(client.run(os.getpid, workers=[address], on_error="ignore", asynchronous=True))
         for address in addresses
     }
     await asyncio.wait(asked.values(), timeout=ANSWER_S)
-    alive = []
+    alive, silent = [], set()
     for address, answer in asked.items():
         if not answer.done():
             answer.cancel()
+            silent.add(address)
         elif answer.exception() is None and address in answer.result():
             alive.append(address)
-    return alive
+    return alive, silent

@@ -66,6 +66,7 @@ class ClusterCrew(Crew):
         require_client(client)
         self._client, self._stop = client, stop
         self._closed = False
+        self._awaited: tuple[Any, threading.Event] | None = None
         self._next: Flight | None = None
         self._flown_from: State | None = None
         self._played: deque[Round] = deque()  # rounds that came with others before them
@@ -164,18 +165,19 @@ class ClusterCrew(Crew):
 
     # --- what comes back ---
     def _finished(self, future: Any) -> bool:
-        """Wait a little for a future."""
-        import distributed
+        """Wait a little for a future.
 
-        wait: Any = distributed.wait
-        try:
-            with self._client.as_current():  # it need not be the process's default
-                wait([future], timeout=_POLL_S)
-        except TimeoutError:
-            return False
-        except Exception:  # cancelled; `_result` says what it means
-            return True
-        return True
+        Not by `distributed.wait`, which is the default client's: this one need not be that.
+        """
+        if self._awaited is None or self._awaited[0] is not future:
+            done = threading.Event()
+            future.add_done_callback(lambda _: done.set())
+            self._awaited = future, done
+        self._awaited[1].wait(_POLL_S)
+        finished = bool(future.done())  # also if it was cancelled; `_result` says what that means
+        if finished:
+            self._awaited = None
+        return finished
 
     def _result(self, flight: Flight) -> list[Round]:
         """Fetch what came of rounds, or say what kept them from ending."""

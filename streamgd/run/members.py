@@ -169,17 +169,17 @@ class Members:
 
     def _check(self, addresses: Sequence[str]) -> None:
         """Let workers in, or refuse them: before training all must be fit, later those that are not are left out."""
-        reports = reports_of_workers(self._client, self._trial, addresses)
+        reports, silent = reports_of_workers(self._client, self._trial, addresses)
         for address in addresses:
             report = reports.get(address)
             self._silent.pop(address, None)
-            if report is None:
+            if address in silent:
                 self._silent[address] = time.monotonic()
                 self._lost = address
                 self._watcher.message(f"worker {address} does not answer: it gets no lanes until it does")
                 continue
-            if isinstance(report, OSError):
-                self._lost = f"{address}: {type(report).__name__}: {report}"
+            if report is None or isinstance(report, OSError):
+                self._lost = f"{address}: {type(report).__name__}: {report}" if report is not None else self._lost
                 continue  # gone again, as it seems; else it is asked once more
             why = unfit(address, report, self._run)
             if why is None:

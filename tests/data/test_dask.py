@@ -438,6 +438,9 @@ class TestWithClient:
         np.testing.assert_array_equal(found[0], X)
         np.testing.assert_allclose(found[1], X.sum(axis=1), rtol=1e-6)
         source.close()
+        derived = DaskSource(kept[:, :2] * 2, kept[:, 2])
+        derived.compute_here = True  # where what was persisted is not known by its key
+        np.testing.assert_array_equal(read_all(derived)[0], X[:, :2] * 2)
 
     def test_first_rows_come_by_themselves(self, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
         X, y, lazy_X, lazy_y = lazy(200, 10, seed=5)

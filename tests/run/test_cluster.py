@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pytest
 
@@ -408,6 +409,7 @@ class TestFaults:
                     for each in fitting:
                         each.join(60)
                     assert found == [here("dask")] * 2
+                    assert dask.config.get("scheduler", None) is None  # which `Client.as_current` would leave behind
                     await_workers(client, 1)
             finally:
                 processes.close()

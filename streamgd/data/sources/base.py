@@ -7,7 +7,6 @@ needs only the metadata; `streamgd.data.window` only `Source.open_block`; the su
 from __future__ import annotations
 
 import abc
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -255,13 +254,6 @@ class Source(abc.ABC):
     dropped: tuple[tuple[str, str], ...] = ()
     fingerprint: dict[str, Any]
     origin: dict[str, Any]
-
-    def computing_on(self, client: Any) -> contextlib.AbstractContextManager[None]:
-        """Have blocks that must be computed be so on a `distributed.Client`, which need not be the process's default.
-
-        A context manager. Files, and data in memory, have none.
-        """
-        return contextlib.nullcontext()
 
     @property
     def n_rows(self) -> int:

@@ -7,7 +7,6 @@ and `frames`, by the rules for data in memory.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -164,7 +163,7 @@ class DaskSource(Source):
         self.stored_bytes = self.n_rows * row_bytes
         self.open_block_bytes = int(self.block_rows.max()) * row_bytes
         self.origin = {"kind": self.kind, "shape": [self.n_rows, self.n_features]}
-        self.compute_here = within_task()
+        self.compute_here = active_client() is None and within_task()
         self._delivered: Mapping[int, Sequence[Any]] | None = None
         self._start_afresh()
 
@@ -174,11 +173,10 @@ class DaskSource(Source):
         self._graphs: dict[bool, BlockGraph] = {}
         self._ahead = Ahead()
         self._n_open = 0
-        self._client: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process."""
-        own = ("_lock", "_graphs", "_ahead", "_n_open", "_client")
+        own = ("_lock", "_graphs", "_ahead", "_n_open")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -187,19 +185,8 @@ class DaskSource(Source):
         self.compute_here = True
         self._start_afresh()
 
-    @contextlib.contextmanager
-    def computing_on(self, client: Any) -> Iterator[None]:
-        """Compute on this client meanwhile, and none means as before; see `Source.computing_on`."""
-        before, self._client = self._client, client
-        try:
-            yield
-        finally:
-            self._client = before
-
     def _computing_client(self) -> Any | None:
         """Return the client that computes blocks; None computes them in the thread that opens them."""
-        if self._client is not None:
-            return self._client if self._client.status == "running" else None
         return None if self.compute_here else active_client()
 
     # Reading

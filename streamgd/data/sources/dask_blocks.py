@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +19,8 @@ from dask.highlevelgraph import HighLevelGraph
 _dask: Any = dask
 
 logger = logging.getLogger("streamgd")
+
+_chosen: ContextVar[Any] = ContextVar("streamgd_client", default=None)
 
 #: Threads, and so blocks in memory at once, that measure unknown lengths where there is no client.
 _MEASURING_THREADS = 4
@@ -36,11 +40,29 @@ def within_task() -> bool:
     return True
 
 
-def active_client() -> Any | None:
-    """Return the `distributed.Client` that is active in this process, or None; never imports `distributed`.
+@contextlib.contextmanager
+def computing_on(client: Any) -> Iterator[None]:
+    """Have this thread compute on a client meanwhile, which need not be the process's default.
 
-    Within a task of a cluster there is none: a task that waits for others can wait forever.
+    `Client.as_current` changes Dask's configuration for all threads, and those that end in another order than they
+    began leave it changed.
     """
+    token = _chosen.set(client)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def active_client() -> Any | None:
+    """Return the `distributed.Client` that computes for this thread, or None; never imports `distributed`.
+
+    That is the one that was chosen, or else the process's default. Within a task of a cluster there is no default: a
+    task that waits for others can wait forever.
+    """
+    chosen = _chosen.get()
+    if chosen is not None:
+        return chosen
     distributed = sys.modules.get("distributed")
     if distributed is None or within_task():
         return None
@@ -268,6 +290,7 @@ def measure_lengths(collection: Any, what: str) -> list[int]:
     blocks = blocks[:, 0] if getattr(blocks, "ndim", 1) == 2 else blocks
     logger.info("%s has blocks of unknown length: measuring all %d of them once", what, len(blocks))
     lengths = [_dask.delayed(len)(block) for block in blocks]
-    if active_client() is not None:
-        return list(_dask.compute(*lengths))
+    client = active_client()
+    if client is not None:
+        return list(client.gather(client.compute(lengths)))
     return list(_dask.compute(*lengths, scheduler="threads", num_workers=_MEASURING_THREADS))
