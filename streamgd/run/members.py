@@ -160,7 +160,8 @@ class Members:
         known = {address: report.n_threads for address, report in self._reports.items()}
         new = [each for each, n in threads.items() if known.get(each) != n and each not in self._refused]
         now = time.monotonic()
-        new = [each for each in new if now - self._silent.get(each, -_ASK_AGAIN_S) >= _ASK_AGAIN_S]
+        patience_s = _ASK_AGAIN_S if self._reports else 0.0  # while nobody else is there, at every look
+        new = [each for each in new if now - self._silent.get(each, -_ASK_AGAIN_S) >= patience_s]
         if new:
             self._check(new)
         self._reports = {address: report for address, report in self._reports.items() if address in threads}

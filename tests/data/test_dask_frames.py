@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ THEN: dict[str, Callable[[Any], Any]] = {
     "astype": lambda frame: frame.astype("float32"),
     "sample": lambda frame: frame.sample(frac=0.5, random_state=1),
     "repartition": lambda frame: frame.repartition(npartitions=3),
+    "repartition by size": lambda frame: frame.repartition(partition_size="20kB"),
     "concat": lambda frame: dd.concat([frame, frame.assign(y=frame.y + N_ROWS)]),
     "sort_values": lambda frame: frame.sort_values("x2"),
     "drop_duplicates": lambda frame: frame.drop_duplicates(subset=["y"]),
@@ -98,6 +100,29 @@ def test_blocks_are_the_partitions_whatever_is_picked(folder: Path, columns: lis
 def test_what_cannot_be_used_is_told(given: Callable[[Any], Any], words: str) -> None:
     with pytest.raises(DataError, match=words):
         given(FROM["pandas"](Path()))
+
+
+@pytest.mark.parametrize("dtype", ["Int64", "Float64", "boolean", "double[pyarrow]"])
+def test_targets_apart_are_converted_as_columns_are(dtype: str) -> None:
+    frame = pd.DataFrame({"x0": np.arange(30.0), "y": pd.array(np.arange(30) % 2, dtype=dtype)})
+    frame = dd.from_pandas(frame, npartitions=3)
+    for target in (frame["y"], frame[["y"]], "y"):
+        source = DaskSource.from_dataframe(frame if isinstance(target, str) else frame[["x0"]], target)
+        assert source.target.numeric
+        np.testing.assert_array_equal(np.ravel(read_all(source)[1]).astype(float), np.arange(30) % 2)
+
+
+def test_shuffles_that_cannot_be_taken_apart_are_refused() -> None:
+    frame = FROM["pandas"](Path()).shuffle("x1", shuffle_method="p2p")
+    with pytest.raises(DataError, match=r"shuffled by 'p2p'.*persist\(\) it first"):
+        DaskSource.from_dataframe(frame, "y")
+
+
+def test_threads_leave_the_configuration_of_dask_as_it_was() -> None:
+    frame = FROM["pandas"](Path())
+    with ThreadPoolExecutor(4) as pool:
+        assert len(list(pool.map(lambda _: DaskSource.from_dataframe(frame, "y").n_rows, range(40)))) == 40
+    assert dask.config.get("dataframe.shuffle.method", None) is None
 
 
 @pytest.mark.parametrize("how", ["shuffle", "merge"])

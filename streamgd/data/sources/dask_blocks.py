@@ -6,6 +6,7 @@ import contextlib
 import logging
 import sys
 import threading
+import uuid
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from functools import cached_property
@@ -15,6 +16,9 @@ import dask.core
 import numpy as np
 from dask.highlevelgraph import HighLevelGraph
 
+from streamgd.data.sources.frames import series_values
+from streamgd.errors import DataError
+
 #: Dask is annotated in parts only.
 _dask: Any = dask
 
@@ -22,6 +26,7 @@ logger = logging.getLogger("streamgd")
 
 _chosen: ContextVar[Any] = ContextVar("streamgd_client", default=None)
 
+_settling = threading.Lock()
 #: Threads, and so blocks in memory at once, that measure unknown lengths where there is no client.
 _MEASURING_THREADS = 4
 #: Blocks asked of the cluster ahead, where few are open.
@@ -30,11 +35,11 @@ _LEAST_AHEAD = 4
 
 def within_task() -> bool:
     """Whether this thread runs a task of a cluster; never imports `distributed`."""
-    distributed = sys.modules.get("distributed")
-    if distributed is None:
+    get_worker = getattr(sys.modules.get("distributed"), "get_worker", None)  # which may be being imported
+    if get_worker is None:
         return False
     try:
-        distributed.get_worker()
+        get_worker()
     except ValueError:
         return False
     return True
@@ -63,11 +68,11 @@ def active_client() -> Any | None:
     chosen = _chosen.get()
     if chosen is not None:
         return chosen
-    distributed = sys.modules.get("distributed")
-    if distributed is None or within_task():
+    default_client = getattr(sys.modules.get("distributed"), "default_client", None)
+    if default_client is None or within_task():
         return None
     try:
-        client = distributed.default_client()
+        client = default_client()
     except ValueError:
         return None
     return client if client.status == "running" and not client.asynchronous else None
@@ -89,6 +94,7 @@ class BlockGraph:
         self._collections = tuple(collections)  # also keeps what was persisted alive
         self._tasks, keys = _optimized(self._collections)
         self._keys = [list(_dask.core.flatten(some)) for some in keys]
+        self._name = uuid.uuid4().hex[:12]
 
     def compute(self, block: int) -> list[Any]:
         """Compute a block in the calling thread; the caller's threads are the parallelism."""
@@ -98,10 +104,7 @@ class BlockGraph:
 
     def submit(self, client: Any, block: int) -> list[Any]:
         """Begin computing a block on the client; return its futures."""
-        tasks, keys, _ = self._cut(block)
-        wanted = [key for key in keys if key in tasks]
-        futures = dict(zip(wanted, client.get(tasks, wanted, sync=False), strict=True)) if wanted else {}
-        return [futures[key] if key in futures else self._persisted[key] for key in keys]
+        return self.submit_all(client, [block])[block]
 
     def submit_all(
         self, client: Any, blocks: Sequence[int], workers: Sequence[str] | None = None, name: str | None = None
@@ -117,17 +120,17 @@ class BlockGraph:
         workers : sequence of str or None, default=None
             Where, if possible.
         name : str or None, default=None
-            What the keys of tasks end in, so that nobody else's are the same. Tasks that were to be computed on workers
-            which are gone may wait for good, and whoever asks for tasks of their keys would wait with them.
+            What the keys of tasks end in, so that nobody else's are the same; default: a name of this graph. Optimized
+            with others, a collection's tasks have the same keys and do something else. And tasks that were to be
+            computed on workers which are gone may wait for good, and whoever asks for the same ones with them.
         """
         tasks: dict[Any, Any] = {}
         keys: dict[int, list[Any]] = {}
         for block in blocks:
             more, keys[block], _ = self._cut(block)
             tasks |= more
-        names = {key: key if name is None else _ending_in(name, key) for key in tasks}
-        if name is not None:
-            tasks = {names[key]: task.substitute(names, key=names[key]) for key, task in self._nodes(tasks).items()}
+        names = {key: _ending_in(name or self._name, key) for key in tasks}
+        tasks = {names[key]: task.substitute(names, key=names[key]) for key, task in self._nodes(tasks).items()}
         wanted = [names[key] for some in keys.values() for key in some if key in names]
         where: dict[str, Any] = {} if workers is None else {"workers": list(workers), "allow_other_workers": True}
         futures = dict(zip(wanted, client.get(tasks, wanted, sync=False, **where), strict=True)) if wanted else {}
@@ -182,8 +185,27 @@ def settled(frame: Any) -> Any:
     has other blocks; and `dask.optimize` returns a DataFrame with the keys of what it was made of, whose values are
     other ones. Shuffles are by tasks, each of which may be computed at any time.
     """
-    with _dask.config.set({"dataframe.shuffle.method": "tasks"}):
-        return frame.simplify().lower_completely().simplify()
+    with _settling, _dask.config.set({"dataframe.shuffle.method": "tasks"}):  # which all threads share
+        found = frame.simplify().lower_completely().simplify()
+    if any(type(each).__name__.startswith("P2P") for each in found.expr.walk()):
+        raise DataError(
+            "the DataFrame is shuffled by 'p2p', which computes all partitions at once: persist() it first, or leave "
+            "out shuffle_method"
+        )
+    return found
+
+
+def pick(frame: Any, columns: Sequence[str]) -> Any:
+    """Return some columns of a DataFrame that is settled, in the same partitions."""
+    found = settled(frame[columns])
+    if found.npartitions == frame.npartitions:
+        return found
+    # Partitions of a certain size are others where columns are fewer: then all are computed.
+    return settled(frame.map_partitions(_columns_of, columns, meta=frame._meta[columns]))
+
+
+def _columns_of(part: Any, columns: Sequence[str]) -> Any:
+    return part[columns]
 
 
 def values_of(frame: Any) -> Any:
@@ -200,8 +222,10 @@ def values_of(frame: Any) -> Any:
 
 
 def _values(part: Any) -> Any:
-    values = part.values
-    return values if isinstance(values, np.ndarray) else values.astype(object)
+    """Convert as columns of a DataFrame are."""
+    if part.ndim == 1:
+        return series_values(part)
+    return np.column_stack([series_values(part.iloc[:, j]) for j in range(part.shape[1])])
 
 
 def is_frame(collection: Any) -> bool:
@@ -286,7 +310,7 @@ def _usable(futures: list[Any] | None, client: Any) -> bool:
 
 def measure_lengths(collection: Any, what: str) -> list[int]:
     """Compute the number of rows of each block, which loads every block once."""
-    blocks = settled(collection).to_delayed(optimize_graph=False) if is_frame(collection) else collection.to_delayed()
+    blocks = collection.to_delayed(optimize_graph=False) if is_frame(collection) else collection.to_delayed()
     blocks = blocks[:, 0] if getattr(blocks, "ndim", 1) == 2 else blocks
     logger.info("%s has blocks of unknown length: measuring all %d of them once", what, len(blocks))
     lengths = [_dask.delayed(len)(block) for block in blocks]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from dask.base import is_dask_collection
 
-from streamgd.data.sources.dask_blocks import is_frame, measure_lengths, settled, values_of
+from streamgd.data.sources.dask_blocks import is_frame, measure_lengths, pick, settled, values_of
 from streamgd.data.sources.frames import pick_columns
 from streamgd.errors import DataError, SchemaError
 
@@ -40,7 +40,7 @@ class Parts:
     def targets(self) -> Parts:
         """Leave out the features."""
         columns = [*listed(self.target), *listed(self.weight)]
-        rows = self.rows[columns] if columns else None
+        rows = pick(self.rows, columns) if columns else None
         return Parts(rows, None if self.features is None else [], self.target, self.weight)
 
     def elsewhere(self) -> Parts:
@@ -125,7 +125,7 @@ def frame_parts(frame: Any, target: Any, features: Sequence[str] | None, weight:
     columns, _, _ = pick_columns(sample, names[0], features, names[1])
     chosen = [sample.columns[j] for j in columns.positions]
     frame = settled(frame[[*chosen, *listed(names[0]), *listed(names[1])]])
-    rows = tuple(_measured(frame[[frame.columns[0]]], "the DataFrame"))
+    rows = tuple(_measured(pick(frame, [frame.columns[0]]), "the DataFrame"))
     y = names[0] if names[0] is not None else _aligned(target, rows, "y")
     w = names[1] if names[1] is not None else _aligned(weight, rows, "weight")
     return Parts(frame, chosen, y, w), rows
