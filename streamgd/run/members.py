@@ -173,11 +173,12 @@ class Members:
         reports, silent = reports_of_workers(self._client, self._trial, addresses)
         for address in addresses:
             report = reports.get(address)
-            self._silent.pop(address, None)
+            told = self._silent.pop(address, None) is not None
             if address in silent:
                 self._silent[address] = time.monotonic()
                 self._lost = address
-                self._watcher.message(f"worker {address} does not answer: it gets no lanes until it does")
+                if not told:
+                    self._watcher.message(f"worker {address} does not answer: it gets no lanes until it does")
                 continue
             if report is None or isinstance(report, OSError):
                 self._lost = f"{address}: {type(report).__name__}: {report}" if report is not None else self._lost

@@ -26,7 +26,9 @@ logger = logging.getLogger("streamgd")
 
 _chosen: ContextVar[Any] = ContextVar("streamgd_client", default=None)
 
-_settling = threading.Lock()
+#: Held where a DataFrame's expression is looked into: the configuration belongs to all threads, and in Python 3.11
+#: attributes that are computed once take locks, which threads that come to them in different orders wait for for good.
+expressions = threading.RLock()
 #: Threads, and so blocks in memory at once, that measure unknown lengths where there is no client.
 _MEASURING_THREADS = 4
 #: Blocks asked of the cluster ahead, where few are open.
@@ -185,9 +187,10 @@ def settled(frame: Any) -> Any:
     has other blocks; and `dask.optimize` returns a DataFrame with the keys of what it was made of, whose values are
     other ones. Shuffles are by tasks, each of which may be computed at any time.
     """
-    with _settling, _dask.config.set({"dataframe.shuffle.method": "tasks"}):  # which all threads share
+    with expressions, _dask.config.set({"dataframe.shuffle.method": "tasks"}):
         found = frame.simplify().lower_completely().simplify()
-    if any(type(each).__name__.startswith("P2P") for each in found.expr.walk()):
+        p2p = any(type(each).__name__.startswith("P2P") for each in found.expr.walk())
+    if p2p:
         raise DataError(
             "the DataFrame is shuffled by 'p2p', which computes all partitions at once: persist() it first, or leave "
             "out shuffle_method"
@@ -197,11 +200,12 @@ def settled(frame: Any) -> Any:
 
 def pick(frame: Any, columns: Sequence[str]) -> Any:
     """Return some columns of a DataFrame that is settled, in the same partitions."""
-    found = settled(frame[columns])
-    if found.npartitions == frame.npartitions:
-        return found
-    # Partitions of a certain size are others where columns are fewer: then all are computed.
-    return settled(frame.map_partitions(_columns_of, columns, meta=frame._meta[columns]))
+    with expressions:
+        found = settled(frame[columns])
+        if found.npartitions == frame.npartitions:
+            return found
+        # Partitions of a certain size are others where columns are fewer: then all are computed.
+        return settled(frame.map_partitions(_columns_of, columns, meta=frame._meta[columns]))
 
 
 def _columns_of(part: Any, columns: Sequence[str]) -> Any:
@@ -213,11 +217,12 @@ def values_of(frame: Any) -> Any:
     from dask.array import Array
 
     kind: Any = Array
-    frame = settled(frame)
-    name, meta = f"values-{frame._name}", _values(frame._meta)
-    more = (0,) * (meta.ndim - 1)
-    tasks = {(name, i, *more): (_values, key) for i, key in enumerate(frame.__dask_keys__())}
-    graph = HighLevelGraph({name: dict(frame.__dask_graph__()) | tasks}, {name: set()})
+    with expressions:
+        frame = settled(frame)
+        name, meta = f"values-{frame._name}", _values(frame._meta)
+        more = (0,) * (meta.ndim - 1)
+        tasks = {(name, i, *more): (_values, key) for i, key in enumerate(frame.__dask_keys__())}
+        graph = HighLevelGraph({name: dict(frame.__dask_graph__()) | tasks}, {name: set()})
     return kind(graph, name, ((np.nan,) * len(tasks), *((n,) for n in meta.shape[1:])), meta=meta)
 
 
@@ -246,10 +251,11 @@ def _optimized(collections: Sequence[Any]) -> tuple[dict[Any, Any], list[Any]]:
         tasks.update(arrays[0].__dask_optimize__(merged, [array.__dask_keys__() for array in arrays]))
     keys = []
     for each in collections:
-        if is_frame(each):
-            each = settled(each)
-            tasks.update(each.__dask_graph__())
-        keys.append(each.__dask_keys__())
+        with expressions:
+            if is_frame(each):
+                each = settled(each)
+                tasks.update(each.__dask_graph__())
+            keys.append(each.__dask_keys__())
     return tasks, keys
 
 
@@ -310,7 +316,8 @@ def _usable(futures: list[Any] | None, client: Any) -> bool:
 
 def measure_lengths(collection: Any, what: str) -> list[int]:
     """Compute the number of rows of each block, which loads every block once."""
-    blocks = collection.to_delayed(optimize_graph=False) if is_frame(collection) else collection.to_delayed()
+    with expressions:
+        blocks = collection.to_delayed(optimize_graph=False) if is_frame(collection) else collection.to_delayed()
     blocks = blocks[:, 0] if getattr(blocks, "ndim", 1) == 2 else blocks
     logger.info("%s has blocks of unknown length: measuring all %d of them once", what, len(blocks))
     lengths = [_dask.delayed(len)(block) for block in blocks]

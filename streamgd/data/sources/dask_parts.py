@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from dask.base import is_dask_collection
 
-from streamgd.data.sources.dask_blocks import is_frame, measure_lengths, pick, settled, values_of
+from streamgd.data.sources.dask_blocks import expressions, is_frame, measure_lengths, pick, settled, values_of
 from streamgd.data.sources.frames import pick_columns
 from streamgd.errors import DataError, SchemaError
 
@@ -66,12 +66,12 @@ class Parts:
 
     def sample(self) -> tuple[Any, Any, Any]:
         """Make features, target and weight of the right types, without rows or without meaning."""
-        return self.split(
-            [
+        with expressions:
+            parts = [
                 np.empty((0, *part.shape[1:]), part.dtype) if hasattr(part, "chunks") else part._meta_nonempty
                 for part in self.collections()
             ]
-        )
+        return self.split(parts)
 
 
 class _Elsewhere:
@@ -121,11 +121,13 @@ def frame_parts(frame: Any, target: Any, features: Sequence[str] | None, weight:
         If lengths cannot be measured.
     """
     names = [part if _is_names(part) else None for part in (target, weight)]
-    sample = frame._meta_nonempty
-    columns, _, _ = pick_columns(sample, names[0], features, names[1])
-    chosen = [sample.columns[j] for j in columns.positions]
-    frame = settled(frame[[*chosen, *listed(names[0]), *listed(names[1])]])
-    rows = tuple(_measured(pick(frame, [frame.columns[0]]), "the DataFrame"))
+    with expressions:
+        sample = frame._meta_nonempty
+        columns, _, _ = pick_columns(sample, names[0], features, names[1])
+        chosen = [sample.columns[j] for j in columns.positions]
+        frame = settled(frame[[*chosen, *listed(names[0]), *listed(names[1])]])
+        first = pick(frame, [frame.columns[0]])
+    rows = tuple(_measured(first, "the DataFrame"))
     y = names[0] if names[0] is not None else _aligned(target, rows, "y")
     w = names[1] if names[1] is not None else _aligned(weight, rows, "weight")
     return Parts(frame, chosen, y, w), rows
