@@ -89,7 +89,7 @@ class SGDEstimator(BaseEstimator):  # type: ignore[misc]
         trained: Trained | None = getattr(self, "_trained", None) if self.warm_start else None
         with contextlib.ExitStack() as held:
             if client is not None:
-                from streamgd.data.sources.dask_blocks import computing_on
+                from streamgd.data.sources.dask_clients import computing_on
                 from streamgd.run.cluster import require_client
 
                 require_client(client)

@@ -19,7 +19,8 @@ import numpy as np
 from streamgd.data.sources.arrays import as_features, as_target, as_weight
 from streamgd.data.sources.base import Array, BlockReader, Slice, Source, choose_row_dtype
 from streamgd.data.sources.columns import Column, Features, Target
-from streamgd.data.sources.dask_blocks import Ahead, BlockGraph, active_client, within_task
+from streamgd.data.sources.dask_blocks import Ahead, BlockGraph
+from streamgd.data.sources.dask_clients import active_client, within_task
 from streamgd.data.sources.dask_parts import Parts, array_parts, frame_parts
 from streamgd.errors import DataError, EmptySourceError, SchemaError, SourceNotFoundError, StreamgdError
 

@@ -2,82 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import dask.core
-import numpy as np
 from dask.highlevelgraph import HighLevelGraph
 
-from streamgd.data.sources.frames import series_values
-from streamgd.errors import DataError
+from streamgd.data.sources.dask_clients import active_client
+from streamgd.data.sources.dask_frames import expressions, is_frame, settled
 
 #: Dask is annotated in parts only.
 _dask: Any = dask
 
 logger = logging.getLogger("streamgd")
 
-_chosen: ContextVar[Any] = ContextVar("streamgd_client", default=None)
-
-#: Held where a DataFrame's expression is looked into: the configuration belongs to all threads, and in Python 3.11
-#: attributes that are computed once take locks, which threads that come to them in different orders wait for for good.
-expressions = threading.RLock()
 #: Threads, and so blocks in memory at once, that measure unknown lengths where there is no client.
 _MEASURING_THREADS = 4
 #: Blocks asked of the cluster ahead, where few are open.
 _LEAST_AHEAD = 4
-
-
-def within_task() -> bool:
-    """Whether this thread runs a task of a cluster; never imports `distributed`."""
-    get_worker = getattr(sys.modules.get("distributed"), "get_worker", None)  # which may be being imported
-    if get_worker is None:
-        return False
-    try:
-        get_worker()
-    except ValueError:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def computing_on(client: Any) -> Iterator[None]:
-    """Have this thread compute on a client meanwhile, which need not be the process's default.
-
-    `Client.as_current` changes Dask's configuration for all threads, and those that end in another order than they
-    began leave it changed.
-    """
-    token = _chosen.set(client)
-    try:
-        yield
-    finally:
-        _chosen.reset(token)
-
-
-def active_client() -> Any | None:
-    """Return the `distributed.Client` that computes for this thread, or None; never imports `distributed`.
-
-    That is the one that was chosen, or else the process's default. Within a task of a cluster there is no default: a
-    task that waits for others can wait forever.
-    """
-    chosen = _chosen.get()
-    if chosen is not None:
-        return chosen
-    default_client = getattr(sys.modules.get("distributed"), "default_client", None)
-    if default_client is None or within_task():
-        return None
-    try:
-        client = default_client()
-    except ValueError:
-        return None
-    return client if client.status == "running" and not client.asynchronous else None
 
 
 class BlockGraph:
@@ -178,64 +125,6 @@ class BlockGraph:
 
 def _ending_in(name: str, key: Any) -> Any:
     return (f"{key[0]}-{name}", *key[1:]) if isinstance(key, tuple) else f"{key}-{name}"
-
-
-def settled(frame: Any) -> Any:
-    """Return a DataFrame as Dask computes it, with its partitions as they are: what is picked from it has the same.
-
-    Dask's own `optimize` joins the partitions of files of which few columns are read, so that each choice of columns
-    has other blocks; and `dask.optimize` returns a DataFrame with the keys of what it was made of, whose values are
-    other ones. Shuffles are by tasks, each of which may be computed at any time.
-    """
-    with expressions, _dask.config.set({"dataframe.shuffle.method": "tasks"}):
-        found = frame.simplify().lower_completely().simplify()
-        p2p = any(type(each).__name__.startswith("P2P") for each in found.expr.walk())
-    if p2p:
-        raise DataError(
-            "the DataFrame is shuffled by 'p2p', which computes all partitions at once: persist() it first, or leave "
-            "out shuffle_method"
-        )
-    return found
-
-
-def pick(frame: Any, columns: Sequence[str]) -> Any:
-    """Return some columns of a DataFrame that is settled, in the same partitions."""
-    with expressions:
-        found = settled(frame[columns])
-        if found.npartitions == frame.npartitions:
-            return found
-        # Partitions of a certain size are others where columns are fewer: then all are computed.
-        return settled(frame.map_partitions(_columns_of, columns, meta=frame._meta[columns]))
-
-
-def _columns_of(part: Any, columns: Sequence[str]) -> Any:
-    return part[columns]
-
-
-def values_of(frame: Any) -> Any:
-    """Return the values of a DataFrame or Series as an array of the same blocks, whose lengths are not known."""
-    from dask.array import Array
-
-    kind: Any = Array
-    with expressions:
-        frame = settled(frame)
-        name, meta = f"values-{frame._name}", _values(frame._meta)
-        more = (0,) * (meta.ndim - 1)
-        tasks = {(name, i, *more): (_values, key) for i, key in enumerate(frame.__dask_keys__())}
-        graph = HighLevelGraph({name: dict(frame.__dask_graph__()) | tasks}, {name: set()})
-    return kind(graph, name, ((np.nan,) * len(tasks), *((n,) for n in meta.shape[1:])), meta=meta)
-
-
-def _values(part: Any) -> Any:
-    """Convert as columns of a DataFrame are."""
-    if part.ndim == 1:
-        return series_values(part)
-    return np.column_stack([series_values(part.iloc[:, j]) for j in range(part.shape[1])])
-
-
-def is_frame(collection: Any) -> bool:
-    """Whether this is a Dask DataFrame or Series, and no array."""
-    return hasattr(collection, "lower_completely") and not hasattr(collection, "chunks")
 
 
 def _optimized(collections: Sequence[Any]) -> tuple[dict[Any, Any], list[Any]]:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from dask.base import is_dask_collection
 
-from streamgd.data.sources.dask_blocks import expressions, is_frame, measure_lengths, pick, settled, values_of
+from streamgd.data.sources.dask_blocks import measure_lengths
+from streamgd.data.sources.dask_frames import expressions, is_frame, pick, settled, values_of
 from streamgd.data.sources.frames import pick_columns
 from streamgd.errors import DataError, SchemaError
 

@@ -1,0 +1,56 @@
+"""Which `distributed.Client` computes: the one that was chosen, the process's default, or none."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+_chosen: ContextVar[Any] = ContextVar("streamgd_client", default=None)
+
+
+def within_task() -> bool:
+    """Whether this thread runs a task of a cluster; never imports `distributed`."""
+    get_worker = getattr(sys.modules.get("distributed"), "get_worker", None)  # which may be being imported
+    if get_worker is None:
+        return False
+    try:
+        get_worker()
+    except ValueError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def computing_on(client: Any) -> Iterator[None]:
+    """Have this thread compute on a client meanwhile, which need not be the process's default.
+
+    `Client.as_current` changes Dask's configuration for all threads, and those that end in another order than they
+    began leave it changed.
+    """
+    token = _chosen.set(client)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def active_client() -> Any | None:
+    """Return the `distributed.Client` that computes for this thread, or None; never imports `distributed`.
+
+    That is the one that was chosen, or else the process's default. Within a task of a cluster there is no default: a
+    task that waits for others can wait forever.
+    """
+    chosen = _chosen.get()
+    if chosen is not None:
+        return chosen
+    default_client = getattr(sys.modules.get("distributed"), "default_client", None)
+    if default_client is None or within_task():
+        return None
+    try:
+        client = default_client()
+    except ValueError:
+        return None
+    return client if client.status == "running" and not client.asynchronous else None
