@@ -22,7 +22,7 @@ expressions = threading.RLock()
 
 
 def settled(frame: Any) -> Any:
-    """Return a DataFrame as Dask computes it, with its partitions as they are: what is picked from it has the same.
+    """Return a DataFrame as Dask computes it, with its partitions as they are; `pick` takes columns in the same ones.
 
     Dask's own `optimize` joins the partitions of files of which few columns are read, so that each choice of columns
     has other blocks; and `dask.optimize` returns a DataFrame with the keys of what it was made of, whose values are
