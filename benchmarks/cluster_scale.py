@@ -33,7 +33,7 @@ def epoch_seconds(n_bytes: float, n_workers: int, options: argparse.Namespace, r
     state = options.state_mb * 1e6
     row, spent, shared = 0, np.zeros(7), False
     while row < lane_rows:
-        end = min(turns.end(0, row), lane_rows)
+        end = min(turns.at(0, row).end, lane_rows)
         reading = (end - row) * ROW_BYTES / 1e9
         shared = shared or reading * (n_lanes - 1) > pace.shared_s(n_lanes)
         if not shared:

@@ -27,6 +27,7 @@ from streamgd.run.flights import Unfit
 from streamgd.run.members import Members
 from streamgd.run.rounds import Crew, Round
 from streamgd.run.runs import Run
+from streamgd.run.turns import Span
 
 #: How often to look whether somebody asked to stop.
 _POLL_S = 0.25
@@ -85,7 +86,7 @@ class ClusterCrew(Crew):
         """Seconds of each of the rounds that came last, on average."""
         return self._round_s
 
-    def play(self, start: State, packed: Packed, row: int, end: int, stop: threading.Event) -> Round | None:
+    def play(self, start: State, packed: Packed, span: Span, stop: threading.Event) -> Round | None:
         """Play a round, again if need be; see `Crew.play`."""
         lost = left = 0
         if self._played and self._flown_from is start:
@@ -96,18 +97,16 @@ class ClusterCrew(Crew):
             flight, self._next = self._next, None
             if flight is None or self._flown_from is not start:
                 drop(flight)
-                flight = self._dispatch.hand_over(start, packed, start.epoch, row, behind=None)
+                flight = self._dispatch.hand_over(start, packed, span.epoch, span.row, behind=None)
             try:
                 self._look()
                 if stop.is_set():
                     return None  # perhaps without a worker: nobody is waited for then
-                stretch = flight.stretch
+                stretch, rows = flight.stretch, flight.stretch.rows
                 if self._pace.may_chain(stretch, flight.chained):
-                    self._next = self._dispatch.hand_over(
-                        flight.last, packed, stretch.epoch, stretch.ends[-1], behind=flight
-                    )
+                    self._next = self._dispatch.hand_over(flight.last, packed, rows.epoch, rows.end, behind=flight)
                 elif self._dispatch.computes:
-                    self._dispatch.deliver_ahead(stretch.epoch, stretch.ends[-1])
+                    self._dispatch.deliver_ahead(rows.epoch, rows.end)
                 while not self._finished(flight.merged):
                     if stop.is_set():
                         return None
@@ -216,7 +215,7 @@ class ClusterCrew(Crew):
 
     def _fetched(self, flight: Flight) -> list[Round]:
         """Fetch what came of rounds, unless it is lost meanwhile with the worker that has it."""
-        size = len(flight.stretch.ends) * self._dispatch.state_bytes
+        size = len(flight.stretch.spans) * self._dispatch.state_bytes
         patience_s = _FETCH_S + size / _FETCH_RATE
         for _ in range(_MOST_ATTEMPTS):
             if self._stop.is_set():

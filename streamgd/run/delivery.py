@@ -14,6 +14,7 @@ from typing import Any
 from streamgd.data.plan import EpochPlan
 from streamgd.run.lane_rows import LanePlans
 from streamgd.run.runs import Run
+from streamgd.run.turns import Span
 
 
 class DeliveredBlocks:
@@ -36,14 +37,14 @@ class DeliveredBlocks:
         self._name, self._attempt = uuid.uuid4().hex[:12], 0
 
     def deliver(
-        self, epoch: int, row: int, end: int, lanes: Mapping[int, str], workers: Sequence[str] | None
+        self, span: Span, lanes: Mapping[int, str], workers: Sequence[str] | None
     ) -> dict[int, dict[int, list[Any]]]:
-        """Have the blocks of a round computed.
+        """Have the blocks of some rounds computed.
 
         Parameters
         ----------
-        epoch, row, end : int
-            Rows of each lane's epoch.
+        span : Span
+            Their rows.
         lanes : mapping of int to str
             The worker of each lane.
         workers : sequence of str or None
@@ -54,7 +55,7 @@ class DeliveredBlocks:
         dict of int to dict of int to list of Future
             The blocks of each lane.
         """
-        wanted = {lane: self._blocks_of(epoch, lane, row, end) for lane in lanes}
+        wanted = {lane: self._blocks_of(lane, span) for lane in lanes}
         kept = {block for blocks in wanted.values() for block in blocks}
         # Rounds that were handed over before hold futures of their own.
         self._futures = {block: futures for block, futures in self._futures.items() if block in kept}
@@ -77,15 +78,15 @@ class DeliveredBlocks:
             self._futures |= self._collection.submit(self._client, missing, workers, f"{self._name}-{self._attempt}")
         return {block: self._futures[block] for block in blocks}
 
-    def _blocks_of(self, epoch: int, lane: int, row: int, end: int) -> list[int]:
-        """List the blocks behind the windows of a turn."""
-        plan = self._plan(epoch, lane)
-        if row >= plan.n_rows:
+    def _blocks_of(self, lane: int, span: Span) -> list[int]:
+        """List the blocks behind the windows of a lane's rows."""
+        plan = self._plan(span.epoch, lane)
+        if span.row >= plan.n_rows:
             return []
-        window, before = plan.window_at(row)
+        window, before = plan.window_at(span.row)
         found: dict[int, None] = {}
         for each in plan.windows(window):
-            if before >= end:
+            if before >= span.end:
                 break
             before += each.n_rows
             found |= dict.fromkeys(each.table[:, 0].tolist())

@@ -142,8 +142,10 @@ class Dispatch:
 
     def _stretch(self, epoch: int, row: int) -> Stretch:
         """Say which rounds to hand over next: those that blocks were delivered for, if any were."""
-        if self._ahead is not None and (self._ahead[0].epoch, self._ahead[0].row) == (epoch, row):
-            return self._ahead[0]
+        if self._ahead is not None:
+            rows = self._ahead[0].rows
+            if (rows.epoch, rows.row) == (epoch, row):
+                return self._ahead[0]
         members = self._members
         sent = self._sends and bool(self._others()) and members.has_room_to_send
         return self.pace.next(epoch, row, len(members.groups()), room=members.has_room, sent=sent)
@@ -174,8 +176,8 @@ class Dispatch:
             elif stretch.last:
                 leaving = [lane for lanes, _ in self._others() for lane in lanes]
                 aside = self._add_starts(graph, name, stretch)
-            key: Key = (f"lane-rounds-{name}", epoch, row, len(stretch.ends))
-            several = self._work, start, packed, row, stretch.ends, deliveries[0], leaving, list(sent.values())
+            key: Key = (f"lane-rounds-{name}", epoch, row, len(stretch.spans))
+            several = self._work, start, packed, stretch.spans, deliveries[0], leaving, list(sent.values())
             merged = graph.add(key, self._members.first, 10, play_short, *several)
             last = [merged]
         else:
@@ -203,18 +205,17 @@ class Dispatch:
         deliveries: Sequence[Any],
     ) -> tuple[Key, list[Key]]:
         """Add rounds that workers share; return what comes of them, and what the next flight begins from."""
-        row = stretch.row
         firsts: list[Key] = []
         last: list[Key] = []
-        for end in stretch.ends:
+        for span in stretch.spans:
             last = []
             for (lanes, address), delivery in zip(groups, deliveries, strict=True):
-                key: Key = (f"lane-turns-{name}", stretch.epoch, row, _text(lanes))
-                arguments = self._work, start, packed, lanes, row, end, delivery
+                key: Key = (f"lane-turns-{name}", span.epoch, span.row, _text(lanes))
+                arguments = self._work, start, packed, lanes, span, delivery
                 last.append(graph.add(key, address, 10, take_turns, *arguments))
             firsts.append(last[0])
-            start, row = last, end
-        key = (f"merge-lanes-{name}", stretch.epoch, row)
+            start = last
+        key = (f"merge-lanes-{name}", stretch.rows.epoch, stretch.rows.end)
         merged = graph.add(key, groups[0][1], 20, merge_flight, firsts, last, packed)
         return merged, last if self.pace.few(len(groups)) else [merged]
 
@@ -222,26 +223,26 @@ class Dispatch:
         self, graph: Graph, name: str, stretch: Stretch, behind: Flight | None
     ) -> tuple[dict[str, Key], list[Key]]:
         """Have lanes read where they belong for who plays alone, who begins with its own meanwhile."""
-        epoch, row, end = stretch.epoch, stretch.row, stretch.ends[-1]
+        rows = stretch.rows
         sent: dict[str, Key] = {}
         for lanes, address in self._others():
             # After what it sent before, if it has the same lanes still: whichever task comes to it first.
             before = None if behind is None else behind.sent.get(_text(lanes))
-            arguments = self._work, lanes, address, epoch, row, end, before
-            key = (f"lane-rows-{name}", epoch, row, _text(lanes))
+            key = (f"lane-rows-{name}", rows.epoch, rows.row, _text(lanes))
+            arguments = self._work, lanes, address, rows, before
             sent[_text(lanes)] = graph.add(key, address, 15, send_rows, *arguments)
         if behind is not None:
             return sent, []
         first = self._members.first
         mine = [lane for lanes, address in self._members.groups() if address == first for lane in lanes]
-        return sent, [self._add_start(graph, name, mine, first, epoch, row)]
+        return sent, [self._add_start(graph, name, mine, first, rows.epoch, rows.row)]
 
     def _add_starts(self, graph: Graph, name: str, stretch: Stretch) -> list[Key]:
         """Have lanes begin to read where they go after these rounds."""
         if self._blocks is not None:
             return []
-        epoch, row = stretch.epoch, stretch.ends[-1]
-        return [self._add_start(graph, name, lanes, address, epoch, row) for lanes, address in self._others()]
+        epoch, end = stretch.rows.epoch, stretch.rows.end
+        return [self._add_start(graph, name, lanes, address, epoch, end) for lanes, address in self._others()]
 
     def _add_start(self, graph: Graph, name: str, lanes: list[int], address: str, epoch: int, row: int) -> Key:
         key = (f"lane-starts-{name}", epoch, row, _text(lanes))
@@ -267,17 +268,17 @@ class Dispatch:
         """
         if self._blocks is None:
             return [None] * len(groups)
-        epoch, row, end = stretch.epoch, stretch.row, stretch.ends[-1]
+        rows = stretch.rows
         at = {lane: address for lanes, address in groups for lane in lanes}
-        blocks = self._blocks.deliver(epoch, row, end, at, self._members.fit)
+        blocks = self._blocks.deliver(rows, at, self._members.fit)
         graph = Graph(self._client, self._members.fit)
         keys = []
         for lanes, address in groups:
             # The same turn of the same lanes has the same key: what was delivered ahead is not delivered again.
-            key = (f"lane-blocks-{self._name}-{self._attempt}", epoch, row, end, _text(lanes))
+            key = (f"lane-blocks-{self._name}-{self._attempt}", rows.epoch, rows.row, rows.end, _text(lanes))
             numbers = [list(blocks[lane]) for lane in lanes]
             computed = [list(blocks[lane].values()) for lane in lanes]
-            keys.append(graph.add(key, address, 15, deliver, self._work, epoch, row, end, lanes, numbers, computed))
+            keys.append(graph.add(key, address, 15, deliver, self._work, rows, lanes, numbers, computed))
         return graph.hand_over(keys)
 
 

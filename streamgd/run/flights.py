@@ -21,6 +21,7 @@ from streamgd.run.lanes import LaneWork, open_reader, read_ahead, take_turn
 from streamgd.run.rounds import Part, Round, joined, merge_parts, play_rounds
 from streamgd.run.runs import Run, versions
 from streamgd.run.sent_rows import SentRows
+from streamgd.run.turns import Span
 from streamgd.run.workers import costs_of, lanes_kept, same_versions, usable_memory, windows_kept
 
 #: What has more bytes of arrays than this travels array by array, without a copy.
@@ -129,16 +130,14 @@ def keep(value: Any) -> Any:
 
 def deliver(
     work: LaneWork,
-    epoch: int,
-    row: int,
-    end: int,
+    span: Span,
     lanes: Sequence[int],
     numbers: Sequence[Sequence[int]],
     blocks: Sequence[Sequence[Any]],
 ) -> dict[int, Delivery]:
     """Hold the blocks of some lanes where turns can find them, and let readers that are here go on over them."""
     found = {
-        lane: Delivery(epoch, row, end, dict(zip(some, computed, strict=True)))
+        lane: Delivery(span, dict(zip(some, computed, strict=True)))
         for lane, some, computed in zip(lanes, numbers, blocks, strict=True)
     }
     for lane, delivery in found.items():
@@ -153,9 +152,7 @@ def begin_reading(work: WorkerWork, lanes: Sequence[int], epoch: int, row: int) 
         read_ahead(work, lane, epoch, row)
 
 
-def send_rows(
-    work: WorkerWork, lanes: Sequence[int], home: str, epoch: int, row: int, end: int, after: Any
-) -> list[SentRows]:
+def send_rows(work: WorkerWork, lanes: Sequence[int], home: str, span: Span, after: Any) -> list[SentRows]:
     """Read the rows of some lanes for who plays their first rounds.
 
     Where the lanes have their `home`, their readers stay. `after` is what was sent before, if anything: so that rows
@@ -169,11 +166,11 @@ def send_rows(
     at_home = get_worker().address == home
     if at_home:  # the first windows of all are filled before any lane's second
         for lane in lanes:
-            read_ahead(work, lane, epoch, row)
+            read_ahead(work, lane, span.epoch, span.row)
     for lane in lanes:
-        reader = open_reader(work, lane, epoch, row, None)
+        reader = open_reader(work, lane, span.epoch, span.row, None)
         try:
-            found.append(SentRows.read(reader, end - row))
+            found.append(SentRows.read(reader, span.n_rows))
         except BaseException:
             work.readers.discard(reader)
             raise
@@ -189,8 +186,7 @@ def take_turns(
     beginning: Beginning,
     packed: Packed,
     lanes: Sequence[int],
-    row: int,
-    end: int,
+    span: Span,
     delivered: Mapping[int, Delivery] | None,
 ) -> Taken:
     """Take the turns of some lanes, neighbours joined as soon as they are there."""
@@ -200,18 +196,17 @@ def take_turns(
     if start.counters[kernels.STATUS] == kernels.OK:  # or there is nothing to go on from
         part = Part.nothing([])
         for lane in lanes:
-            turn = take_turn(work, start, packed, lane, row, end, None if delivered is None else delivered[lane])
+            turn = take_turn(work, start, packed, lane, span, None if delivered is None else delivered[lane])
             part = joined([part, Part.of(lane, turn)], work.plans.n_lanes)
     first = 0 in lanes
-    return Taken(part, end, start if first else None, before if first else None)
+    return Taken(part, span.end, start if first else None, before if first else None)
 
 
 def play_short(
     work: WorkerWork,
     beginning: Beginning,
     packed: Packed,
-    row: int,
-    ends: Sequence[int],
+    spans: Sequence[Span],
     delivered: Mapping[int, Delivery] | None,
     leaving: Sequence[int],
     sent: Sequence[Sequence[SentRows]],
@@ -219,7 +214,7 @@ def play_short(
     """Play several short rounds on one worker, of lanes that leave it then, or whose rows others have sent."""
     work.make_ready()
     rows = [each for some in sent for each in some]
-    return Flown(play_rounds(work, _begun(beginning, packed)[0], packed, row, ends, delivered, leaving, rows))
+    return Flown(play_rounds(work, _begun(beginning, packed)[0], packed, spans, delivered, leaving, rows))
 
 
 def merge_flight(firsts: Sequence[Taken], last: Sequence[Taken], packed: Packed) -> Flown:

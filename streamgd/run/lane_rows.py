@@ -25,6 +25,7 @@ from streamgd.data.sources.base import Source
 from streamgd.data.targets import TargetCodec
 from streamgd.data.window import Stopped, Window
 from streamgd.run.runs import Run
+from streamgd.run.turns import Span
 
 #: Windows of a lane: the one that is trained on and the next; and so many more, where the buffer has room for them.
 LEAST_WINDOWS, _MORE_WINDOWS = 2, 4
@@ -110,15 +111,13 @@ class Delivery:
 
     Attributes
     ----------
-    epoch, row, end : int
-        The turn's epoch, and its rows; the lane may have fewer.
+    span : Span
+        The turn's rows.
     blocks : mapping of int to computed blocks
         What the windows of these rows draw on.
     """
 
-    epoch: int
-    row: int
-    end: int
+    span: Span
     blocks: Mapping[int, Any]
 
 
@@ -235,7 +234,7 @@ class LaneReader:
     def deliver(self, delivery: Delivery) -> bool:
         """Read on over more blocks; say whether they are what comes next, or were here before."""
         assert self._until is not None
-        if delivery.epoch * self.lane_rows + delivery.row > self._until:
+        if delivery.span.epoch * self.lane_rows + delivery.span.row > self._until:
             return False
         if self._end_of(delivery) > self._until:
             self._deliveries.append(delivery)
@@ -255,7 +254,7 @@ class LaneReader:
         collection.deliver({block: found for each in self._deliveries for block, found in each.blocks.items()})
 
     def _end_of(self, delivery: Delivery) -> int:
-        return delivery.epoch * self.lane_rows + min(delivery.end, self.lane_rows)
+        return delivery.span.epoch * self.lane_rows + min(delivery.span.end, self.lane_rows)
 
     def next_epoch(self, lane_rows: int) -> None:
         """Go on with the next epoch, which is what comes next."""

@@ -26,6 +26,7 @@ from streamgd.run.lane_rows import LEAST_WINDOWS, Delivery, LanePlans, LaneReade
 from streamgd.run.readers import Readers
 from streamgd.run.runs import Run
 from streamgd.run.sent_rows import Rows, SentReader
+from streamgd.run.turns import Span
 
 #: Rows times values of one kernel call, so that a request to stop is seen within a second.
 _CALL_VALUES = 30_000_000
@@ -116,11 +117,10 @@ def take_turn(
     start: State,
     packed: Packed,
     lane: int,
-    row: int,
-    end: int,
+    span: Span,
     delivery: Delivery | None = None,
 ) -> Turn:
-    """Train a lane on rows `row` to `end` of its epoch, from the state that all lanes share.
+    """Train a lane on some rows of its epoch, from the state that all lanes share.
 
     Parameters
     ----------
@@ -132,8 +132,8 @@ def take_turn(
         The recipe.
     lane : int
         Which.
-    row, end : int
-        Rows of the lane's epoch; the lane may have fewer.
+    span : Span
+        The rows.
     delivery : Delivery, optional
         The blocks of a Dask collection that the rows lie in.
 
@@ -142,9 +142,9 @@ def take_turn(
     Turn
         The batch that is open after the last row is closed, unless there is only one lane and its epoch goes on.
     """
-    reader = open_reader(work, lane, start.epoch, row, delivery)
+    reader = open_reader(work, lane, span.epoch, span.row, delivery)
     try:
-        turn = train_turn(work, start, packed, lane, reader, row, end)
+        turn = train_turn(work, start, packed, lane, reader, span)
     except BaseException:
         work.readers.discard(reader)
         raise
@@ -153,14 +153,14 @@ def take_turn(
 
 
 def train_turn(
-    work: LaneWork, start: State, packed: Packed, lane: int, reader: LaneReader | SentReader, row: int, end: int
+    work: LaneWork, start: State, packed: Packed, lane: int, reader: LaneReader | SentReader, span: Span
 ) -> Turn:
     """Do what `take_turn` does, with a reader that stands at the turn's first row."""
     alone = work.plans.n_lanes == 1
     state = start.copy() if alone else begin_turn(start)
     wait_s, read_rows = reader.wait_s, reader.read_rows
-    for window, first, stop in reader.pieces(end - row):
-        last = reader.row + stop - first == min(end, reader.lane_rows)
+    for window, first, stop in reader.pieces(span.n_rows):
+        last = reader.row + stop - first == min(span.end, reader.lane_rows)
         whole = reader.row + stop - first == reader.lane_rows
         _consume(work, state, packed, window, first, stop, close=whole if alone else last)
         if state.counters[kernels.STATUS] != kernels.OK:
@@ -168,12 +168,12 @@ def train_turn(
         if alone and stop == window.n_rows and not whole:
             state.next_window()
     n_rows = int(state.counters[kernels.EPOCH_ROWS]) - (int(start.counters[kernels.EPOCH_ROWS]) if alone else 0)
-    expected = max(0, min(end, reader.lane_rows) - row)
+    expected = max(0, min(span.end, reader.lane_rows) - span.row)
     if n_rows != expected and state.counters[kernels.STATUS] == kernels.OK:
         raise RowAccountingError(f"lane {lane} saw {n_rows:,} rows of a turn of {expected:,}; this is a bug")
     wait_s, read_rows = reader.wait_s - wait_s, reader.read_rows - read_rows
     found = None if not n_rows else state if alone else found_by(start, state, packed)
-    return Turn(found, end >= reader.lane_rows, read_rows, wait_s)
+    return Turn(found, span.end >= reader.lane_rows, read_rows, wait_s)
 
 
 def open_reader(work: LaneWork, lane: int, epoch: int, row: int, delivery: Delivery | None) -> LaneReader:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamgd.run.rounds import Round
-from streamgd.run.turns import Turns
+from streamgd.run.turns import Span, Turns
 
 #: What a round costs beside its work, in seconds, where workers share it; and for each group of lanes, which is a task.
 _SHARED_S, _TASK_S = 0.006, 0.001
@@ -41,10 +41,8 @@ class Stretch:
 
     Attributes
     ----------
-    epoch, row : int
-        Where they begin.
-    ends : list of int
-        Rows of each lane's epoch where they end.
+    spans : list of Span
+        The rows of each, one after the other.
     together : bool
         Whether one worker plays them all.
     last : bool
@@ -53,17 +51,15 @@ class Stretch:
         Whether the others send it their lanes' rows.
     """
 
-    epoch: int
-    row: int
-    ends: list[int]
+    spans: list[Span]
     together: bool
     last: bool = False
     sent: bool = False
 
     @property
-    def n_rows(self) -> int:
-        """Rows of each lane, if it has so many."""
-        return self.ends[-1] - self.row
+    def rows(self) -> Span:
+        """The rows of all of them."""
+        return Span(self.spans[0].epoch, self.spans[0].row, self.spans[-1].end)
 
 
 class Pace:
@@ -116,11 +112,11 @@ class Pace:
         """
         if room and not self._shared:
             most_bytes = min(_TOGETHER_BYTES, self._sent_bytes) if sent else _TOGETHER_BYTES
-            short, self._shared = self._short_ends(epoch, row, n_groups, most_bytes)
+            short, self._shared = self._short_spans(epoch, row, n_groups, most_bytes)
             if short:
-                return Stretch(epoch, row, short, together=True, last=self._shared, sent=sent)
+                return Stretch(short, together=True, last=self._shared, sent=sent)
         self._shared = True  # lanes that went back to one worker would be read anew there
-        return Stretch(epoch, row, self._shared_ends(epoch, row, n_groups), together=False)
+        return Stretch(self._shared_spans(epoch, row, n_groups), together=False)
 
     def few(self, n_groups: int) -> bool:
         """Whether groups get what every other one found, rather than what one task makes of it."""
@@ -132,31 +128,31 @@ class Pace:
         Not when rounds are long, or many have been chained already: what is lost with a worker is computed again from
         the last state that the client has. And not beyond an epoch, which the client closes.
         """
-        over = stretch.ends[-1] >= self._turns.lane_rows
+        over = stretch.rows.end >= self._turns.lane_rows
         return self._last_s < _LONG_S and chained < _MOST_CHAINED and not over
 
     def ended(self, stretch: Stretch, chained: int, rounds: Sequence[Round], took_s: float) -> None:
         """Learn from what has ended, how long that took."""
         self._last_s = took_s
-        self._row_s = took_s / stretch.n_rows
+        self._row_s = took_s / stretch.rows.n_rows
         if stretch.together and chained:  # the first one opens files, and compiles
-            self._alone_s = max(self._alone_s, sum(each.took_s for each in rounds) / stretch.n_rows)
+            self._alone_s = max(self._alone_s, sum(each.took_s for each in rounds) / stretch.rows.n_rows)
 
-    def _short_ends(self, epoch: int, row: int, n_groups: int, most_bytes: int) -> tuple[list[int], bool]:
-        """Say where short rounds end, as many as a worker has room for, and whether the next round is not short."""
-        ends = [self._turns.end(epoch, row)]
+    def _short_spans(self, epoch: int, row: int, n_groups: int, most_bytes: int) -> tuple[list[Span], bool]:
+        """Return short rounds, as many as a worker has room for, and whether the next round is not short."""
+        spans: list[Span] = []
         most, n_bytes = min(_MOST_TOGETHER, _STATES_BYTES // self._state_bytes), 0
-        while True:
-            size = (ends[-1] - row) * self._n_lanes * self._row_bytes
+        while row < self._turns.lane_rows or not spans:
+            span = self._turns.at(epoch, row)
+            size = span.n_rows * self._n_lanes * self._row_bytes
             n_bytes += size
-            if not self._is_short(ends[-1] - row, size, n_groups):
-                return ends[:-1], True
-            if n_bytes > most_bytes or len(ends) > most:
-                return ends[:-1], False
-            if ends[-1] >= self._turns.lane_rows:
-                return ends, False
-            row = ends[-1]
-            ends.append(self._turns.end(epoch, row))
+            if not self._is_short(span.n_rows, size, n_groups):
+                return spans, True
+            if n_bytes > most_bytes or len(spans) >= most:
+                break
+            spans.append(span)
+            row = span.end
+        return spans, False
 
     def _is_short(self, n_rows: int, size: int, n_groups: int) -> bool:
         """Whether one worker plays a round sooner than all of them would, what a shared one costs included."""
@@ -164,16 +160,16 @@ class Pace:
             return size <= _SHORT_BYTES
         return n_rows * self._alone_s * (1 - 1 / n_groups) <= shared_s(n_groups)
 
-    def _shared_ends(self, epoch: int, row: int, n_groups: int) -> list[int]:
-        """Say where rounds end that follow one another without the client: for a moment's work, as far as is known."""
-        ends = [self._turns.end(epoch, row)]
+    def _shared_spans(self, epoch: int, row: int, n_groups: int) -> list[Span]:
+        """Return rounds that follow one another without the client: a moment's work, as far as is known."""
+        spans = [self._turns.at(epoch, row)]
         if not self._row_s or not self.few(n_groups):
-            return ends
+            return spans
         most = min(_MOST_IN_FLIGHT, _STATES_BYTES // (2 * self._state_bytes))
         most_rows = min(self._turns.most_rows if self._bounded else sys.maxsize, int(_FLIGHT_S / self._row_s))
-        while len(ends) < most and ends[-1] < self._turns.lane_rows:
-            end = self._turns.end(epoch, ends[-1])
-            if end - row > most_rows:
+        while len(spans) < most and spans[-1].end < self._turns.lane_rows:
+            span = self._turns.at(epoch, spans[-1].end)
+            if span.end - row > most_rows:
                 break
-            ends.append(end)
-        return ends
+            spans.append(span)
+        return spans

@@ -29,7 +29,7 @@ from streamgd.run.lane_rows import Delivery, LaneReader
 from streamgd.run.lanes import LaneWork, Turn, leave_reader, open_reader, take_turn, train_turn
 from streamgd.run.runs import Run
 from streamgd.run.sent_rows import SentReader, SentRows
-from streamgd.run.turns import Turns
+from streamgd.run.turns import Span, Turns
 
 #: Round records in ``metrics.jsonl`` per epoch, about; an epoch's end always has one.
 _RECORDS_PER_EPOCH = 200
@@ -145,8 +145,7 @@ def play_rounds(
     work: LaneWork,
     start: State,
     packed: Packed,
-    row: int,
-    ends: Sequence[int],
+    spans: Sequence[Span],
     delivered: Mapping[int, Delivery] | None = None,
     leaving: Sequence[int] = (),
     sent: Sequence[SentRows] = (),
@@ -161,10 +160,8 @@ def play_rounds(
         Where the first round begins; stays as it is.
     packed : Packed
         The recipe.
-    row : int
-        Row of each lane's epoch where the first round begins.
-    ends : sequence of int
-        Where the rounds end; they end earlier with the epoch, or if a lane diverges.
+    spans : sequence of Span
+        The rows of each, one after the other; there are fewer if the epoch ends before, or a lane diverges.
     delivered : mapping of int to Delivery, optional
         For each lane, the blocks of a Dask collection that the rows lie in.
     leaving : sequence of int, default=()
@@ -184,19 +181,19 @@ def play_rounds(
     try:
         for lane in sorted(set(range(work.plans.n_lanes)) - readers.keys()):
             delivery = None if delivered is None else delivered[lane]
-            own.append(open_reader(work, lane, start.epoch, row, delivery))
+            own.append(open_reader(work, lane, spans[0].epoch, spans[0].row, delivery))
             readers[lane] = own[-1]
             if lane in leaving:
-                own[-1].read_ahead_to(ends[-1])
-        for end in ends:
+                own[-1].read_ahead_to(spans[-1].end)
+        for span in spans:
             began = time.perf_counter()
             parts = [
-                Part.of(lane, train_turn(work, state, packed, lane, reader, row, end))
+                Part.of(lane, train_turn(work, state, packed, lane, reader, span))
                 for lane, reader in sorted(readers.items())
             ]
-            found = merge_parts(state, parts, packed, end)
+            found = merge_parts(state, parts, packed, span.end)
             played.append(replace(found, took_s=time.perf_counter() - began))
-            state, row = played[-1].state, end
+            state = played[-1].state
             if played[-1].done or state.counters[kernels.STATUS] != kernels.OK:
                 break
     except BaseException:
@@ -212,8 +209,8 @@ class Crew(abc.ABC):
     """Whoever takes the turns of all lanes."""
 
     @abc.abstractmethod
-    def play(self, start: State, packed: Packed, row: int, end: int, stop: threading.Event) -> Round | None:
-        """Play the round over rows `row` to `end` of each lane's epoch.
+    def play(self, start: State, packed: Packed, span: Span, stop: threading.Event) -> Round | None:
+        """Play the round over some rows of each lane's epoch.
 
         Returns
         -------
@@ -253,11 +250,9 @@ class LocalCrew(Crew):
         self._work = LaneWork(run, run.source, n_threads=n_threads, most_readers=self._n_lanes)
         self._pool = ThreadPoolExecutor(min(n_threads, self._n_lanes), "streamgd-turns")
 
-    def play(self, start: State, packed: Packed, row: int, end: int, stop: threading.Event) -> Round | None:
+    def play(self, start: State, packed: Packed, span: Span, stop: threading.Event) -> Round | None:
         """Play a round, see `Crew.play`."""
-        futures = [
-            self._pool.submit(take_turn, self._work, start, packed, lane, row, end) for lane in range(self._n_lanes)
-        ]
+        futures = [self._pool.submit(take_turn, self._work, start, packed, lane, span) for lane in range(self._n_lanes)]
         left = set(futures)
         while left:
             done, left = wait(left, _POLL_S, FIRST_EXCEPTION)
@@ -269,7 +264,7 @@ class LocalCrew(Crew):
             if future.done() and (error := future.exception()) is not None:
                 raise error
         parts = [Part.of(lane, future.result()) for lane, future in enumerate(futures)]
-        return merge_parts(start, parts, packed, end)
+        return merge_parts(start, parts, packed, span.end)
 
     def close(self) -> None:
         """Stop all threads."""
@@ -341,8 +336,7 @@ class RoundTraining(Training):
             state, began = run.state, time.perf_counter()
             several = run.config.n_lanes > 1
             row = int(state.counters[kernels.ROW if several else kernels.EPOCH_ROWS])
-            end = self._turns.end(state.epoch, row)
-            played = crew.play(state, self._packed, row, end, self.stop)
+            played = crew.play(state, self._packed, self._turns.at(state.epoch, row), self.stop)
             if played is None:
                 return False
             run.state = played.state

@@ -25,6 +25,26 @@ _FEW_LANES = 32
 
 
 @dataclass(frozen=True)
+class Span:
+    """Rows of every lane's epoch: those of a turn, or of several that follow one another. A lane may have fewer.
+
+    Attributes
+    ----------
+    epoch, row, end : int
+        Which epoch, the first row, and the one after the last.
+    """
+
+    epoch: int
+    row: int
+    end: int
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of a lane, if it has so many."""
+        return self.end - self.row
+
+
+@dataclass(frozen=True)
 class Turns:
     """The bounds of turns.
 
@@ -53,13 +73,13 @@ class Turns:
         most = max(1, most_bytes // layout.row_bytes // batch) * batch
         return cls(batch, most, -(-run.source.n_rows // n_lanes), n_lanes > 1)
 
-    def end(self, epoch: int, row: int) -> int:
-        """Return where the turn that begins at a row of the lane's epoch ends; the lane may have fewer rows."""
+    def at(self, epoch: int, row: int) -> Span:
+        """Return the turn that begins at a row of the lane's epoch."""
         if not self.grow:
-            return row + self.most_rows
+            return Span(epoch, row, row + self.most_rows)
         seen = epoch * self.lane_rows + row
         n_rows = seen // _GROWTH + max(0, seen - _MANY_ROWS) // _LATER_GROWTH
-        return row + min(self.most_rows, max(1, n_rows // self.batch_rows) * self.batch_rows)
+        return Span(epoch, row, row + min(self.most_rows, max(1, n_rows // self.batch_rows) * self.batch_rows))
 
 
 def longest(n_lanes: int) -> int:

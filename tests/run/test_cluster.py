@@ -30,6 +30,7 @@ from streamgd.run.config import Config, RunOptions
 from streamgd.run.epochs import Watcher
 from streamgd.run.loop import train
 from streamgd.run.runs import prepare
+from streamgd.run.turns import Span
 from tests.clustering import (
     KINDS,
     N_EPOCHS,
@@ -156,9 +157,9 @@ def test_workers_read_for_who_plays_alone(four, folder, here, monkeypatch):
     class Recorded(dispatch.Graph):
         def add(self, key, address, priority, function, *arguments):
             if function is dispatch.send_rows:
-                _, lanes, home, epoch, row, end, after = arguments
+                _, lanes, home, span, after = arguments
                 assert home == address
-                sends.append((tuple(lanes), address, epoch, row, end, isinstance(after, distributed.Future)))
+                sends.append((tuple(lanes), address, span, isinstance(after, distributed.Future)))
             elif function is dispatch.play_short:
                 players.add(address)
             return super().add(key, address, priority, function, *arguments)
@@ -173,9 +174,9 @@ def test_workers_read_for_who_plays_alone(four, folder, here, monkeypatch):
     assert len(by_lanes) == 3
     for found in by_lanes.values():
         assert len(found) > 4
-        for (epoch, _, end, _), (next_epoch, row, _, after) in pairwise(found):
-            assert (next_epoch, row) in ((epoch, end), (epoch + 1, 0))
-            assert after == (next_epoch == epoch)
+        for (span, _), (following, after) in pairwise(found):
+            assert (following.epoch, following.row) in ((span.epoch, span.end), (span.epoch + 1, 0))
+            assert after == (following.epoch == span.epoch)
 
 
 def pause(dask_worker: Any = None) -> None:
@@ -610,7 +611,7 @@ class TestErrors:
             stop = threading.Event()
             threading.Timer(0.5, stop.set).start()
             waiting = crew(X, client, RunOptions(), Watcher(), stop)  # somebody pressed Ctrl-C: it gives up waiting
-            assert waiting.play(None, None, 0, 1, stop) is None
+            assert waiting.play(None, None, Span(0, 0, 1), stop) is None
             waiting.close()
 
     def test_what_is_no_client(self, two, folder, tmp_path):

@@ -13,6 +13,7 @@ from streamgd.run.config import Config
 from streamgd.run.lane_rows import Delivery
 from streamgd.run.lanes import LaneWork, take_turn
 from streamgd.run.runs import Run, prepare
+from streamgd.run.turns import Span
 from tests.clustering import load, make_data
 from tests.run import small
 
@@ -41,21 +42,20 @@ def reader_of(work: LaneWork, lane: int) -> Any:
 
 def test_a_reader_goes_on_over_blocks_that_come_early_and_into_the_next_epoch(run):
     blocks, work, packed = computed(run), work_of(run), run.packed(moments=False)
-    turns = [(0, 0, 640), (0, 640, 1100), (0, 1100, 10_000), (1, 0, 900)]
-    take_turn(work, run.state, packed, 0, 0, 640, Delivery(*turns[0], blocks))
+    first, *others = Span(0, 0, 640), Span(0, 640, 1100), Span(0, 1100, 10_000), Span(1, 0, 900)
+    take_turn(work, run.state, packed, 0, first, Delivery(first, blocks))
     reader = reader_of(work, 0)
-    for epoch, row, end in turns[1:]:
-        planned = small.settled(reader)._planned
-        assert planned < epoch * reader.lane_rows + row + run.layout.window_rows  # no farther than it may
-        work.readers.expect(0, Delivery(epoch, row, end, blocks))
-        assert small.settled(reader)._planned > planned or planned >= epoch * reader.lane_rows + min(
-            end, reader.lane_rows
-        )
+    for span in others:
+        planned, before = small.settled(reader)._planned, span.epoch * reader.lane_rows
+        assert planned < before + span.row + run.layout.window_rows  # no farther than it may
+        delivery = Delivery(span, blocks)
+        work.readers.expect(0, delivery)
+        assert small.settled(reader)._planned > planned or planned >= before + min(span.end, reader.lane_rows)
         start = run.state.copy()
-        start.counters[0] = epoch
-        found = take_turn(work, start, packed, 0, row, end, Delivery(epoch, row, end, blocks)).found
+        start.counters[0] = span.epoch
+        found = take_turn(work, start, packed, 0, span, delivery).found
         fresh = work_of(run)
-        afresh = take_turn(fresh, start, packed, 0, row, end, Delivery(epoch, row, end, blocks)).found
+        afresh = take_turn(fresh, start, packed, 0, span, delivery).found
         assert found.theta.tobytes() == afresh.theta.tobytes()
         assert found.checksum == afresh.checksum
         assert reader_of(work, 0) is reader
@@ -65,10 +65,10 @@ def test_a_reader_goes_on_over_blocks_that_come_early_and_into_the_next_epoch(ru
 
 def test_blocks_that_come_while_a_reader_is_in_use_are_there_when_it_is_given_back(run):
     blocks, work = computed(run), work_of(run)
-    first = Delivery(0, 0, 640, blocks)
+    first = Delivery(Span(0, 0, 640), blocks)
     reader = work.readers.take(work.plans, work.inputs, 0, 0, 0, n_threads=1, most=2, delivery=first)
     list(reader.pieces(640))
-    work.readers.expect(0, Delivery(0, 640, 1100, blocks))
+    work.readers.expect(0, Delivery(Span(0, 640, 1100), blocks))
     work.readers.give_back(reader, 2)
     assert reader._until == 1100
     work.readers.close()
@@ -76,17 +76,17 @@ def test_blocks_that_come_while_a_reader_is_in_use_are_there_when_it_is_given_ba
 
 def test_blocks_with_others_missing_before_them_are_left_alone(run):
     blocks, work, packed = computed(run), work_of(run), run.packed(moments=False)
-    take_turn(work, run.state, packed, 0, 0, 640, Delivery(0, 0, 640, blocks))
+    take_turn(work, run.state, packed, 0, Span(0, 0, 640), Delivery(Span(0, 0, 640), blocks))
     reader = reader_of(work, 0)
-    work.readers.expect(0, Delivery(0, 900, 1500, blocks))
+    work.readers.expect(0, Delivery(Span(0, 900, 1500), blocks))
     assert reader._until == 640
     work.readers.close()
 
 
 def test_blocks_of_turns_that_are_over_are_let_go(run):
     blocks, work, packed = computed(run), work_of(run), run.packed(moments=False)
-    take_turn(work, run.state, packed, 0, 0, 640, Delivery(0, 0, 640, blocks))
+    take_turn(work, run.state, packed, 0, Span(0, 0, 640), Delivery(Span(0, 0, 640), blocks))
     assert reader_of(work, 0)._source._delivered == {}
-    work.readers.expect(0, Delivery(0, 640, 1100, blocks))
+    work.readers.expect(0, Delivery(Span(0, 640, 1100), blocks))
     assert reader_of(work, 0)._source._delivered == blocks
     work.readers.close()

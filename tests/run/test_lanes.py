@@ -26,7 +26,7 @@ from streamgd.run.lanes import LaneWork, open_reader, read_ahead, take_turn
 from streamgd.run.loop import Watcher, train
 from streamgd.run.rounds import RoundTraining, play_rounds
 from streamgd.run.runs import Run, plan_for, prepare
-from streamgd.run.turns import Turns
+from streamgd.run.turns import Span, Turns
 from tests.clustering import OPTIMIZERS, bits, estimator, load, make_data
 from tests.data.fake import FakeSource, layout_of
 from tests.run import small
@@ -104,11 +104,11 @@ class TestTurns:
         work = LaneWork(run, run.source, n_threads=1, most_readers=3)
         packed = run.packed(moments=False)
         before = small.bits(run)
-        first = take_turn(work, run.state, packed, 1, 0, 64)
-        take_turn(work, run.state, packed, 1, 64, 96)  # leaves a reader in the middle of a window
-        again = take_turn(work, run.state, packed, 1, 0, 64)
+        first = take_turn(work, run.state, packed, 1, Span(0, 0, 64))
+        take_turn(work, run.state, packed, 1, Span(0, 64, 96))  # leaves a reader in the middle of a window
+        again = take_turn(work, run.state, packed, 1, Span(0, 0, 64))
         fresh = LaneWork(run, run.source, n_threads=2, most_readers=0)
-        elsewhere = take_turn(fresh, run.state, packed, 1, 0, 64)
+        elsewhere = take_turn(fresh, run.state, packed, 1, Span(0, 0, 64))
         for turn in (again, elsewhere):
             assert turn.found is not None
             assert turn.found.theta.tobytes() == first.found.theta.tobytes()
@@ -124,17 +124,19 @@ class TestTurns:
         packed = run.packed(moments=False)
         work = LaneWork(run, run.source, n_threads=1, most_readers=3)
         for first in range(0, row, 32):
-            take_turn(work, run.state, packed, 0, first, first + 32)
-        came_by = take_turn(work, run.state, packed, 0, row, row + 32)
+            take_turn(work, run.state, packed, 0, Span(0, first, first + 32))
+        came_by = take_turn(work, run.state, packed, 0, Span(0, row, row + 32))
         work.readers.close()
-        jumped = take_turn(LaneWork(run, run.source, n_threads=1, most_readers=0), run.state, packed, 0, row, row + 32)
+        jumped = take_turn(
+            LaneWork(run, run.source, n_threads=1, most_readers=0), run.state, packed, 0, Span(0, row, row + 32)
+        )
         assert came_by.found.theta.tobytes() == jumped.found.theta.tobytes()
         assert came_by.found.checksum == jumped.found.checksum
 
     def test_a_lane_without_rows_left_says_so(self):
         run = begin_lanes()
         work = LaneWork(run, run.source, n_threads=1, most_readers=0)
-        turn = take_turn(work, run.state, run.packed(moments=False), 0, 10_000, 10_032)
+        turn = take_turn(work, run.state, run.packed(moments=False), 0, Span(0, 10_000, 10_032))
         assert turn.found is None
         assert turn.done
 
@@ -142,7 +144,7 @@ class TestTurns:
         run = begin_lanes()
         work = LaneWork(run, run.source, n_threads=1, most_readers=1)
         for lane in range(3):
-            take_turn(work, run.state, run.packed(moments=False), lane, 0, 32)
+            take_turn(work, run.state, run.packed(moments=False), lane, Span(0, 0, 32))
         assert len(work.readers._idle) == 1
         work.readers.close()
 
@@ -162,13 +164,13 @@ class TestTurns:
         turns = Turns(batch_rows=32, most_rows=3200, lane_rows=10**6, grow=True)
         ends, row = [], 0
         while row < 10**6:
-            ends.append(turns.end(0, row) - row)
+            ends.append(turns.at(0, row).n_rows)
             row += ends[-1]
         assert ends[0] == 32
         assert ends == sorted(ends)
         assert ends[-1] == 3200
         assert all(length % 32 == 0 for length in ends)
-        assert turns.end(1, 0) == 3200  # a later epoch does not begin anew
+        assert turns.at(1, 0) == Span(1, 0, 3200)  # a later epoch does not begin anew
 
 
 class TestResuming:
@@ -248,7 +250,7 @@ def test_windows_are_filled_ahead_as_far_as_there_is_room():
     for n_windows in (2, 5):
         work = LaneWork(run, run.source, n_threads=2, most_readers=2)
         work.n_windows = n_windows
-        take_turn(work, run.state, run.packed(moments=False), 0, 0, 8)
+        take_turn(work, run.state, run.packed(moments=False), 0, Span(0, 0, 8))
         reader = settled(work, 0)
         assert reader._ready.qsize() == n_windows - 1
         assert not reader._free
@@ -270,7 +272,7 @@ def test_a_lane_that_comes_has_read_before_its_first_turn():
     reader = settled(work, 1)
     read_ahead(work, 1, 0, 0)  # too late: it is here
     assert work.readers._idle[1] is reader
-    turns = [take_turn(each, run.state, packed, 1, 24, 90).found for each in (work, fresh)]
+    turns = [take_turn(each, run.state, packed, 1, Span(0, 24, 90)).found for each in (work, fresh)]
     assert work.readers._idle[1] is reader
     assert turns[0].theta.tobytes() == turns[1].theta.tobytes()
     assert turns[0].checksum == turns[1].checksum
@@ -299,7 +301,7 @@ def test_a_closed_reader_holds_no_windows():
     """Whoever still knows of it: they are most of a lane's memory, and there may be no room for others beside them."""
     run = begin_lanes(2)
     work = LaneWork(run, run.source, n_threads=1, most_readers=2)
-    take_turn(work, run.state, run.packed(moments=False), 0, 0, 8)
+    take_turn(work, run.state, run.packed(moments=False), 0, Span(0, 0, 8))
     reader = settled(work, 0)
     windows = [weakref.ref(window) for window in (reader._window, *reader._free) if window is not None]
     windows += [weakref.ref(window) for window in [reader._ready.get() for _ in range(reader._ready.qsize())]]
@@ -320,7 +322,7 @@ def test_an_error_keeps_nothing_open():
     gc.disable()
     try:
         with pytest.raises(DataError) as found:
-            take_turn(work, run.state, run.packed(moments=False), 0, 0, 64)
+            take_turn(work, run.state, run.packed(moments=False), 0, Span(0, 0, 64))
         kept = weakref.ref(found.value)
         del found
         work.readers.close()
@@ -337,10 +339,10 @@ def test_a_lane_that_leaves_reads_no_further_unless_it_stays_after_all():
     packed = run.packed(moments=False)
     work, fresh = (LaneWork(run, run.source, n_threads=2, most_readers=2) for _ in range(2))
     work.n_windows = 5
-    play_rounds(work, run.state, packed, 0, [8, 16], leaving=[1])
+    play_rounds(work, run.state, packed, [Span(0, 0, 8), Span(0, 8, 16)], leaving=[1])
     assert settled(work, 1)._planned <= 16 + run.layout.window_rows
     assert settled(work, 0)._planned > 16 + run.layout.window_rows
-    turns = [take_turn(each, run.state, packed, 1, 16, 130).found for each in (work, fresh)]
+    turns = [take_turn(each, run.state, packed, 1, Span(0, 16, 130)).found for each in (work, fresh)]
     assert turns[0].theta.tobytes() == turns[1].theta.tobytes()
     work.readers.close()
     fresh.readers.close()

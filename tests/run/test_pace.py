@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from streamgd.run import pace
 from streamgd.run.pace import Pace, Stretch
 from streamgd.run.rounds import Round
-from streamgd.run.turns import Turns
+from streamgd.run.turns import Span, Turns
 
 LANE_ROWS = 1_000_000
 TURNS = Turns(64, 10**9, LANE_ROWS, grow=True)
@@ -22,7 +21,7 @@ def pace_of(turns: Turns = TURNS, state_bytes: int = 1000, *, bounded: bool = Fa
 
 def rounds_of(stretch: Stretch, seconds: float) -> list[Round]:
     state: Any = None
-    return [Round(state, False, 0, 0.0, seconds / len(stretch.ends)) for _ in stretch.ends]
+    return [Round(state, False, 0, 0.0, seconds / len(stretch.spans)) for _ in stretch.spans]
 
 
 def flown(pace: Pace, stretch: Stretch, seconds: float, chained: int = 1) -> None:
@@ -37,19 +36,17 @@ def follow(pace: Pace, n_groups: int, row_s: float, n_epochs: int = 1, *, sent: 
         while row < LANE_ROWS:
             stretch = pace.next(epoch, row, n_groups, room=True, sent=sent)
             found.append(stretch)
-            flown(pace, stretch, stretch.n_rows * row_s / (1 if stretch.together else n_groups))
-            row = stretch.ends[-1]
+            flown(pace, stretch, stretch.rows.n_rows * row_s / (1 if stretch.together else n_groups))
+            row = stretch.rows.end
     return found
 
 
 def test_every_round_is_handed_over_once_and_in_order():
     stretches = follow(pace_of(), 2, 1e-6)
-    ends = [end for stretch in stretches for end in stretch.ends]
-    expected = [TURNS.end(0, 0)]
-    while expected[-1] < LANE_ROWS:
-        expected.append(TURNS.end(0, expected[-1]))
-    assert ends == expected
-    assert all(a.ends[-1] == b.row for a, b in pairwise(stretches))
+    expected = [TURNS.at(0, 0)]
+    while expected[-1].end < LANE_ROWS:
+        expected.append(TURNS.at(0, expected[-1].end))
+    assert [span for stretch in stretches for span in stretch.spans] == expected
 
 
 def test_one_worker_plays_short_rounds_and_then_they_are_shared_for_good():
@@ -60,20 +57,20 @@ def test_one_worker_plays_short_rounds_and_then_they_are_shared_for_good():
     assert together == sorted(together, reverse=True)
     (last,) = (stretch for stretch in stretches if stretch.last)
     assert last is stretches[together.index(False) - 1]
-    longest = max(b - a for stretch in stretches if stretch.together for a, b in pairwise(stretch.ends))
+    longest = max(span.n_rows for stretch in stretches if stretch.together for span in stretch.spans)
     assert longest * 1e-6 * (1 - 1 / 2) <= pace.shared_s(2)
 
 
 def test_rounds_are_shared_where_that_is_faster():
     """Two workers halve the work, four take three quarters off it, a hundred are a hundred tasks."""
-    rows = [next(s.row for s in follow(pace_of(), n_groups, 1e-6) if not s.together) for n_groups in (2, 4, 100)]
+    rows = [next(s.rows.row for s in follow(pace_of(), n_groups, 1e-6) if not s.together) for n_groups in (2, 4, 100)]
     assert rows[1] < rows[0] < rows[2]
 
 
 def test_one_worker_has_nobody_to_share_with():
     stretches = follow(pace_of(), 1, 1e-7)
     assert all(stretch.together for stretch in stretches)
-    assert max(stretch.n_rows * 4 * 100 for stretch in stretches) <= pace._TOGETHER_BYTES  # what is lost with it
+    assert max(stretch.rows.n_rows * 4 * 100 for stretch in stretches) <= pace._TOGETHER_BYTES  # what is lost with it
 
 
 def test_rows_that_are_sent_fit_in_what_is_left_for_them():
@@ -81,7 +78,7 @@ def test_rows_that_are_sent_fit_in_what_is_left_for_them():
         [stretch for stretch in follow(pace_of(), 2, 1e-6, sent=sent) if stretch.together] for sent in (True, False)
     )
     assert len(sent) > 3
-    assert max(stretch.n_rows * 4 * 100 for stretch in sent) <= 400_000
+    assert max(stretch.rows.n_rows * 4 * 100 for stretch in sent) <= 400_000
     assert all(stretch.sent for stretch in sent)
     assert len(own) < len(sent)
     assert not any(stretch.sent for stretch in own)
@@ -96,49 +93,49 @@ def test_without_room_for_all_lanes_rounds_are_shared_from_the_start():
 def test_until_the_time_is_known_the_bytes_decide():
     known = pace_of()
     flown(known, known.next(0, 0, 2, room=True), 100.0, chained=0)  # what opens files says nothing
-    row = known.next(0, 50_000, 2, room=True).ends[-1]
-    assert 4 * 100 * (TURNS.end(0, row) - row) > pace._SHORT_BYTES or row - 50_000 > pace._TOGETHER_BYTES // 500
+    row = known.next(0, 50_000, 2, room=True).rows.end
+    assert 4 * 100 * TURNS.at(0, row).n_rows > pace._SHORT_BYTES or row - 50_000 > pace._TOGETHER_BYTES // 500
 
 
 def test_a_flight_takes_a_moment():
     pacing = pace_of()
     pacing.next(0, 0, 2, room=False)
-    flown(pacing, Stretch(0, 0, [10_000], together=False), 0.01)
+    flown(pacing, Stretch([Span(0, 0, 10_000)], together=False), 0.01)
     stretch = pacing.next(0, 100_000, 2, room=False)
-    assert 1 < len(stretch.ends) <= pace._MOST_IN_FLIGHT
-    assert stretch.n_rows * 1e-6 <= pace._FLIGHT_S
+    assert 1 < len(stretch.spans) <= pace._MOST_IN_FLIGHT
+    assert stretch.rows.n_rows * 1e-6 <= pace._FLIGHT_S
 
 
 def test_of_big_states_one_round_at_a_time():
     pacing = pace_of(state_bytes=50_000_000)
     first = pacing.next(0, 0, 2, room=True)
     assert not first.together
-    assert len(first.ends) == 1
+    assert len(first.spans) == 1
 
 
 def test_of_many_groups_one_round_at_a_time():
     pacing = pace_of()
-    flown(pacing, Stretch(0, 0, [10_000], together=False), 0.001)
-    assert len(pacing.next(0, 100_000, pace._FEW_GROUPS + 1, room=False).ends) == 1
+    flown(pacing, Stretch([Span(0, 0, 10_000)], together=False), 0.001)
+    assert len(pacing.next(0, 100_000, pace._FEW_GROUPS + 1, room=False).spans) == 1
 
 
 def test_blocks_of_collections_bound_a_flight():
     turns = Turns(64, 8_000, LANE_ROWS, grow=True)
     free, bounded = pace_of(turns), pace_of(turns, bounded=True)
     for pacing in (free, bounded):
-        flown(pacing, Stretch(0, 0, [10_000], together=False), 0.001)
-    assert free.next(0, 500_000, 2, room=False).n_rows > 8_000
-    assert bounded.next(0, 500_000, 2, room=False).n_rows <= 8_000
+        flown(pacing, Stretch([Span(0, 0, 10_000)], together=False), 0.001)
+    assert free.next(0, 500_000, 2, room=False).rows.n_rows > 8_000
+    assert bounded.next(0, 500_000, 2, room=False).rows.n_rows <= 8_000
 
 
 class TestChaining:
-    STRETCH = Stretch(0, 0, [1000], together=False)
+    STRETCH = Stretch([Span(0, 0, 1000)], together=False)
 
     def test_what_comes_next_is_handed_over_meanwhile(self):
         assert pace_of().may_chain(self.STRETCH, 0)
 
     def test_not_beyond_an_epoch(self):
-        assert not pace_of().may_chain(Stretch(0, 0, [LANE_ROWS], together=False), 0)
+        assert not pace_of().may_chain(Stretch([Span(0, 0, LANE_ROWS)], together=False), 0)
 
     def test_not_too_many(self):
         assert not pace_of().may_chain(self.STRETCH, pace._MOST_CHAINED)

@@ -16,12 +16,13 @@ from streamgd.run.lanes import LaneWork, open_reader, take_turn
 from streamgd.run.rounds import Round, play_rounds
 from streamgd.run.runs import Run
 from streamgd.run.sent_rows import Rows, SentReader, SentRows
+from streamgd.run.turns import Span
 from tests.data.fake import FakeSource, layout_of
 from tests.run import small
 
 BLOCKS = (40, 17, 40, 40, 33, 40, 5, 40, 40, 28)
 N_LANES = 3
-ENDS = [16, 40, 72]
+SPANS = [Span(0, 0, 16), Span(0, 16, 40), Span(0, 40, 72)]
 
 
 def begin_lanes(*, weighted: bool = True) -> Run:
@@ -59,17 +60,19 @@ def told(rounds: list[Round]) -> Any:
     return tensors, [each.done for each in rounds], sum(each.read_rows for each in rounds)
 
 
-@pytest.mark.parametrize("ends", [ENDS, [*ENDS, 100, 200]], ids=["within an epoch", "to its end"])
-def test_rounds_over_rows_that_were_sent(run: Run, works: Any, ends: list[int]) -> None:
+@pytest.mark.parametrize(
+    "spans", [SPANS, [*SPANS, Span(0, 72, 100), Span(0, 100, 200)]], ids=["within an epoch", "to its end"]
+)
+def test_rounds_over_rows_that_were_sent(run: Run, works: Any, spans: list[Span]) -> None:
     here, there = works
     packed = run.packed(moments=False)
-    expected = told(play_rounds(here, run.state, packed, 0, ends))
+    expected = told(play_rounds(here, run.state, packed, spans))
     here.readers.close()
     fresh = LaneWork(run, run.source, n_threads=2, most_readers=N_LANES)
-    sent = [send(there, lane, 0, ends[-1]) for lane in (1, 2)]
-    found = play_rounds(fresh, run.state, packed, 0, ends, sent=sent)
+    sent = [send(there, lane, 0, spans[-1].end) for lane in (1, 2)]
+    found = play_rounds(fresh, run.state, packed, spans, sent=sent)
     assert [fresh.readers.has(lane) for lane in range(N_LANES)] == [True, False, False]
-    again = play_rounds(fresh, run.state, packed, 0, ends, sent=sent)  # as a task that is run anew: nothing was used up
+    again = play_rounds(fresh, run.state, packed, spans, sent=sent)  # as a task that is run anew: nothing was used up
     fresh.readers.close()
     assert told(found) == expected
     assert told(again)[0] == expected[0]
@@ -82,7 +85,7 @@ def test_the_reader_goes_on_where_they_end(run: Run, works: Any) -> None:
     sent = send(there, 1, 16, 72)
     assert sum(part.n_rows for part in sent.parts) == 56
     reader = there.readers._idle[1]
-    turns = [take_turn(each, run.state, packed, 1, 72, 110).found for each in works]
+    turns = [take_turn(each, run.state, packed, 1, Span(0, 72, 110)).found for each in works]
     assert there.readers._idle[1] is reader
     assert turns[0].theta.tobytes() == turns[1].theta.tobytes()
     assert turns[0].checksum == turns[1].checksum
@@ -101,7 +104,7 @@ def test_readers_stay_where_their_lanes_are(run: Run, monkeypatch: pytest.Monkey
     worker = SimpleNamespace(address="a", state=SimpleNamespace(nthreads=1), memory_manager=memory)
     monkeypatch.setattr("distributed.get_worker", lambda: worker)
     work = WorkerWork(run, run.source)
-    there, here = (send_rows(work, [lane], home, 0, 0, 16, None)[0] for lane, home in ((1, "a"), (2, "b")))
+    there, here = (send_rows(work, [lane], home, Span(0, 0, 16), None)[0] for lane, home in ((1, "a"), (2, "b")))
     assert [work.readers.has(lane) for lane in range(N_LANES)] == [False, True, False]
     assert (there.lane, here.lane) == (1, 2)
     work.readers.close()
