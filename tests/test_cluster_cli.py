@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from streamgd.commands import clusters
-from streamgd.run import workers
+from streamgd.run import worker_memory
 from tests.clustering import cluster
 from tests.test_cli import Said, assert_same_run, parquet, sg
 
@@ -45,7 +45,7 @@ def test_a_scheduler_is_found(
     train = ["train", parquet, "--target", "y", "--epochs", 1, "--lanes", 2, "--quiet", "--run"]
     with cluster(1) as (made, _):
         with monkeypatch.context() as meanwhile:
-            meanwhile.setattr(workers, "PROCESS_BYTES", 10**15)
+            meanwhile.setattr(worker_memory, "PROCESS_BYTES", 10**15)
             said = sg(*train, tmp_path / "there", "--scheduler", made.scheduler_address)
         assert said.status == 2
         assert "choose a smaller buffer" in said.err  # and it can be tried at once

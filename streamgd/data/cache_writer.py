@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from streamgd.data.cache import Cache, Written
 from streamgd.data.layout import Layout, format_bytes
-from streamgd.data.prefetch import WindowStream
 from streamgd.data.rows import RowPlacer, Window
 from streamgd.data.sources.base import Array, Columns
 from streamgd.data.sources.cache import CacheSource, sum_of_rows
 from streamgd.data.targets import TargetCodec
+from streamgd.data.window_stream import WindowStream
 from streamgd.errors import CacheError, DataError
 
 #: Rows pass through so much memory in each thread that reads.

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from streamgd.data.classes import ClassCounter
 from streamgd.data.plan import Layout, checked_seed, checksum_of, format_bytes, parse_bytes, plan_layout
-from streamgd.data.prefetch import WindowStream
 from streamgd.data.sources.base import Source
 from streamgd.data.targets import TargetCodec
 from streamgd.data.window import Window
+from streamgd.data.window_stream import WindowStream
 from streamgd.errors import NonFiniteError, OptionError, ResumeError, RowAccountingError
 
 Array = NDArray[Any]

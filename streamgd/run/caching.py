@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, Self
 from streamgd.data.cache import Cache, Written
 from streamgd.data.cache_writer import CacheWriter
 from streamgd.data.layout import Layout, format_bytes, mixing, plan_layout
-from streamgd.data.prefetch import END, Ended, WindowStream
+from streamgd.data.prefetch import END, Ended
 from streamgd.data.sources.base import Source
 from streamgd.data.targets import TargetCodec
 from streamgd.data.window import Window
+from streamgd.data.window_stream import WindowStream
 from streamgd.errors import CacheError, CorruptDataError, ResumeError
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def plan_cached(source: Source, config: Config, codec: TargetCodec, layout: Layo
 
 
 class RunWindows:
-    """The windows of a run from its cursor on, in order, read ahead; see `streamgd.data.prefetch.WindowStream`.
+    """The windows of a run from its cursor on, in order, read ahead; see `streamgd.data.window_stream.WindowStream`.
 
     Parameters
     ----------

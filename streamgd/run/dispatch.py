@@ -33,7 +33,7 @@ from streamgd.run.members import Members
 from streamgd.run.pace import Pace, Stretch
 from streamgd.run.runs import Run
 from streamgd.run.turns import Turns
-from streamgd.run.workers import lane_bytes
+from streamgd.run.worker_memory import WorkerMemory
 
 #: States up to this size are sent with each task that needs them, others once.
 _EMBEDDED_BYTES = 100_000
@@ -90,7 +90,8 @@ class Dispatch:
     def __init__(self, run: Run, client: Any, members: Members) -> None:
         self._client, self._members = client, members
         self._n_lanes = run.config.n_lanes
-        self.state_bytes = sum(array.nbytes for array in run.state.to_tensors().values())
+        memory = WorkerMemory.of(run)
+        self.state_bytes = memory.state_bytes
         self._name = uuid.uuid4().hex[:12]
         source: Any = run.source
         self._blocks: DeliveredBlocks | None = None
@@ -104,7 +105,7 @@ class Dispatch:
             run.layout.row_bytes,
             self.state_bytes,
             # Of two tasks at a time; see `Members.has_room_to_send`.
-            sent_bytes=self._n_lanes * lane_bytes(run) // 2,
+            sent_bytes=self._n_lanes * memory.lane_bytes // 2,
             bounded=self._blocks is not None,
         )
         self._flights = self._attempt = 0

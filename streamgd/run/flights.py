@@ -22,7 +22,8 @@ from streamgd.run.rounds import Part, Round, joined, merge_parts, play_rounds
 from streamgd.run.runs import Run, versions
 from streamgd.run.sent_rows import SentRows
 from streamgd.run.turns import Span
-from streamgd.run.workers import costs_of, lanes_kept, same_versions, usable_memory, windows_kept
+from streamgd.run.worker_memory import WorkerMemory
+from streamgd.run.workers import differing_versions, usable_memory
 
 #: What has more bytes of arrays than this travels array by array, without a copy.
 _SMALL_BYTES = 1 << 16
@@ -45,7 +46,7 @@ class WorkerWork(LaneWork):
 
     def __init__(self, run: Run, source: Source) -> None:
         super().__init__(run, source, n_threads=1, most_readers=1)
-        self._versions, self._costs = versions(), costs_of(run)
+        self._versions, self._memory = versions(), WorkerMemory.of(run)
 
     def make_ready(self) -> None:
         """Give the lanes as many threads and readers as the worker that this runs on has room for.
@@ -57,14 +58,14 @@ class WorkerWork(LaneWork):
         """
         from distributed import get_worker
 
-        wrong = same_versions(self._versions)
+        wrong = differing_versions(versions(), self._versions)
         if wrong is not None:
-            raise Unfit(f"a worker has {wrong}")
+            raise Unfit(f"a worker has other versions: {wrong}")
         worker = get_worker()
         limit = usable_memory(worker)
         self.n_threads = int(worker.state.nthreads)
-        self.most_readers = lanes_kept(self._costs, self.n_threads, limit)
-        self.n_windows = windows_kept(self._costs, self.n_threads, self.most_readers, limit)
+        self.most_readers = self._memory.lanes_kept(self.n_threads, limit)
+        self.n_windows = self._memory.windows_kept(self.n_threads, self.most_readers, limit)
 
 
 class _InOnePiece:

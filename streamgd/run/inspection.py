@@ -17,7 +17,7 @@ from streamgd.run.config import AUTO_UPDATES, Config, RunOptions
 from streamgd.run.lane_rows import more_windows
 from streamgd.run.runs import Run
 from streamgd.run.survey import Survey
-from streamgd.run.workers import PROCESS_BYTES
+from streamgd.run.worker_memory import PROCESS_BYTES
 
 #: Names and classes that are listed; of the rest, the number.
 _LISTED = 8

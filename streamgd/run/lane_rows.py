@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from streamgd.data.flat_files import FlatFiles
 from streamgd.data.plan import EpochPlan, Layout, WindowPlan
-from streamgd.data.prefetch import make_filler
 from streamgd.data.sources.base import Source
 from streamgd.data.targets import TargetCodec
 from streamgd.data.window import Stopped, Window
+from streamgd.data.window_stream import make_filler
 from streamgd.run.runs import Run
 from streamgd.run.turns import Span
 

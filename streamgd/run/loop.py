@@ -1,7 +1,8 @@
 """The only training loop.
 
-`train` takes a `Run` to its end: it takes windows from `streamgd.data.prefetch`, hands their rows to the kernel, closes
-epochs, saves checkpoints and tells a `Watcher` how it goes. Nothing that it does depends on time except when it saves.
+`train` takes a `Run` to its end: it takes windows from `streamgd.data.window_stream`, hands their rows to the kernel,
+closes epochs, saves checkpoints and tells a `Watcher` how it goes. Nothing that it does depends on time except when it
+saves.
 Several lanes, and clusters, are trained in rounds, see `streamgd.run.rounds`; what both have in common is in
 `streamgd.run.epochs`.
 """

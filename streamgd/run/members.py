@@ -15,7 +15,8 @@ from streamgd.errors import ClusterError, UnfitWorkerError
 from streamgd.run.asking import reports_of_workers, threads_of_workers
 from streamgd.run.epochs import Watcher
 from streamgd.run.runs import Run
-from streamgd.run.workers import WorkerReport, assign, costs_of, lanes_kept, unfit
+from streamgd.run.worker_memory import WorkerMemory
+from streamgd.run.workers import WorkerReport, assign, unfit
 
 #: How often to look whether workers came or went, and, while there are none, whether one came.
 _LOOK_S, _POLL_S = 1.0, 0.25
@@ -46,7 +47,7 @@ class Members:
         self._run, self._client, self._timeout_s = run, client, timeout_s
         self._watcher, self._stop = watcher, stop
         self._n_lanes = run.config.n_lanes
-        self._costs = costs_of(run)
+        self._memory = WorkerMemory.of(run)
         self._reports: dict[str, WorkerReport] = {}
         self._refused: set[str] = set()
         self._lost: str | None = None  # what kept the last worker from answering
@@ -75,18 +76,17 @@ class Members:
     @property
     def has_room(self) -> bool:
         """Whether that worker has room for all lanes."""
-        report = self._reports[self.first]
-        return lanes_kept(self._costs, report.n_threads, report.memory_limit) >= self._n_lanes
+        return self._lanes_kept(self.first) >= self._n_lanes
 
     @property
     def has_room_to_send(self) -> bool:
         """Whether workers have room for their lanes and as much again: rows that they send, and those of all others."""
         held = Counter(self._lanes.values())
-        reports = {address: self._reports[address] for address in held}
-        return all(
-            lanes_kept(self._costs, report.n_threads, report.memory_limit) >= min(self._n_lanes, 2 * held[address])
-            for address, report in reports.items()
-        )
+        return all(self._lanes_kept(address) >= min(self._n_lanes, 2 * n) for address, n in held.items())
+
+    def _lanes_kept(self, address: str) -> int:
+        report = self._reports[address]
+        return self._memory.lanes_kept(report.n_threads, report.memory_limit)
 
     def groups(self) -> list[tuple[list[int], str]]:
         """Divide each worker's lanes among its threads, neighbours together: fewer tasks, and fewer sums to hand on."""

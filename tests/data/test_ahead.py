@@ -10,9 +10,9 @@ import pytest
 import streamgd.data.ahead as module
 from streamgd.data.ahead import ReadAhead
 from streamgd.data.plan import EpochPlan, plan_layout
-from streamgd.data.prefetch import WindowStream
 from streamgd.data.sources.hdf5 import Hdf5Source
 from streamgd.data.targets import TargetCodec
+from streamgd.data.window_stream import WindowStream
 from tests.data.fake import expect_no_threads
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no advice")

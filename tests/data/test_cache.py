@@ -19,10 +19,10 @@ import pytest
 from streamgd.data.cache import Cache
 from streamgd.data.cache_writer import CacheWriter
 from streamgd.data.plan import EpochPlan, checksum_of
-from streamgd.data.prefetch import WindowStream
 from streamgd.data.sources import Source, open_source
 from streamgd.data.sources.cache import CacheSource, Parts
 from streamgd.data.targets import ClassCounter, TargetCodec
+from streamgd.data.window_stream import WindowStream
 from streamgd.errors import CorruptDataError
 from tests.data.fake import FakeSource, expect_no_threads, layout_of
 

@@ -15,12 +15,13 @@ import streamgd.data.flat_files
 from streamgd.data.flat import FlatFiller
 from streamgd.data.flat_files import iter_numbers, reads_flat
 from streamgd.data.plan import EpochPlan, plan_layout
-from streamgd.data.prefetch import END, WindowStream
+from streamgd.data.prefetch import END
 from streamgd.data.sources.hdf5 import Hdf5Source
 from streamgd.data.sources.mapped import OpenFile
 from streamgd.data.sources.memory import MemorySource
 from streamgd.data.targets import TargetCodec
 from streamgd.data.window import Window, WindowFiller
+from streamgd.data.window_stream import WindowStream
 from streamgd.errors import CorruptDataError, DataError, NonFiniteError, SourceNotFoundError
 from tests.data.fake import expect_no_threads, layout_of
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from streamgd.data.plan import EpochPlan, checksum_of
-from streamgd.data.prefetch import END, WindowStream, default_threads
+from streamgd.data.prefetch import END, default_threads
 from streamgd.data.targets import TargetCodec
 from streamgd.data.window import Window
+from streamgd.data.window_stream import WindowStream
 from streamgd.errors import NonFiniteError
 from tests.data.fake import FakeSource, expect_no_threads, layout_of, reader_threads
 
@@ -226,7 +227,7 @@ class TestEnding:
     def test_python_exits_with_a_stream_open(self):
         code = """
 from tests.data.fake import FakeSource, layout_of
-from streamgd.data.prefetch import WindowStream
+from streamgd.data.window_stream import WindowStream
 source = FakeSource([20] * 30)
 stream = WindowStream(source, layout_of(source, window_rows=50), None, seed=0, n_epochs=None, n_threads=3)
 stream.get()

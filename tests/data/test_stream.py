@@ -233,14 +233,14 @@ class TestAccounting:
     """Faults injected between the source and the stream: an epoch must notice each of them."""
 
     def spoil(self, monkeypatch, change):
-        from streamgd.data import prefetch
+        from streamgd.data import window_stream
 
-        class Spoilt(prefetch.WindowFiller):
+        class Spoilt(window_stream.WindowFiller):
             def fill(self, window, plan, upcoming=None):
                 super().fill(window, plan, upcoming)
                 change(window)
 
-        monkeypatch.setattr(prefetch, "WindowFiller", Spoilt)
+        monkeypatch.setattr(window_stream, "WindowFiller", Spoilt)
 
     @pytest.mark.parametrize(
         ("change", "message"),

@@ -11,11 +11,11 @@ import pytest
 import streamgd.data.early as module
 import streamgd.data.flat
 from streamgd.data.plan import EpochPlan
-from streamgd.data.prefetch import WindowStream
 from streamgd.data.sources.hdf5 import Hdf5Source
 from streamgd.data.targets import TargetCodec
 from streamgd.data.unbuffered import NOT_READY, BlockLoader, Piece, blocks_at_once, reads_unbuffered
 from streamgd.data.window import Stopped
+from streamgd.data.window_stream import WindowStream
 from streamgd.errors import NonFiniteError
 from tests.data.fake import expect_no_threads, layout_of
 

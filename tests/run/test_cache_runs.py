@@ -17,8 +17,8 @@ import pytest
 from streamgd.data import cache as caches
 from streamgd.data.cache import Cache
 from streamgd.data.cache_writer import CacheWriter
-from streamgd.data.prefetch import WindowStream
 from streamgd.data.sources.cache import CacheSource
+from streamgd.data.window_stream import WindowStream
 from streamgd.errors import CacheError, CorruptDataError, OptionError, ResumeError
 from streamgd.run.caching import RunWindows
 from streamgd.run.config import RunOptions

@@ -23,7 +23,7 @@ from streamgd import errors
 from streamgd.data.sources import open_source
 from streamgd.errors import ClusterError, DataError, OptionError, UnfitWorkerError
 from streamgd.learn import kernels
-from streamgd.run import asking, dispatch, members, pace, workers
+from streamgd.run import asking, dispatch, members, pace, worker_memory, workers
 from streamgd.run import cluster as cluster_module
 from streamgd.run.checkpoint import CheckpointFolder
 from streamgd.run.config import Config, RunOptions
@@ -31,6 +31,7 @@ from streamgd.run.epochs import Watcher
 from streamgd.run.loop import train
 from streamgd.run.runs import prepare
 from streamgd.run.turns import Span
+from streamgd.run.worker_memory import WorkerMemory
 from tests.clustering import (
     KINDS,
     N_EPOCHS,
@@ -165,7 +166,7 @@ def test_workers_read_for_who_plays_alone(four, folder, here, monkeypatch):
             return super().add(key, address, priority, function, *arguments)
 
     monkeypatch.setattr(dispatch, "Graph", Recorded)
-    hand_over(monkeypatch, {**TOGETHER, "_MOST_TOGETHER": 5})
+    hand_over(monkeypatch, {**TOGETHER, "_MOST_TOGETHER": 5, "_LONG_S": 1e6})
     assert fit(folder, "hdf5", client=four[1]) == here("hdf5")
     assert not task_states(four[1])
     assert len(players) == 1
@@ -242,7 +243,7 @@ class TestBits:
         assert fit(folder, "hdf5", client=two[1]) == here("hdf5")
 
     def test_with_room_for_the_readers_of_one_lane(self, two, folder, here, monkeypatch):
-        monkeypatch.setattr(members, "lanes_kept", lambda *_: 1)
+        monkeypatch.setattr(WorkerMemory, "lanes_kept", lambda *_: 1)
         assert fit(folder, "hdf5", client=two[1]) == here("hdf5")
 
     @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "auto"])
@@ -627,7 +628,7 @@ class TestErrors:
         assert not (tmp_path / "runs").exists()
 
     def test_too_little_memory(self, two, folder, monkeypatch):
-        monkeypatch.setattr(workers, "PROCESS_BYTES", 10**15)
+        monkeypatch.setattr(worker_memory, "PROCESS_BYTES", 10**15)
         with pytest.raises(ClusterError, match="of its memory limit where Dask pauses it"):
             fit(folder, "hdf5", client=two[1])
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from streamgd.data.plan import EpochPlan, WindowPlan
-from streamgd.data.prefetch import WindowStream
+from streamgd.data.window_stream import WindowStream
 from streamgd.errors import (
     BufferTooSmallError,
     CheckpointWriteError,
@@ -30,7 +30,7 @@ from streamgd.learn import kernels
 from streamgd.learn.state import State
 from streamgd.run import checkpoint as checkpoint_module
 from streamgd.run import loop as module
-from streamgd.run import survey as survey_module
+from streamgd.run import sample as sample_module
 from streamgd.run.config import Config, RunOptions
 from streamgd.run.folder import RunFolder
 from streamgd.run.loop import Watcher, train
@@ -154,7 +154,7 @@ def test_a_row_lost_or_repeated_by_the_reader(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch, change: Callable[[WindowPlan], WindowPlan]
 ) -> None:
     monkeypatch.setattr(Unfair, "change", staticmethod(change), raising=False)
-    monkeypatch.setattr("streamgd.data.prefetch.EpochPlan", Unfair)
+    monkeypatch.setattr("streamgd.data.window_stream.EpochPlan", Unfair)
     run = begin_small(folder=folder, window_rows=90, n_open=10)
     expected = r"epoch 2 saw \d+ rows with checksum [0-9a-f]{16}; expected each of the 400 rows exactly once"
     with pytest.raises(RowAccountingError, match=expected):
@@ -212,7 +212,7 @@ def test_a_source_that_gives_too_few_rows(folder: RunFolder) -> None:
 
 
 def test_a_number_that_is_not_finite_outside_the_sample(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey_module, "SAMPLE_ROWS", 20)
+    monkeypatch.setattr(sample_module, "SAMPLE_ROWS", 20)
     X, _ = data()
     X[399, 1] = np.inf
     run = begin_small(config_of(shuffle=False), source_of(X=X), folder)
@@ -283,7 +283,7 @@ def test_a_stop_while_waiting_for_a_reader_saves_before_the_read_ends(folder: Ru
 def test_interrupted_after_random_kernel_calls(
     tmp_path: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
-    monkeypatch.setattr(survey_module, "SAMPLE_ROWS", 40)  # so that moments are kept
+    monkeypatch.setattr(sample_module, "SAMPLE_ROWS", 40)  # so that moments are kept
     config = config_of(**OPTIMIZERS[optimizer])
     expected = whole(tmp_path, config)
     rng = np.random.default_rng(5)
@@ -554,7 +554,7 @@ def test_everything_that_resuming_needs_is_in_the_checkpoint() -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_checkpoint_holds_the_whole_state(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
     """Field by field, in the middle of a batch, from memory to disk and back."""
-    monkeypatch.setattr(survey_module, "SAMPLE_ROWS", 40)
+    monkeypatch.setattr(sample_module, "SAMPLE_ROWS", 40)
     stop = threading.Event()
     weight = np.random.default_rng(1).uniform(0.5, 2, N_ROWS)
     run = begin_small(config_of(**OPTIMIZERS[optimizer]), source_of(weight=weight), folder)
@@ -725,10 +725,10 @@ def test_seeds_give_other_orders() -> None:
 # --- what the survey's sample missed ---------------------------------------------------------------------------------
 def silent_in_sample(monkeypatch: pytest.MonkeyPatch) -> FakeSource:
     """Make rows whose second feature is constant in the sample and spread outside of it."""
-    monkeypatch.setattr(survey_module, "SAMPLE_ROWS", 40)
+    monkeypatch.setattr(sample_module, "SAMPLE_ROWS", 40)
     X, _ = data()
     source = source_of(X=X)
-    runs = list(survey_module.sample_runs(source))
+    runs = list(sample_module.sample_runs(source))
     X[:, 1] = np.random.default_rng(2).uniform(0, 400, N_ROWS)
     for block, start, n in runs:
         first = source.row_of(block, start)
@@ -767,7 +767,7 @@ def test_nothing_is_said_where_nothing_was_sampled(monkeypatch: pytest.MonkeyPat
 
 
 def test_moments_are_those_of_the_first_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey_module, "SAMPLE_ROWS", 40)
+    monkeypatch.setattr(sample_module, "SAMPLE_ROWS", 40)
     source, watcher = source_of(), Counting()
     run = begin_small(source=source)
     train(run, watcher=watcher)
@@ -778,7 +778,7 @@ def test_moments_are_those_of_the_first_epoch(monkeypatch: pytest.MonkeyPatch) -
 
 def test_without_an_intercept_spread_is_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """A feature far from zero keeps its size from the sample to the epoch: nothing to say."""
-    monkeypatch.setattr(survey_module, "SAMPLE_ROWS", 40)
+    monkeypatch.setattr(sample_module, "SAMPLE_ROWS", 40)
     X, _ = data()
     X[:, 0] += 1000
     watcher = Counting()

@@ -21,9 +21,10 @@ from streamgd.errors import DataError, NonFiniteError, OptionError, SchemaError
 from streamgd.learn.losses import LOSSES
 from streamgd.learn.moments import Moments
 from streamgd.learn.recipe import Recipe
-from streamgd.run import survey as module
+from streamgd.run import sample as module
 from streamgd.run.config import Config
-from streamgd.run.survey import SAMPLE_ROWS, Survey, sample_runs, take_survey
+from streamgd.run.sample import SAMPLE_ROWS, sample_runs
+from streamgd.run.survey import Survey, take_survey
 from tests.data.fake import FakeSource, repeatable
 
 REGRESSIONS = [loss.name for loss in LOSSES.values() if loss.task == "regression"]

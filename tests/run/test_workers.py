@@ -8,19 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from streamgd.run import workers
 from streamgd.run.members import Members
 from streamgd.run.runs import versions
-from streamgd.run.workers import (
-    WorkerReport,
-    assign,
-    costs_of,
-    lanes_kept,
-    memory_needed,
-    unfit,
-    usable_memory,
-    windows_kept,
-)
+from streamgd.run.worker_memory import WorkerMemory
+from streamgd.run.workers import WorkerReport, assign, differing_versions, unfit, usable_memory
 from tests.run import small
 
 FIT = WorkerReport(versions(), n_threads=1, memory_limit=0, unreadable=None)
@@ -54,31 +45,28 @@ class TestUnfit:
         assert "/x.h5" in why
 
     def test_too_little_memory_for_its_threads(self, run):
-        needed = memory_needed(run, 2, 2)
+        needed = WorkerMemory.of(run).needed(2, 2)
         assert unfit("tcp://a:1", replace(FIT, n_threads=2, memory_limit=needed), run) is None
         assert "memory limit" in unfit("tcp://a:1", replace(FIT, n_threads=2, memory_limit=needed - 1), run)
 
 
 def test_read_ahead_takes_what_the_limit_leaves(run):
-    costs = costs_of(run)
-    assert lanes_kept(costs, 1, 0) == 4
+    memory = WorkerMemory.of(run)
+    assert memory.lanes_kept(1, 0) == 4
     for n_lanes in (1, 2, 3, 4, 9):
-        limit = costs["fixed"] + costs["states"] + n_lanes * costs["lane"]
-        assert lanes_kept(costs, 1, limit) == min(n_lanes, 4)
-    assert lanes_kept(costs, 2, 1) == 2  # it was let in: at least what it trains at once
+        assert memory.lanes_kept(1, memory.needed(1, n_lanes)) == min(n_lanes, 4)
+    assert memory.lanes_kept(1, memory.needed(1, 3) - 1) == 2
+    assert memory.lanes_kept(2, 1) == 2  # it was let in: at least what it trains at once
 
 
 def test_rows_are_sent_where_there_is_room_for_them_beside_the_lanes(run):
     """Of the lanes at hand, those of two tasks take as much again; of a worker that has all lanes, none are sent."""
-    costs = costs_of(run)
+    memory = WorkerMemory.of(run)
 
     def has_room(lanes: dict[int, str], rooms: dict[str, int]) -> bool:
         members = Members.__new__(Members)
-        members._costs, members._n_lanes, members._lanes = costs, 4, lanes
-        members._reports = {
-            address: replace(FIT, memory_limit=costs["fixed"] + costs["states"] + n * costs["lane"])
-            for address, n in rooms.items()
-        }
+        members._memory, members._n_lanes, members._lanes = memory, 4, lanes
+        members._reports = {address: replace(FIT, memory_limit=memory.needed(1, n)) for address, n in rooms.items()}
         return members.has_room_to_send
 
     halves = {0: "a", 1: "a", 2: "b", 3: "b"}
@@ -91,12 +79,11 @@ def test_rows_are_sent_where_there_is_room_for_them_beside_the_lanes(run):
 
 
 def test_more_windows_take_what_lanes_leave(run):
-    costs = costs_of(run) | {"more_windows": 4}
-    assert windows_kept(costs, 1, 3, 0) == 6
-    lanes = costs["fixed"] + costs["states"] + 3 * costs["lane"]
+    memory = replace(WorkerMemory.of(run), more_windows=4)
+    assert memory.windows_kept(1, 3, 0) == 6
     for more in range(7):
-        assert windows_kept(costs, 1, 3, lanes + more * 3 * costs["window"]) == 2 + min(more, 4)
-    assert windows_kept(costs, 1, 3, lanes - 1) == 2
+        assert memory.windows_kept(1, 3, memory.needed(1, 3) + more * 3 * memory.window_bytes) == 2 + min(more, 4)
+    assert memory.windows_kept(1, 3, memory.needed(1, 3) - 1) == 2
 
 
 @pytest.mark.parametrize(("limit", "pause", "usable"), [(1000, 0.8, 800), (1000, False, 1000), (None, 0.8, 0)])
@@ -132,7 +119,9 @@ class TestAssign:
         assert len(set(lanes.values())) == 2
 
 
-def test_versions_are_compared_where_a_turn_is_taken():
+def test_versions_that_results_depend_on_are_compared():
     here = versions()
-    assert workers.same_versions(here) is None
-    assert workers.same_versions(here | {"numpy": "1.0"}) == f"numpy {here['numpy']} instead of 1.0"
+    assert differing_versions(here, here | {"python": "3.99"}) is None
+    assert differing_versions(here | {"numpy": "1.0"}, here) == f"numpy 1.0 there, {here['numpy']} here"
+    del here["numba"]
+    assert differing_versions(here, versions()) == f"numba missing there, {versions()['numba']} here"

@@ -1,0 +1,199 @@
+"""The survey's pass over the target and weight columns: what there is to predict, and how it is distributed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamgd.data.flat_files import iter_numbers
+from streamgd.data.sources.base import Source
+from streamgd.data.targets import ClassCounter, TargetCodec
+from streamgd.errors import DataError, NonFiniteError, OptionError, SchemaError
+from streamgd.learn.moments import Moments
+from streamgd.run.sample import sampling_step
+from streamgd.run.sound_rows import checked_weights, require_finite
+
+Floats = NDArray[np.float64]
+
+#: More classes than these are no classes if some of them are numbers with fractions.
+_MOST_FRACTIONAL = 100
+_EMPTY: Floats = np.zeros(0)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the pass over target and weight found; `sample` stands for the distribution of the target."""
+
+    codec: TargetCodec
+    mean: Floats
+    variance: Floats
+    class_counts: Floats
+    class_weights: Floats
+    mean_weight: float
+    sample: Floats
+    sample_weight: Floats
+
+
+def survey_values(source: Source) -> Targets:
+    """Look at the targets of a regression.
+
+    Raises
+    ------
+    SchemaError
+        If they are no numbers.
+    NonFiniteError
+        For NaN, infinity or null in a target or weight.
+    DataError
+        If all weights are zero.
+    """
+    assert source.target is not None
+    if not source.target.numeric:
+        raise SchemaError(
+            f"{source.name}: the target {source.target.name!r} holds {source.target.dtype}, which regression cannot "
+            "fit: choose a numeric target, or train a classification"
+        )
+    n_targets = source.target.n_outputs
+    codec = TargetCodec(classes=None, n_outputs=n_targets)
+    moments, what = Moments(n_targets), f"target {source.target.name!r}"
+    step = sampling_step(source.n_rows)
+    sample, sample_weight = [], []
+    for first, y, weight in iter_numbers(source, codec) or source.iter_targets():
+        values = codec.encode(y)
+        if weight is not None:  # moments do not show what is wrong where it is zero
+            require_finite(source, first, values, what)
+        weights = checked_weights(source, first, weight)
+        moments.add(values, weights)
+        if not moments.finite:
+            require_finite(source, first, values, what)
+        sampled = values[-first % step :: step]
+        sample.append(sampled.copy())
+        sample_weight.append(weights[-first % step :: step].copy() if weights.size else np.ones(len(sampled)))
+    _require_weight(source, moments.total)
+    mean, squares = moments.merged()
+    return Targets(
+        codec=codec,
+        mean=mean,
+        variance=squares / moments.total,
+        class_counts=_EMPTY,
+        class_weights=_EMPTY,
+        mean_weight=moments.total / source.n_rows,
+        sample=np.concatenate(sample),
+        sample_weight=np.concatenate(sample_weight),
+    )
+
+
+def survey_classes(source: Source, classes: NDArray[Any] | None) -> Targets:
+    """Look at the labels of a classification.
+
+    Parameters
+    ----------
+    source : Source
+        With a target.
+    classes : ndarray or None
+        The classes where they are known beforehand.
+
+    Raises
+    ------
+    SchemaError
+        If the target has several columns.
+    NonFiniteError
+        For labels that are missing, and for weights that are not finite or negative.
+    DataError
+        For a single class, labels outside `classes`, measurements in place of labels, or weights that are all zero.
+    """
+    assert source.target is not None
+    if source.target.n_outputs != 1:
+        raise SchemaError(
+            f"{source.name}: the target {source.target.name!r} has {source.target.n_outputs} columns; a "
+            "classification takes one column of labels"
+        )
+    counter = ClassCounter()
+    total = 0.0
+    for first, y, weight in source.iter_targets():
+        weights = checked_weights(source, first, weight)
+        bad = counter.add(y, weights if weights.size else None)
+        if bad is not None:
+            raise NonFiniteError(
+                f"{source.locate_row(first + bad)}: the target {source.target.name!r} is missing (NaN or null): "
+                "drop such rows, or give them a class of their own"
+            )
+        # Added one after the other, so that the sum does not depend on where pieces end.
+        total = float(np.cumsum(np.concatenate([[total], weights]))[-1]) if weights.size else total + len(y)
+    _require_weight(source, total)
+    found = counter.classes
+    _require_labels(source, found)
+    codec = TargetCodec(found) if classes is None else TargetCodec.of_classes(classes)
+    assert codec.classes is not None
+    known = codec.classes
+    if len(known) < 2:
+        raise DataError(
+            f"{source.name}: the number of classes has to be greater than one; got {len(known)} class "
+            f"({known.tolist()[0]!r}) in the target {source.target.name!r}"
+        )
+    codes, unknown = codec.look_up(found)
+    if unknown >= 0:
+        raise codec.unknown_class(found, unknown, source.name)
+    at = codes[:, 0].astype(np.intp)
+    counts, sums = np.zeros(len(known)), np.zeros(len(known))
+    counts[at], sums[at] = counter.counts, counter.weight_sums
+    return Targets(
+        codec=codec,
+        mean=np.zeros(1),
+        variance=np.ones(1),
+        class_counts=counts,
+        class_weights=sums,
+        mean_weight=total / source.n_rows,
+        sample=np.arange(len(known), dtype=np.float64)[:, None],
+        sample_weight=sums,
+    )
+
+
+def _require_labels(source: Source, classes: NDArray[Any]) -> None:
+    """Refuse a column of measurements, for which as many classes as it has values would be trained, without an end."""
+    if classes.dtype.kind != "f" or len(classes) <= _MOST_FRACTIONAL:
+        return
+    odd = classes[classes != np.floor(classes)]
+    if len(odd):
+        assert source.target is not None
+        raise DataError(
+            f"{source.name}: unknown label type: continuous. The target {source.target.name!r} holds {odd[0]} and "
+            f"{len(classes) - 1:,} other values: classes are whole numbers or names. To predict numbers, train a "
+            "regression"
+        )
+
+
+def class_factors_of(class_weight: dict[Any, float] | str | None, targets: Targets) -> Floats:
+    """Return by how much each class's weights are multiplied; of shape (0,) if by nothing.
+
+    Raises
+    ------
+    OptionError
+        If `class_weight` names classes that there are not, or is no weight, or no row has one of those to balance.
+    """
+    classes = targets.codec.classes
+    if class_weight is None or classes is None:
+        return _EMPTY
+    if isinstance(class_weight, str):
+        weights = targets.class_weights
+        if not (weights > 0).all():
+            raise OptionError("class_weight='balanced' needs every class in the data of the first fit")
+        return np.asarray(weights.sum() / (len(weights) * weights))
+    known = {label: index for index, label in enumerate(classes.tolist())}
+    factors = np.ones(len(classes))
+    for label, factor in class_weight.items():
+        key = label.item() if isinstance(label, np.generic) else label
+        if key not in known:
+            raise OptionError(f"class_weight names the class {key!r}, which the target does not have: {list(known)}")
+        if not (isinstance(factor, Real) and np.isfinite(float(factor)) and factor >= 0):
+            raise OptionError(f"class_weight of {key!r} is {factor!r}: expected a finite number of at least 0")
+        factors[known[key]] = factor
+    return factors
+
+
+def _require_weight(source: Source, total: float) -> None:
+    if not total > 0:
+        raise DataError(f"{source.name}: the sample weights are all zero: at least one row needs a weight above 0")
