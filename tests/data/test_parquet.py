@@ -21,7 +21,8 @@ from streamgd.data.plan import plan_layout
 from streamgd.data.sources import open_source, parquet_rows
 from streamgd.data.sources.base import Source
 from streamgd.data.sources.parquet import ParquetSource
-from streamgd.data.sources.parquet_pages import Chunk, open_bytes
+from streamgd.data.sources.parquet_chunks import Chunk
+from streamgd.data.sources.parquet_pages import open_bytes
 from streamgd.data.sources.parquet_types import to_numbers
 from streamgd.errors import (
     CorruptDataError,

@@ -14,8 +14,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 #: The modules that compiled functions call one another in.
 SOURCES = (
-    *("arrow", "checksums", "classes", "combining", "compiling", "flat", "hdf5", "memory", "parquet_headers"),
-    *("parquet_members", "parquet_pages", "parquet_values", "placing", "scaling", "shuffle", "slices", "snappy"),
+    *("arrow", "checksums", "classes", "combining", "compiling", "flat", "hdf5", "memory", "parquet_footer"),
+    *("parquet_headers", "parquet_members", "parquet_pages", "parquet_values", "placing", "scaling", "shuffle"),
+    *("slices", "snappy"),
 )
 
 

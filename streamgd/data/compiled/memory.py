@@ -166,3 +166,9 @@ def varint(at: int, end: int) -> Any:
             return np.int64(found), at
         shift += np.uint64(7)
     return 0, 0
+
+
+@compiled
+def whole(value: int) -> Any:
+    """Undo the zigzag of a number, which makes small numbers of those near 0."""
+    return np.int64(np.uint64(value) >> np.uint64(1)) ^ -(value & 1)

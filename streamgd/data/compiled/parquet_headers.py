@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamgd.data.compiled.compiling import compiled
-from streamgd.data.compiled.memory import uint8_at, varint
+from streamgd.data.compiled.memory import uint8_at, varint, whole
 from streamgd.data.compiled.parquet_members import (
     COMPRESSED,
     CRC,
@@ -33,12 +33,6 @@ from streamgd.data.compiled.parquet_members import (
 
 #: Structs within one another at most.
 _MOST_DEPTH = 8
-
-
-@compiled
-def _whole(value: int) -> Any:
-    """Undo the zigzag of a number."""
-    return np.int64(np.uint64(value) >> np.uint64(1)) ^ -(value & 1)
 
 
 @compiled
@@ -101,7 +95,7 @@ def read_header(at: int, end: int, page: NDArray[np.int64]) -> int:
             value, at = varint(at, end)
             if at == 0:
                 return 0
-            numbers[depth] = _whole(value)
+            numbers[depth] = whole(value)
         field = numbers[depth]
         if kind == 1 or kind == 2:  # a boolean, whose value is its type
             _keep(page, where[depth], field, np.int64(kind == 1))
@@ -111,7 +105,7 @@ def read_header(at: int, end: int, page: NDArray[np.int64]) -> int:
             value, at = varint(at, end)
             if at == 0:
                 return 0
-            _keep(page, where[depth], field, _whole(value))
+            _keep(page, where[depth], field, whole(value))
         elif kind == 7:
             at += 8
         elif kind == 8:

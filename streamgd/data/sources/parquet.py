@@ -21,8 +21,8 @@ from streamgd.data.sources.buffers import Buffers
 from streamgd.data.sources.files import FileSet, data_files, stamp_of
 from streamgd.data.sources.parquet_columns import Roles
 from streamgd.data.sources.parquet_direct import direct_column
-from streamgd.data.sources.parquet_footer import Leaf, OpenFiles
-from streamgd.data.sources.parquet_pages import chunk_of, open_bytes
+from streamgd.data.sources.parquet_footer import OpenFile, OpenFiles
+from streamgd.data.sources.parquet_pages import open_bytes
 from streamgd.data.sources.parquet_rows import open_rows
 from streamgd.data.sources.parquet_table import ParquetTable
 from streamgd.data.sources.parquet_types import ColumnType
@@ -128,7 +128,7 @@ class ParquetSource(Source):
         self._digests = tuple(info.digest for info in infos)
         self._values = tuple(table.partitions.values[i] for i, _ in kept)
         self._dictionary_columns = [n for n in table.file_columns if table.types[n].text in ("string", "binary")]
-        self._file_columns = frozenset(table.file_columns)
+        self._file_columns = {name: place for place, name in enumerate(table.file_columns)}
         self._types = table.types
         self.block_rows = np.concatenate([info.group_rows for info in infos])
         self._block_group = np.concatenate([info.groups for info in infos])
@@ -144,12 +144,10 @@ class ParquetSource(Source):
             biggest[info.writer] = max(biggest.get(info.writer, (-1, -1, -1)), (size, file, group))
         most, page_rows = 0, 1
         for _, file, group in sorted(biggest.values(), reverse=True)[:_SAMPLED_WRITERS]:
-            handle, metadata, leaves = self.open_file(file)
-            row_group = metadata.row_group(group)
-            chunks = [chunk_of(row_group.column(leaves[name].number)) for name in table.file_columns]
+            opened = self.open_file(file)
+            chunks = [opened.chunks.chunk(group, place) for place in self._file_columns.values()]
             found = [
-                direct_column(metadata, row_group, leaves[name].number, table.types[name])
-                for name in table.file_columns
+                direct_column(chunk, table.types[name]) for name, chunk in zip(table.file_columns, chunks, strict=True)
             ]
             # As `open_rows` reads them: features directly if all can be, and then target and weight if all those can.
             known = {name for name, column in zip(table.file_columns, found, strict=True) if column is not None}
@@ -157,15 +155,16 @@ class ParquetSource(Source):
             rest = set(table.file_columns) - features
             directly = set() if features - known else features | (set() if rest - known else rest)
             direct = [name in directly for name in table.file_columns]
-            n_bytes, n_rows = open_bytes(handle, chunks, direct)
+            n_bytes, n_rows = open_bytes(opened.handle, chunks, direct)
             most, page_rows = max(most, n_bytes), max(page_rows, n_rows)
         self.close()
         return most, min(page_rows, int(self.block_rows.max()))
 
-    def open_file(self, file: int) -> tuple[Any, Any, dict[str, Leaf]]:
-        """Open a file in this process; return its handle, its metadata, and its columns by name."""
+    def open_file(self, file: int) -> OpenFile:
+        """Open a file in this process."""
         # Keyed by process: a forked child must not wait for a lock whose holder was not forked. `setdefault` is atomic.
-        return self._opened.setdefault(os.getpid(), OpenFiles()).get(self._paths[file], self._digests[file])
+        files = self._opened.setdefault(os.getpid(), OpenFiles(tuple(self._file_columns)))
+        return files.get(self._paths[file], self._digests[file])
 
     def open_block(self, block: int, start: int = 0, *, piece_rows: int = 16384) -> BlockReader:
         """Open a row group; `start` costs the decoding of the rows before it, in the page that it lies in at least."""

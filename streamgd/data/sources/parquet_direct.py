@@ -21,14 +21,16 @@ from streamgd.data.compiled import parquet_members as members
 from streamgd.data.compiled.parquet_pages import next_pages, take_values
 from streamgd.data.sources.base import Array, Columns
 from streamgd.data.sources.buffers import Buffers, Bytes
-from streamgd.data.sources.parquet_pages import SCRATCH_BYTES, Chunk, chunk_of
+from streamgd.data.sources.parquet_chunks import Chunk
+from streamgd.data.sources.parquet_pages import SCRATCH_BYTES
 from streamgd.data.sources.parquet_types import ColumnType
 
 #: Physical types whose values lie in pages as NumPy has them.
 _DTYPES = {"FLOAT": "float32", "DOUBLE": "float64", "INT32": "int32", "INT64": "int64"}
 #: Smaller numbers are stored as bigger ones, and are what Arrow makes of them.
 _LEAST_BYTES = 4
-_ENCODINGS = frozenset({"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY", "BIT_PACKED"})
+#: Encodings that are known here, a bit for each; the fifth is that of levels alone.
+_ENCODINGS = sum(1 << n for n in (members.PLAIN, members.PLAIN_DICTIONARY, members.RLE, 4, members.RLE_DICTIONARY))
 #: Codecs by their names in footers: those whose data says how much it decompresses to.
 _CODECS = {"UNCOMPRESSED": None, "SNAPPY": "snappy", "GZIP": "gzip", "ZSTD": "zstd"}
 _CODES = {None: members.UNCOMPRESSED, "snappy": members.SNAPPY}
@@ -47,41 +49,32 @@ class DirectColumn:
     """A column chunk that can be read without Arrow."""
 
     chunk: Chunk
-    n_values: int
     dtype: np.dtype[Any]
-    max_level: int
     codec: str | None
 
 
-def direct_column(metadata: Any, row_group: Any, leaf: int, kind: ColumnType) -> DirectColumn | None:
+def direct_column(chunk: Chunk, kind: ColumnType) -> DirectColumn | None:
     """Describe a column of a row group, or return None if it cannot be read here.
 
     Parameters
     ----------
-    metadata : pyarrow.parquet.FileMetaData
-        Of the file.
-    row_group : pyarrow.parquet.RowGroupMetaData
-        The row group.
-    leaf : int
-        The column's number.
+    chunk : Chunk
+        What the footer says of it.
     kind : ColumnType
         What it holds.
     """
     if kind.number is None or kind.family not in ("f", "i", "u") or kind.number.itemsize < _LEAST_BYTES:
         return None
-    column, schema = row_group.column(leaf), metadata.schema.column(leaf)
-    stored = _DTYPES.get(column.physical_type)
-    known = stored is not None and column.compression in _CODECS and _ENCODINGS.issuperset(column.encodings)
-    if not known or schema.max_repetition_level or schema.max_definition_level > 1:
+    stored = _DTYPES.get(chunk.physical_type)
+    known = stored is not None and chunk.codec in _CODECS and not chunk.encodings & ~_ENCODINGS
+    if not known or chunk.repeats or chunk.max_level > 1:
         return None
     dtype = np.dtype(stored)
     if kind.family == "u":
         dtype = np.dtype(f"uint{8 * dtype.itemsize}")
     if (kind.family == "f") != (dtype.kind == "f"):
         return None
-    return DirectColumn(
-        chunk_of(column), column.num_values, dtype, schema.max_definition_level, _CODECS[column.compression]
-    )
+    return DirectColumn(chunk, dtype, _CODECS[chunk.codec])
 
 
 class DirectRows:
@@ -115,10 +108,10 @@ class DirectRows:
         for page, column in zip(self._table, columns, strict=True):
             page[members.AT] = column.chunk.start
             page[members.END] = column.chunk.start + column.chunk.compressed_bytes
-            page[members.WIDTH], page[members.MAX_LEVEL] = column.dtype.itemsize, column.max_level
+            page[members.WIDTH], page[members.MAX_LEVEL] = column.dtype.itemsize, column.chunk.max_level
             page[members.CODEC] = _CODES.get(column.codec, members.OTHER_CODEC)
             page[members.GUESS], page[members.SKIPPED] = _FIRST_BYTES, start
-            page[members.MOST_BYTES], page[members.MOST_VALUES] = column.chunk.uncompressed_bytes, column.n_values
+            page[members.MOST_BYTES], page[members.MOST_VALUES] = column.chunk.uncompressed_bytes, column.chunk.n_values
         self._codecs = tuple(column.codec for column in columns)
         self._names = tuple(column.dtype.name for column in columns)
         self._widths = self._table[:, members.WIDTH].copy()

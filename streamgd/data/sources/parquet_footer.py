@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from streamgd.data.sources.parquet_chunks import ChunkTable, Footer
 from streamgd.data.sources.parquet_types import ColumnType, column_type
 from streamgd.errors import CorruptDataError, DataError, SchemaError, SourceNotFoundError, StreamgdError
 
@@ -25,15 +26,6 @@ _TAIL_BYTES = 1 << 16
 #: Files kept open at once (most systems allow a process 1,024), and bytes of their footers as stored.
 _OPEN_FILES = 64
 _OPEN_FOOTER_BYTES = 16 << 20
-
-
-@dataclass(frozen=True)
-class Footer:
-    """A footer as read: the file's size, a hash of the footer's bytes, and what they say."""
-
-    size: int
-    digest: str
-    metadata: Any
 
 
 def read_footer(path: str) -> Footer:
@@ -78,7 +70,7 @@ def read_footer(path: str) -> Footer:
         raise DataError(
             f"{path!r} has encrypted columns, which streamgd does not support; write it again without encryption"
         )
-    return Footer(size, hashlib.blake2b(footer, digest_size=16).hexdigest(), metadata)
+    return Footer(size, hashlib.blake2b(footer, digest_size=16).hexdigest(), footer[:-8], metadata)
 
 
 @contextlib.contextmanager
@@ -88,6 +80,10 @@ def sound_footer(path: str) -> Iterator[None]:
         yield
     except StreamgdError:
         raise
+    except pa.ArrowNotImplementedError as err:
+        raise DataError(
+            f"{path!r} cannot be read by this pyarrow: {err}. Leave the file out, or write it again with other types"
+        ) from err
     except (OSError, ValueError, RuntimeError, OverflowError, pa.ArrowException) as err:
         raise CorruptDataError(
             f"the footer of {path!r} cannot be read: {err}. The file is damaged; copy or write it again, or leave it "
@@ -176,30 +172,26 @@ class FileInfo:
     nulls: tuple[NullCount, ...]
 
 
-def describe_file(footer: Footer, layout: Layout, columns: tuple[str, ...]) -> FileInfo:
+def describe_file(path: str, footer: Footer, layout: Layout, columns: tuple[str, ...]) -> FileInfo:
     """Keep of a footer what reading the named columns takes."""
-    metadata = footer.metadata
-    rows = np.array([metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)], np.int64)
-    first = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows)[:-1]]) if len(rows) else rows
+    table = ChunkTable(path, footer, [layout.leaves[name].number for name in columns])
+    rows = table.rows
     groups = np.flatnonzero(rows).astype(np.int64)
-    leaves = [(name, layout.leaves[name].number) for name in columns]
-    stored, biggest, writer = 0, (-1, -1), ""
+    stored, decoded = table.n_bytes
+    biggest = max(zip(decoded[groups].tolist(), groups.tolist(), strict=True), default=(-1, -1))
     nulls: dict[str, NullCount] = {}
-    for group in groups.tolist():
-        row_group = metadata.row_group(group)
-        uncompressed = 0
-        for name, leaf in leaves:
-            column = row_group.column(leaf)
-            stored += column.total_compressed_size
-            uncompressed += column.total_uncompressed_size
-            counts = column.statistics if column.is_stats_set else None
-            if counts is not None and counts.has_null_count and counts.null_count and name not in nulls:
-                nulls[name] = NullCount(name, group, counts.null_count)
-        biggest = max(biggest, (uncompressed, group))
-        if leaves and not writer:
-            writer = f"{metadata.created_by} {row_group.column(leaves[0][1]).compression}"
+    for group, column in np.argwhere(table.n_nulls > 0).tolist():
+        nulls.setdefault(columns[column], NullCount(columns[column], group, int(table.n_nulls[group, column])))
     return FileInfo(
-        footer.size, footer.digest, groups, rows[groups], first[groups], stored, biggest, writer, tuple(nulls.values())
+        footer.size,
+        footer.digest,
+        groups,
+        rows[groups],
+        (np.cumsum(rows) - rows)[groups],
+        int(stored[groups].sum()),
+        biggest,
+        f"{footer.metadata.created_by} {table.chunk(int(groups[0]), 0).codec}" if len(groups) and columns else "",
+        tuple(nulls.values()),
     )
 
 
@@ -238,20 +230,34 @@ def shown(items: list[str], limit: int = 20) -> str:
     return listed if len(items) <= limit else f"{listed}, … ({len(items)} in all)"
 
 
+class OpenFile(NamedTuple):
+    """A file that is open: its handle, its footer as Arrow wants it, and what that says of columns that are read."""
+
+    handle: Any
+    metadata: Any
+    chunks: ChunkTable
+
+
 class OpenFiles:
     """Files open in this process, each with its footer parsed once; the least recently used are let go.
 
     A footer of thousands of row groups takes longer to parse than a row group to read, so that it must not be parsed
     for every block. Handles are closed when the last reader lets go of them; reading at an offset is safe from any
     thread.
+
+    Parameters
+    ----------
+    columns : sequence of str
+        The columns that are read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, columns: Sequence[str]) -> None:
+        self._columns = columns
         self._lock = threading.Lock()
-        self._held: OrderedDict[str, tuple[Any, Any, dict[str, Leaf]]] = OrderedDict()
+        self._held: OrderedDict[str, OpenFile] = OrderedDict()
 
-    def get(self, path: str, digest: str) -> tuple[Any, Any, dict[str, Leaf]]:
-        """Return the open file, its metadata, and its columns by name.
+    def get(self, path: str, digest: str) -> OpenFile:
+        """Return the open file.
 
         Raises
         ------
@@ -266,7 +272,10 @@ class OpenFiles:
                         f"{path!r} has changed since the source was opened; open it again (a run that was training on "
                         "it cannot go on)"
                     )
-                self._held[path] = (self._open(path), footer.metadata, Layout(footer.metadata).leaves)
+                with sound_footer(path):
+                    leaves = Layout(footer.metadata).leaves
+                    table = ChunkTable(path, footer, [leaves[name].number for name in self._columns])
+                self._held[path] = OpenFile(self._open(path), footer.metadata, table)
                 self._let_go()
             self._held.move_to_end(path)
             return self._held[path]
@@ -285,7 +294,7 @@ class OpenFiles:
             raise DataError(f"cannot open {path!r}: {err}") from err
 
     def _let_go(self) -> None:
-        footer_bytes = sum(metadata.serialized_size for _, metadata, _ in self._held.values())
+        footer_bytes = sum(each.metadata.serialized_size for each in self._held.values())
         while len(self._held) > 1 and (len(self._held) > _OPEN_FILES or footer_bytes > _OPEN_FOOTER_BYTES):
-            _, (_, metadata, _) = self._held.popitem(last=False)
-            footer_bytes -= metadata.serialized_size
+            _, file = self._held.popitem(last=False)
+            footer_bytes -= file.metadata.serialized_size

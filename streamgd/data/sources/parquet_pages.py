@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from streamgd.data.sources.parquet_chunks import Chunk
+
 #: Bytes that Arrow buffers of each open column, given to it as ``buffer_size``.
 STREAM_BYTES = 1 << 16
 #: Pages that are not left to Arrow are read to so much memory at first, one after the other: decompression finds them
@@ -44,30 +46,11 @@ class _DamagedHeader(Exception):
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """One column of one row group: where its bytes lie, and what its footer says of it."""
-
-    start: int
-    compressed_bytes: int
-    uncompressed_bytes: int
-    physical_type: str
-
-
-@dataclass(frozen=True)
 class _Page:
     kind: int
     compressed_bytes: int
     uncompressed_bytes: int
     n_values: int
-
-
-def chunk_of(column: Any) -> Chunk:
-    """Take what is needed from pyarrow's ColumnChunkMetaData."""
-    start = column.data_page_offset
-    dictionary = column.dictionary_page_offset if column.has_dictionary_page else None
-    if dictionary:  # some writers put 0 where there is none
-        start = min(start, dictionary)
-    return Chunk(start, column.total_compressed_size, column.total_uncompressed_size, column.physical_type)
 
 
 def open_bytes(file: BinaryIO, chunks: list[Chunk], direct: Sequence[bool] | None = None) -> tuple[int, int]:

@@ -31,21 +31,22 @@ def open_rows(
 ) -> BlockReader:
     """Open a row group from a row on: some features, target and weight."""
     wanted = (*features, *_rest_of(source))
-    if not source._file_columns.intersection(wanted):
+    if source._file_columns.keys().isdisjoint(wanted):
         return ArrowReader(source, block, start, piece_rows, features)
-    file, metadata, leaves = source.open_file(int(source._block_file[block]))
-    row_group = metadata.row_group(int(source._block_group[block]))
+    file = source.open_file(int(source._block_file[block]))
+    group = int(source._block_group[block])
 
     def described(names: Sequence[str]) -> list[DirectColumn] | None:
-        if not source._file_columns.issuperset(names):
+        if not source._file_columns.keys() >= set(names):
             return None
-        found = [direct_column(metadata, row_group, leaves[name].number, source._types[name]) for name in names]
+        chunks = ((name, file.chunks.chunk(group, source._file_columns[name])) for name in names)
+        found = [direct_column(chunk, source._types[name]) for name, chunk in chunks]
         return None if None in found else [column for column in found if column is not None]
 
     columns, rest = described(features), described(_rest_of(source))
     if columns is None or (not features and rest is None):
         return ArrowReader(source, block, start, piece_rows, features)
-    rows = DirectRows(file, [*columns, *(rest or [])], start, scratch)
+    rows = DirectRows(file.handle, [*columns, *(rest or [])], start, scratch)
     return DirectReader(source, block, start, piece_rows, features, rows)
 
 
@@ -171,12 +172,12 @@ class ArrowReader(BlockReader):
 
     def _open(self) -> Iterator[Any]:
         source = self._source
-        handle, metadata, _ = source.open_file(int(source._block_file[self._block]))
+        opened = source.open_file(int(source._block_file[self._block]))
         text = [name for name in source._dictionary_columns if name in self._from_file]
         try:
             file = pq.ParquetFile(
-                handle,
-                metadata=metadata,
+                opened.handle,
+                metadata=opened.metadata,
                 buffer_size=STREAM_BYTES,
                 pre_buffer=False,  # else the whole row group is read at once
                 read_dictionary=text,
@@ -241,7 +242,7 @@ class ArrowReader(BlockReader):
     def _columns_of(self, batch: Any) -> Columns:
         """Return the features of a batch: all at once where they are plain numbers, else one by one."""
         if self._layout is None:
-            in_file = batch is not None and self._source._file_columns.issuperset(self._features)
+            in_file = batch is not None and self._source._file_columns.keys() >= set(self._features)
             self._layout = BatchLayout(batch.schema, self._features) if in_file else False
         found = self._layout.find(batch) if self._layout and self._layout.plain else None
         return Columns([self._column(name, batch) for name in self._features]) if found is None else found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from streamgd.data.sources.parquet_chunks import Footer
 from streamgd.data.sources.parquet_columns import (
     Partitions,
     Roles,
@@ -14,7 +15,6 @@ from streamgd.data.sources.parquet_columns import (
 )
 from streamgd.data.sources.parquet_footer import (
     FileInfo,
-    Footer,
     Layout,
     check_agreement,
     describe_file,
@@ -97,7 +97,7 @@ class ParquetTable:
 
     def _checked(self, path: str, layout: Layout, footer: Footer) -> FileInfo:
         if not footer.metadata.num_rows:  # its types may be anything: there was nothing to tell them from
-            return describe_file(footer, layout, ())
+            return describe_file(path, footer, layout, ())
         first = self.paths[self._first]
         own = layout if path == first else Layout(footer.metadata)
         check_agreement(path, own, self.file_columns, first, self.types)
@@ -107,7 +107,7 @@ class ParquetTable:
                 f"{path!r} has columns that {first!r} has not: {shown(extra)}. Name the columns that all files "
                 "share with features=[...], or leave the file out"
             )
-        return describe_file(footer, own, self.file_columns)
+        return describe_file(path, footer, own, self.file_columns)
 
     def _refuse_nulls(self, relatives: list[str]) -> None:
         found: dict[str, str] = {}
