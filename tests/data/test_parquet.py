@@ -690,3 +690,28 @@ class TestIdentity:
         assert isinstance(before["files"], str)
         write(tmp_path / "1.parquet", {"x": ramp(5) + 1})
         assert ParquetSource(tmp_path).fingerprint["files"] != before["files"]
+
+
+class TestText:
+    """As targets; Arrow hands text out as it is stored."""
+
+    @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary()], ids=str)
+    @pytest.mark.parametrize("encoding", ["DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"])
+    def test_of_encodings_without_dictionaries(self, tmp_path: Path, encoding: str, kind: Any) -> None:
+        labels = pa.array(["dear", "cheap", "fair"] * 30).cast(kind)
+        path = tmp_path / "a.parquet"
+        options: dict[str, Any] = {"use_dictionary": False, "column_encoding": {"y": encoding}}
+        pq.write_table(pa.table({"x": ramp(90), "y": labels}), path, row_group_size=40, **options)
+        source = ParquetSource(path, "y")
+        found = [label for block in range(3) for label in read_block(source, block)[1].tolist()]
+        assert found == labels.to_pylist()
+
+    @pytest.mark.parametrize("dictionary", [True, False])
+    def test_that_is_not_utf8_is_named_by_its_row(self, tmp_path: Path, dictionary: bool) -> None:
+        path = tmp_path / "a.parquet"
+        labels = pa.array([b"dear", b"d\xe9ar", b"dear"] * 2).cast(pa.binary())
+        table = pa.table({"x": ramp(6), "y": pa.Array.from_buffers(pa.string(), 6, labels.buffers())})
+        pq.write_table(table, path, row_group_size=3, use_dictionary=dictionary, write_statistics=False)
+        source = ParquetSource(path, "y")
+        with pytest.raises(DataError, match=r"'y' holds text that is not UTF-8, in a.parquet, row group 1, row 4 of"):
+            read_block(source, 1)

@@ -142,6 +142,12 @@ class ChunkTable:
         for group in np.flatnonzero(chunks[:, members.TYPE] != _number(_TYPES, stored))[:1].tolist():
             found = _named(_TYPES, int(chunks[group, members.TYPE]))
             raise ValueError(f"column {column.name!r} of row group {group} holds {found}, and by the schema {stored}")
+        unknown = ~np.isin(chunks[:, members.CODEC], range(len(_CODECS)))
+        for group in np.flatnonzero(unknown)[:1].tolist():
+            raise DataError(
+                f"column {column.name!r} of row group {group} of {self._path!r} is compressed by a codec that is not "
+                f"known here (number {int(chunks[group, members.CODEC])}): write the file again with another one (zstd)"
+            )
         if column.max_repetition_level:
             return
         for group in np.flatnonzero(chunks[:, members.N_VALUES] != self.rows)[:1].tolist():

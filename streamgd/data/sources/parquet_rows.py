@@ -14,7 +14,7 @@ from streamgd.data.sources.base import Array, BlockReader, Columns, Slice
 from streamgd.data.sources.buffers import Buffers
 from streamgd.data.sources.parquet_direct import DirectColumn, DirectRows, UndecodableError, direct_column
 from streamgd.data.sources.parquet_pages import STREAM_BYTES
-from streamgd.data.sources.parquet_types import to_numbers
+from streamgd.data.sources.parquet_types import first_not_text, to_numbers
 from streamgd.errors import CorruptDataError, DataError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 #: Blocks that cost at least this much give their memory back to the system when closed: Arrow's allocator keeps it
 #: else, and the next block may not fit into the pieces (measured, one block open: a peak of 123 MB instead of 159 MB).
 _RELEASED_BYTES = 8 << 20
+#: Encodings of text that Arrow cannot make dictionaries of: lengths, or texts, as differences.
+_WITHOUT_DICTIONARY = 1 << 6 | 1 << 7
 _READ_ERRORS = (OSError, RuntimeError, ValueError, pa.ArrowException)
 
 
@@ -173,7 +175,13 @@ class ArrowReader(BlockReader):
     def _open(self) -> Iterator[Any]:
         source = self._source
         opened = source.open_file(int(source._block_file[self._block]))
-        text = [name for name in source._dictionary_columns if name in self._from_file]
+        group = int(source._block_group[self._block])
+        text = [
+            name
+            for name in source._dictionary_columns
+            if name in self._from_file
+            and not opened.chunks.chunk(group, source._file_columns[name]).encodings & _WITHOUT_DICTIONARY
+        ]
         try:
             file = pq.ParquetFile(
                 opened.handle,
@@ -183,7 +191,6 @@ class ArrowReader(BlockReader):
                 read_dictionary=text,
                 page_checksum_verification=True,  # where a writer left checksums; damage may pass unnoticed else
             )
-            group = int(source._block_group[self._block])
             found: Iterator[Any] = file.iter_batches(
                 self._piece_rows, row_groups=[group], columns=self._from_file, use_threads=False
             )
@@ -278,7 +285,13 @@ class ArrowReader(BlockReader):
                 f"column {name!r} has a missing value (null) in {place}; leave such rows or the column out, or fill "
                 "them in before writing the file"
             )
-        return values if source._types[name].number is None else to_numbers(values)
+        if source._types[name].number is not None:
+            return to_numbers(values)
+        bad = first_not_text(values)
+        if bad is not None:
+            place = source.locate(self._block, self._next - self._have + bad)
+            raise DataError(f"column {name!r} holds text that is not UTF-8, in {place}; write it again as UTF-8")
+        return values
 
     def _read_error(self, err: BaseException, row: int) -> DataError:
         place = self._source.locate(self._block, row)

@@ -71,6 +71,33 @@ def to_numbers(values: pa.Array) -> Array:
     return np.asarray(values.to_numpy(zero_copy_only=False))
 
 
+def first_not_text(values: pa.Array) -> int | None:
+    """Return the first row of an array without nulls whose text is not UTF-8, or that has a dictionary with such text.
+
+    Arrow hands text out as it is stored, and fails when somebody asks for it.
+    """
+    is_dictionary = pa.types.is_dictionary(values.type)
+    texts = values.dictionary if is_dictionary else values
+    if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type) or str(texts.type) == "string_view"):
+        return None
+    try:
+        texts.validate(full=True)
+    except pa.ArrowInvalid:
+        bad = next(i for i in range(len(texts)) if not _is_text(texts[i]))
+        if is_dictionary:
+            return int(np.argmax(values.indices.to_numpy(zero_copy_only=False) == bad))
+        return bad
+    return None
+
+
+def _is_text(value: pa.Scalar) -> bool:
+    try:
+        value.as_py()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _decimals(values: pa.Array) -> Array:
     """Round decimals to the nearest float64; Arrow's own cast may be off in the last place."""
     kind = values.type
