@@ -51,9 +51,12 @@ def stored_columns(data: Sequence[str]) -> list[StoredColumn]:
 
 def _parquet_columns(files: FileSet) -> list[StoredColumn]:
     from streamgd.data.sources.parquet_columns import read_partitions
-    from streamgd.data.sources.parquet_footer import Layout, read_footer
+    from streamgd.data.sources.parquet_footer import Layout, read_footer, sound_footer
 
-    layout = Layout(read_footer(str(files.paths[0])).metadata)
+    path = str(files.paths[0])
+    footer = read_footer(path)
+    with sound_footer(path):
+        layout = Layout(footer.metadata)
     found = []
     for name in layout.names:
         kind = layout.leaves[name].type

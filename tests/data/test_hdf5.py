@@ -802,3 +802,20 @@ def test_filter_of_hdf5plugin_in_a_process_that_has_not_imported_it(tmp_path: Pa
         "assert source.open_block(3).read(50).X.shape == (50, 4)"
     )
     assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", reader]) == 0
+
+
+def test_types_that_numpy_does_not_know(tmp_path: Path) -> None:
+    """They are named where they are used, and do no harm where they are not."""
+    quadruple = h5py.h5t.IEEE_F64LE.copy()
+    quadruple.set_size(16)
+    quadruple.set_precision(128)
+    quadruple.set_fields(127, 112, 15, 0, 112)
+    quadruple.set_ebias(16383)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["X"], file["y"] = np.ones((20, 2)), np.arange(20.0)
+        h5py.h5d.create(file.id, b"q", quadruple, h5py.h5s.create_simple((20,)))
+    assert Hdf5Source(tmp_path / "a.h5", target="y").n_rows == 20
+    with pytest.raises(SchemaError, match="a type that NumPy does not know"):
+        Hdf5Source(tmp_path / "a.h5", target="q")
+    with pytest.raises(SourceNotFoundError, match=r"there is no dataset 'z'; .* 'q' \(20,\) of an unknown type"):
+        Hdf5Source(tmp_path / "a.h5", target="z")

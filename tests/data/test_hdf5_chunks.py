@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import os
 import re
+import struct
 import threading
 import zlib
 from collections.abc import Callable
@@ -186,7 +187,12 @@ def test_damaged_big_chunks(tmp_path: Path, change: str) -> None:
     with h5py.File(path) as file:
         reader = hdf5_places.ChunkTables().open(0, [file["X"]])[0]
     assert reader is not None
-    assert reader.read(0, 30_000, np.empty(reader.n_bytes(30_000), np.uint8), Buffers()) is None
+    memory = np.empty(reader.n_bytes(30_000), np.uint8)
+    if change == "shorter":
+        with pytest.raises(OSError, match="a chunk of 960,000 bytes decompresses to 640,000"):
+            reader.read(0, 30_000, memory, Buffers())
+    else:
+        assert reader.read(0, 30_000, memory, Buffers()) is None
 
 
 # What stays decoded
@@ -657,7 +663,7 @@ def leave_edges_unfiltered(creation: Any) -> None:
     assert function(creation.id, 2) == 0
 
 
-@pytest.mark.parametrize("codes", [(2,), (2, 1), (1,), (32000,), (2, 32000), (3,), (2, 1, 3)])
+@pytest.mark.parametrize("codes", [(2,), (2, 1), (1,), (32000,), (2, 32000), (3,), (2, 1, 3), (32000, 3)])
 @pytest.mark.parametrize("content", ["smooth", "zeros"])
 def test_edges_that_were_not_filtered(tmp_path: Path, codes: tuple[int, ...], content: str) -> None:
     """HDF5 does not say so; a chunk must tell, or h5py is asked."""
@@ -751,6 +757,39 @@ def test_damaged_lzf_without_a_checksum_is_not_trained_on(tmp_path: Path) -> Non
             refused += "decompresses to" in str(err)
         source.close()
     assert refused > 3
+
+
+@pytest.mark.parametrize(
+    ("filters", "mask"),
+    [({"compression": "gzip"}, 0), ({"compression": "gzip"}, 1), ({"compression": "lzf"}, 1), ({"shuffle": True}, 0)],
+    ids=["gzip", "gzip left out", "lzf left out", "shuffle"],
+)
+def test_chunks_of_too_few_bytes_are_not_trained_on(tmp_path: Path, filters: dict[str, Any], mask: int) -> None:
+    """h5py hands out whatever lies in its memory behind them."""
+    X = np.ones((200, 4), np.float32)
+    write(tmp_path / "a.h5", X, None, (50, 4), **filters)
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        half = X[:25].tobytes()
+        stored = zlib.compress(half) if "compression" in filters and not mask else half
+        file["X"].id.write_direct_chunk((100, 0), stored, mask)
+    source = Hdf5Source(tmp_path / "a.h5", block_bytes=900)
+    assert (source.read_rows(0, [0], 50, 100)[0] == 1).all()
+    with pytest.raises(CorruptDataError, match=r"rows 100 to 149 .* from 'X': a chunk of 800 bytes .* 400"):
+        source.read_rows(0, [0], 100, 150)
+
+
+def test_compressed_chunks_of_no_bytes_are_refused(tmp_path: Path) -> None:
+    """HDF5 itself ends the process over them."""
+    path = write(tmp_path / "a.h5", smooth(200, 4, "f4"), None, (50, 4), **GZIP)
+
+    with h5py.File(path) as file:
+        size = file["X"].id.get_chunk_info(2).size
+    content = bytearray(path.read_bytes())
+    at = content.index(struct.pack("<IIQ", size, 0, 100))  # in the index: its size, the filters left out, its first row
+    content[at : at + 4] = bytes(4)
+    path.write_bytes(content)
+    with pytest.raises(CorruptDataError, match="dataset '/X' has compressed chunks of no bytes"):
+        Hdf5Source(path, block_bytes=900).read_rows(0, [0], 0, 50)
 
 
 def test_damaged_targets(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ class ChunkReader:
         self._most_stored = int(table.sizes.max(initial=0))
         filtered = bool(self._undo) or self._shuffled
         # HDF5 can leave chunks that stick out beyond the last row or column unfiltered, and does not say so. With these
-        # filters a chunk says it itself.
+        # filters a chunk says it itself, unless a checksum is right by chance, as that of zeros.
         self._doubtful = filtered and not {DEFLATE, FLETCHER32}.intersection(filters)
         self._n_rows = int(dataset.shape[0])
         if filtered:
@@ -217,18 +217,16 @@ class ChunkReader:
                 if offset < 0:
                     rows[row : row + n_rows, left : left + n_columns] = self._fill
                 elif self._work_bytes == 0:
-                    if size != self._chunk_bytes:
-                        raise UndecodableError(f"a chunk of {self._chunk_bytes:,} bytes is stored in {size:,}")
+                    self._require_whole(size, "is stored in")
                     n_bytes = n_rows * width * item
                     self._descriptor.fill(memory[at : at + n_bytes], offset + top * width * item)
-                elif self._may_be_unfiltered(run, n_columns, size, mask):
-                    raise UndecodableError("whether a chunk at the edge was filtered cannot be told")
                 else:
+                    doubt = self._may_be_unfiltered(run, n_columns, size, mask)
                     kept = None if self._kept is None else self._kept.get(key)
                     if kept is not None:
                         chunk, shuffled, skipped = kept, False, 0
                     else:
-                        chunk, shuffled, skipped = self._chunk(offset, size, mask, work, top, n_rows)
+                        chunk, shuffled, skipped = self._chunk(offset, size, mask, work, top, n_rows, doubt)
                         self._keep(key, chunk, shuffled)
                     put_rows(chunk, shuffled, item, width, top - skipped, n_rows, n_columns, address + at, step)
 
@@ -244,18 +242,22 @@ class ChunkReader:
 
     def _may_be_unfiltered(self, run: int, n_columns: int, size: int, mask: int) -> bool:
         sticks_out = n_columns < self._width or (run + 1) * self._height > self._n_rows
-        return self._doubtful and sticks_out and size == self._chunk_bytes and mask == 0
+        return sticks_out and size == self._chunk_bytes and mask == 0
 
-    def _chunk(self, offset: int, size: int, mask: int, work: Bytes, top: int, n_rows: int) -> tuple[Bytes, bool, int]:
+    def _chunk(
+        self, offset: int, size: int, mask: int, work: Bytes, top: int, n_rows: int, doubt: bool
+    ) -> tuple[Bytes, bool, int]:
         """Read a chunk and undo its filters, except that its bytes may be left shuffled; or only the rows asked for.
 
         Returns the bytes, whether they are shuffled, and how many of the chunk's rows were left out before them.
         """
+        if doubt and self._doubtful:
+            raise UndecodableError("whether a chunk at the edge was filtered cannot be told")
         row_bytes = self._width * self._dtype.itemsize
         undo = [code for bit, code in self._undo if not mask & bit]
         shuffled = self._shuffled and not mask & 1
-        if not undo and size != self._chunk_bytes:
-            raise UndecodableError(f"a chunk of {self._chunk_bytes:,} bytes is stored in {size:,}")
+        if not undo:
+            self._require_whole(size, "is stored in")
         if not undo and not shuffled:
             part = work[: n_rows * row_bytes]
             self._descriptor.fill(part.data, offset + top * row_bytes)
@@ -273,12 +275,19 @@ class ChunkReader:
                 if inflated is None:
                     raise UndecodableError("a chunk cannot be decompressed")
                 data = inflated
-        if len(data) != self._chunk_bytes:
-            why = f"a chunk of {self._chunk_bytes:,} bytes decompresses to {len(data):,}"
-            if LZF in undo:  # h5py would hand out whatever lies in its memory
-                raise OSError(why)
-            raise UndecodableError(why)
+        if doubt and len(data) != self._chunk_bytes:
+            raise UndecodableError("a chunk at the edge, which seems not to have been filtered")
+        self._require_whole(len(data), "decompresses to", exactly=LZF in undo)
         return data, shuffled, 0
+
+    def _require_whole(self, n_bytes: int, what: str, *, exactly: bool = False) -> None:
+        """Refuse a chunk of too few bytes: h5py would hand out whatever lies in its memory behind them."""
+        if n_bytes == self._chunk_bytes:
+            return
+        why = f"a chunk of {self._chunk_bytes:,} bytes {what} {n_bytes:,}"
+        if n_bytes < self._chunk_bytes or exactly:
+            raise OSError(why)
+        raise UndecodableError(why)
 
 
 def _checked(data: Bytes) -> Bytes:

@@ -81,12 +81,15 @@ def list_datasets(file: h5py.File, limit: int = 30) -> list[str]:
         if isinstance(item, h5py.Dataset):
             try:
                 dtype = dtype_name(item)
-            except TypeError:
+            except (TypeError, ValueError):
                 dtype = "of an unknown type"
             found.append(f"{name!r} {item.shape} {dtype}" if len(found) < limit else "…")
         return True if len(found) > limit else None
 
-    file.visititems(visit)
+    try:
+        file.visititems(visit)
+    except (OSError, RuntimeError, ValueError, KeyError):  # of a damaged file; whoever asked says what it is about
+        found.append("…")
     return found
 
 

@@ -161,7 +161,7 @@ def describe_file(path: str, features: Sequence[str], target: str | None, weight
             w = None if weight is None else look_at(weight)
         except DataError:
             raise
-        except TypeError as err:
+        except (TypeError, ValueError) as err:
             raise SchemaError(f"{path}: a dataset has a type that NumPy does not know: {err}") from err
         except (OSError, RuntimeError, KeyError) as err:
             raise CorruptDataError(f"{path}: its datasets cannot be read: {err}") from err

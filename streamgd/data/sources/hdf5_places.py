@@ -18,6 +18,7 @@ from streamgd.data.sources.base import Array
 from streamgd.data.sources.buffers import Kept
 from streamgd.data.sources.hdf5_blocks import MOST_CHUNKS
 from streamgd.data.sources.hdf5_chunks import DEFLATE, FLETCHER32, LZF, SHUFFLE, ChunkReader, ChunkTable, Descriptor
+from streamgd.errors import CorruptDataError
 
 #: Chunks that HDF5 lists are noted so many at a time: fast, and without ever holding a list of them all.
 _NOTED = 4096
@@ -75,7 +76,9 @@ class ChunkTables:
                 return None
             fill, name = _fill_value(dataset, table), (key, table.identity)
             return ChunkReader(dataset, filters, table, fill, descriptors[handle], kept, name)
-        except (OSError, RuntimeError, ValueError, KeyError):
+        except CorruptDataError:
+            raise
+        except (OSError, RuntimeError, ValueError, KeyError, OverflowError):
             return None  # damaged: h5py says so as rows are read
 
     def _table(self, key: tuple[int, int], dataset: h5py.Dataset, descriptor: Descriptor) -> ChunkTable | None:
@@ -157,6 +160,12 @@ def _look_up(dataset: h5py.Dataset, descriptor: Descriptor) -> ChunkTable | None
 
     dataset.id.chunk_iter(note)
     enter()
+    if usable and dataset.id.get_create_plist().get_nfilters() and ((offsets >= 0) & (sizes == 0)).any():
+        # Reading one ends the process, within HDF5.
+        raise CorruptDataError(
+            f"{dataset.file.filename}: dataset {dataset.name!r} has compressed chunks of no bytes. The file is "
+            "damaged; copy it again, or leave it out"
+        )
     if not usable or np.count_nonzero(offsets >= 0) != n_noted:
         return None
     base = _find_base(dataset, descriptor, offsets, sizes)

@@ -57,7 +57,12 @@ def read_footer(path: str) -> Footer:
     if tail[-4:] == _ENCRYPTED_MAGIC:
         raise DataError(f"{path!r} is encrypted, which streamgd does not support; write it again without encryption")
     if not whole:
-        found = f"ends in {tail[-4:]!r} where {_MAGIC!r} must stand" if tail else "is empty (0 bytes)"
+        if not tail:
+            found = "is empty (0 bytes)"
+        elif tail[-4:] != _MAGIC:
+            found = f"ends in {tail[-4:]!r} where {_MAGIC!r} must stand"
+        else:
+            found = f"has {size:,} bytes, fewer than the {length + 4:,} that it says its footer takes"
         raise CorruptDataError(
             f"{path!r} is no whole Parquet file: it {found}. It was cut short, or is still being written; copy or "
             "write it again, or leave it out"
