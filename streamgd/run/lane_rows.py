@@ -156,7 +156,7 @@ class LaneReader:
         delivery: Delivery | None = None,
         files: FlatFiles | None = None,
     ) -> None:
-        self.lane, self.epoch, self.row = lane, epoch, row
+        self.lane, self.epoch = lane, epoch
         self.wait_s, self.read_rows = 0.0, 0
         self._pool = pool
         source, layout = inputs.source, plans.layout
@@ -167,9 +167,10 @@ class LaneReader:
             source, layout, inputs.codec, shift=inputs.shift, factor=inputs.factor, n_threads=1, files=files
         )
         first = plans.epoch(epoch, lane)
-        self.lane_rows = first.n_rows
-        index, before = first.window_at(row)
-        self._at = row - before  # next row of the window
+        self.lane_rows = first.n_rows  # of every epoch: blocks are dealt once
+        self.row = min(row, self.lane_rows)
+        index, before = first.window_at(self.row)
+        self._at = self.row - before  # next row of the window
         self._source = source
         self._deliveries = [] if delivery is None else [delivery]
         self._window: Window | None = None
@@ -234,7 +235,7 @@ class LaneReader:
     def deliver(self, delivery: Delivery) -> bool:
         """Read on over more blocks; say whether they are what comes next, or were here before."""
         assert self._until is not None
-        if delivery.span.epoch * self.lane_rows + delivery.span.row > self._until:
+        if delivery.span.epoch * self.lane_rows + min(delivery.span.row, self.lane_rows) > self._until:
             return False
         if self._end_of(delivery) > self._until:
             self._deliveries.append(delivery)
@@ -256,9 +257,11 @@ class LaneReader:
     def _end_of(self, delivery: Delivery) -> int:
         return delivery.span.epoch * self.lane_rows + min(delivery.span.end, self.lane_rows)
 
-    def next_epoch(self, lane_rows: int) -> None:
-        """Go on with the next epoch, which is what comes next."""
-        self.epoch, self.row, self.lane_rows = self.epoch + 1, 0, lane_rows
+    def goes_on_at(self, epoch: int, row: int) -> bool:
+        """Say whether a row is what comes next, after going on to the next epoch if the row is its first."""
+        if self.epoch + 1 == epoch and self.row == self.lane_rows and row == 0:
+            self.epoch, self.row = epoch, 0
+        return (self.epoch, self.row) == (epoch, min(row, self.lane_rows))
 
     def close(self) -> None:
         """Stop reading and close what is open. Idempotent; waits for a read that is under way."""
@@ -313,6 +316,8 @@ class LaneReader:
 
 
 def _windows(plans: LanePlans, first: EpochPlan, index: int) -> Iterator[WindowPlan]:
+    if first.n_rows == 0:  # now and ever
+        return
     yield from first.windows(index)
     for epoch in range(first.epoch + 1, plans.n_epochs):
         yield from plans.epoch(epoch, first.lane).windows()

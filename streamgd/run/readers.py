@@ -78,7 +78,7 @@ class Readers:
             each.close()
         try:
             if found is not None:
-                if _goes_on_at(found, plans, epoch, row) and (delivery is None or found.deliver(delivery)):
+                if found.goes_on_at(epoch, row) and (delivery is None or found.deliver(delivery)):
                     return found
                 found.close()
             files = self._files_of(inputs.source) if delivery is None else None
@@ -158,10 +158,3 @@ class Readers:
             pool.shutdown(wait=True)
         if files is not None:
             files.close()
-
-
-def _goes_on_at(reader: LaneReader, plans: LanePlans, epoch: int, row: int) -> bool:
-    """Say whether what comes next of a reader is a row, after bringing it to the next epoch if that begins there."""
-    if reader.epoch + 1 == epoch and reader.row == reader.lane_rows and row == 0:
-        reader.next_epoch(plans.epoch(epoch, reader.lane).n_rows)
-    return (reader.epoch, reader.row) == (epoch, row)
