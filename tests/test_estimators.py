@@ -378,6 +378,17 @@ def test_divergence_is_an_error_and_leaves_no_half_fitted_estimator(tol: Any, se
         model.predict(X)
 
 
+def test_a_loss_beyond_all_measure_is_divergence_whatever_the_tolerance() -> None:
+    X = table(1000)
+    model = SGDRegressor(learning_rate="optimal", max_iter=5, tol=None)
+    with pytest.raises(DivergenceError, match="after 5 epochs the loss is"):
+        model.fit(X, target(X))
+    model.set_params(learning_rate="constant", eta0=3.0)
+    for _ in range(5):  # of rows to come nothing is known
+        model.partial_fit(X, target(X))
+    assert model.loss_curve_[-1] > model.loss_curve_[0]
+
+
 # --- what is kept between calls ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("optimizer", ["auto", "sgd", "adagrad", "adam", "dowg"])
 @pytest.mark.parametrize("kind", [SGDRegressor, SGDClassifier])

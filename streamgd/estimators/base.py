@@ -144,6 +144,7 @@ class SGDEstimator(BaseEstimator):  # type: ignore[misc]
         source = self._source(X, y, sample_weight, reset=trained is None)
         if trained is None:
             run = prepare(source, replace(config, max_iter=1, tol=None), classes=classes)
+            run.open_ended = True
         else:
             run = trained.next_epoch(source, config, np.atleast_2d(self.coef_), self.intercept_)
         # One epoch of rows that will hardly come again is not worth a cache.

@@ -123,7 +123,8 @@ def found_by(start: State, state: State, packed: Packed) -> Found:
     start : State
         What the lane started from.
     state : State
-        As `begin_turn` gave it, trained on at least one row, without an open batch. Its arrays are used up.
+        As `begin_turn` gave it, trained on at least one row unless it diverged before, without an open batch. Its
+        arrays are used up.
     packed : Packed
         The recipe.
     """
@@ -237,7 +238,7 @@ def merge(start: State, found: Found, packed: Packed) -> State:
     State
         A new one. If a lane has diverged, so has the result.
     """
-    rows = float(found.counters[kernels.EPOCH_ROWS])
+    rows = max(1.0, float(found.counters[kernels.EPOCH_ROWS]))  # none if all lanes diverged in their first batch
     with np.errstate(all="ignore"):  # diverged lanes; no change at all
         if packed.codes[kernels.CODE_OPTIMIZER] == kernels.AUTO:
             slots = start.slots + found.slots

@@ -85,7 +85,7 @@ class Trained:
             state.theta[:], state.average[:] = theta, theta
         config = replace(config, max_iter=state.epoch + 1, tol=None)
         state = _with_carry(state, config.batch_rows(source.n_rows), source)
-        return Run(source, config, self.survey, plan_for(source, config), state)
+        return Run(source, config, self.survey, plan_for(source, config), state, open_ended=True)
 
     def warm_start(self, source: Source, config: Config, coef: Floats, intercept: Floats) -> Run:
         """Return a run that starts from coefficients, with the survey of the first call; this object stays as it is.

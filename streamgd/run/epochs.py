@@ -140,7 +140,7 @@ class Training(abc.ABC):
             self.folder.append_metrics(self._metrics(None, closed["loss_curve"][-1]))
         state.__dict__.update(closed)
         run.finished = run.reason_to_end()
-        if run.finished and self._tol is not None and state.loss_curve[-1] > _LOST * run.survey.null_loss > 0:
+        if run.finished and not run.open_ended and state.loss_curve[-1] > _LOST * run.survey.null_loss > 0:
             raise self._lost()
         self.watcher.epoch_ended(run, state.loss_curve[-1])
         if self.folder is not None:

@@ -172,7 +172,9 @@ def train_turn(
     if n_rows != expected and state.counters[kernels.STATUS] == kernels.OK:
         raise RowAccountingError(f"lane {lane} saw {n_rows:,} rows of a turn of {expected:,}; this is a bug")
     wait_s, read_rows = reader.wait_s - wait_s, reader.read_rows - read_rows
-    found = None if not n_rows else state if alone else found_by(start, state, packed)
+    # A lane that diverges in its first batch has no rows, but something to say.
+    silent = n_rows == 0 and state.counters[kernels.STATUS] == kernels.OK
+    found = None if silent else state if alone else found_by(start, state, packed)
     return Turn(found, span.end >= reader.lane_rows, read_rows, wait_s)
 
 

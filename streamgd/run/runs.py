@@ -56,6 +56,8 @@ class Run:
         What writes the cache while the first epoch trains.
     written : Written or None
         What was written of it before the checkpoint that the run was restored from.
+    open_ended : bool
+        Whether rows are to come that the survey knows nothing of, so that losses say nothing beside its own.
     """
 
     source: Source
@@ -67,6 +69,7 @@ class Run:
     cached: Cached | None = None
     writer: CacheWriter | None = None
     written: Written | None = None
+    open_ended: bool = False
 
     @property
     def layout_now(self) -> Layout:

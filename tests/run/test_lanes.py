@@ -82,6 +82,19 @@ class TestBits:
         assert run.state.counters[kernels.N_ROWS] == 3 * 87
         assert trained(begin_lanes(8, source), options=RunOptions(n_threads=1)) == small.bits(run)
 
+    def test_lanes_without_rows_plan_nothing(self, monkeypatch):
+        """Epochs to come are many where the number of epochs is chosen by the data."""
+        made = []
+
+        class Counted(EpochPlan):
+            def __init__(self, *args: Any, **options: Any) -> None:
+                made.append(options["lane"])
+                super().__init__(*args, **options)
+
+        monkeypatch.setattr("streamgd.run.lane_rows.EpochPlan", Counted)
+        train(begin_lanes(8, small.source_of((50, 30)), max_iter=40, tol=None))
+        assert len(made) < 8 + 4 * 40  # of two lanes those of each epoch, and of the others the first
+
     def test_one_lane_is_the_run_without_lanes(self):
         plain, rounds = small.begin_small(), small.begin_small()
         train(plain)
@@ -221,6 +234,18 @@ class TestErrors:
         run = begin_lanes(optimizer="sgd", learning_rate="constant", eta0=1e200, standardize=False)
         with pytest.raises(DivergenceError, match="epoch 1, round"):
             train(run)
+
+    @pytest.mark.parametrize("n_lanes", [2, 4])
+    @pytest.mark.parametrize("eta0", [0.1, 1.0, 50.0])
+    def test_divergence_in_the_first_batch_of_a_turn(self, n_lanes, eta0):
+        """Which then has no rows."""
+        rng = np.random.default_rng(0)
+        X = rng.normal(size=(4000, 6)) * 1e3
+        model = SGDRegressor(
+            optimizer="sgd", learning_rate="constant", eta0=eta0, standardize=False, n_lanes=n_lanes, max_iter=3
+        )
+        with pytest.raises(DivergenceError, match="epoch 1, round"):
+            model.fit(X, X @ rng.normal(size=6))
 
     def test_the_buffer_is_for_all_lanes(self):
         source = small.source_of(BLOCKS, open_block_bytes=1000)
