@@ -2,9 +2,13 @@
 
 import subprocess
 import sys
+import threading
 
 import h5py
 import numpy as np
+import pytest
+
+from streamgd.estimators import SGDRegressor
 
 SCRIPT = """
 import faulthandler, random, signal, sys, threading, time
@@ -45,3 +49,25 @@ def test_interrupts_at_random_moments(tmp_path):
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     # Python itself reports interrupts that come within its own callbacks, and goes on.
     assert (ended.returncode, ended.stdout) == (0, "True []\n"), ended.stderr
+
+
+def test_an_interrupt_while_a_condition_takes_its_lock_again(tmp_path, monkeypatch):
+    """Python then lets go of a lock that it does not have, and says so in place of the interrupt."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(50_000, 8))
+    wait, waits = threading.Condition.wait, []
+
+    def interrupted(self, timeout=None):
+        if threading.current_thread() is threading.main_thread():
+            waits.append(timeout)
+            if len(waits) == 40:
+                self.release()
+                raise KeyboardInterrupt
+        return wait(self, timeout)
+
+    monkeypatch.setattr(threading.Condition, "wait", interrupted)
+    settings = {"tol": None, "buffer": "4MB", "n_lanes": 2, "n_threads": 2, "checkpoint_dir": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        SGDRegressor(max_iter=1000, **settings).fit(X, X[:, 0])
+    (folder,) = tmp_path.iterdir()
+    assert list(folder.rglob("*.safetensors"))

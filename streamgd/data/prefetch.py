@@ -7,12 +7,15 @@ wait. Errors travel the same way, behind the windows that were filled before the
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import math
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from queue import Empty, SimpleQueue
 from typing import Final, Literal, TypeAlias
 
 from streamgd.data.flat import FlatFiller
@@ -96,7 +99,10 @@ class Prefetcher:
         # Taken by itself, and not through the conditions: those are entered by Python code, which an interrupt can end
         # between the lock and the block that lets it go.
         self._lock = threading.Lock()
-        self._filled, self._freed = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._freed = threading.Condition(self._lock)
+        # Holds something where the consumer should look again. It does not wait for a condition: after an interrupt that
+        # comes while one takes its lock again nobody knows whose it is.
+        self._news: SimpleQueue[None] = SimpleQueue()
         self._n_inside = 0
         self._threads: list[threading.Thread] = []
 
@@ -125,8 +131,8 @@ class Prefetcher:
                 raise self._error
         while self._helps and not self._answers() and self._help():
             pass
+        answered = self._wait(timeout_s)
         with self._lock:
-            answered = self._filled.wait_for(self._answers, timeout_s)
             self.wait_s += time.perf_counter() - begin
             found = None if self._closed else self._ready.pop(self._n_handed, None)
             if isinstance(found, BaseException):
@@ -140,6 +146,24 @@ class Prefetcher:
                 return None
             self.exhausted = True
             return END
+
+    def _wait(self, timeout_s: float | None) -> bool:
+        """Wait until there is something to say to the consumer; False if there is not in time."""
+        end = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            with self._lock:
+                if self._answers():
+                    return True
+            left = end - time.monotonic()
+            if left <= 0:
+                return False
+            with contextlib.suppress(Empty):
+                self._news.get(timeout=None if left == math.inf else left)
+
+    def _tell(self) -> None:
+        """Have the consumer look again, if it waits or as soon as it would; under the lock."""
+        if self._news.empty():
+            self._news.put(None)
 
     def _answers(self) -> bool:
         """Whether there is something to say to the consumer."""
@@ -205,14 +229,14 @@ class Prefetcher:
             with self._lock:
                 self.fill_s += time.perf_counter() - begin
                 self._ready[number] = window
-                self._filled.notify()
+                self._tell()
         except Stopped:
             return False
         except BaseException as err:
             with self._lock:
                 self._ready[self._n_planned if number < 0 else number] = err
                 self._plans.end()
-                self._filled.notify()
+                self._tell()
                 self._freed.notify_all()
             if not (wait or isinstance(err, Exception)):
                 raise  # the consumer is interrupted
@@ -234,7 +258,7 @@ class Prefetcher:
             self._n_running -= 1
             if error is not None:
                 self._ready.setdefault(self._n_planned, error)
-            self._filled.notify()
+            self._tell()
 
     def _free_window(self, *, wait: bool) -> Window | None:
         with self._lock:
@@ -253,7 +277,7 @@ class Prefetcher:
         """Stop and join the threads, and close what fills windows. Idempotent."""
         with self._lock:
             self._closed = True
-            self._filled.notify_all()
+            self._tell()
             self._freed.notify_all()
         self.filler.stop()
         for thread in self._threads:

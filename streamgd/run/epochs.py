@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +73,17 @@ class Watcher:
 
     def saved(self, run: Run) -> None:
         """See that a checkpoint was written."""
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[None]:
+    """Let an interrupt be one: Python's conditions fail for lack of their lock if it comes while they take it again."""
+    try:
+        yield
+    except RuntimeError as err:
+        if isinstance(err.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from err
+        raise
 
 
 class Training(abc.ABC):

@@ -21,7 +21,7 @@ from streamgd.errors import DataError, RowAccountingError
 from streamgd.learn import kernels
 from streamgd.run.caching import RunWindows
 from streamgd.run.config import RunOptions, refuse_cache
-from streamgd.run.epochs import Reading, Training, Watcher
+from streamgd.run.epochs import Reading, Training, Watcher, interrupts
 from streamgd.run.folder import RunFolder
 from streamgd.run.runs import Run
 
@@ -109,7 +109,8 @@ class _Training(Training):
                 self.save()
             # Saved before the stream is closed, which waits for reads that are under way.
             try:
-                done = self._through(stream)
+                with interrupts():
+                    done = self._through(stream)
             except (KeyboardInterrupt, DataError):
                 # The kernel changes state and cursor in one call, so the state is whole wherever the interrupt came;
                 # and where the data ends the run, what was learnt before is kept.

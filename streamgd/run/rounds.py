@@ -23,7 +23,7 @@ from streamgd.learn.merge import Stretches, fold, merge
 from streamgd.learn.recipe import Packed
 from streamgd.learn.state import State
 from streamgd.run.config import RunOptions
-from streamgd.run.epochs import Reading, Training, Watcher
+from streamgd.run.epochs import Reading, Training, Watcher, interrupts
 from streamgd.run.folder import RunFolder
 from streamgd.run.lane_rows import Delivery, LaneReader
 from streamgd.run.lanes import LaneWork, Turn, leave_reader, open_reader, take_turn, train_turn
@@ -312,7 +312,8 @@ class RoundTraining(Training):
                 self.save()
             # Saved before the crew is closed, which waits for what is under way.
             try:
-                done = self._through(crew)
+                with interrupts():
+                    done = self._through(crew)
             except (KeyboardInterrupt, ClusterError, DataError):
                 # The state is that of the last whole round, wherever the interrupt came.
                 if self.folder is not None:

@@ -224,6 +224,23 @@ class TestEnding:
         expect_no_threads()
         assert source.n_open == 0
 
+    def test_the_consumer_waits_for_no_condition(self, monkeypatch):
+        """An interrupt that comes while one takes its lock again would let go of somebody else's."""
+        wait, waits = threading.Condition.wait, []
+
+        def noted(self, timeout=None):
+            waits.append(threading.current_thread())
+            return wait(self, timeout)
+
+        monkeypatch.setattr(threading.Condition, "wait", noted)
+        source = FakeSource([20] * 30)
+        source.before_read = lambda block, row: time.sleep(0.001)
+        with WindowStream(source, layout_of(source, window_rows=50), None, seed=0, n_threads=3) as stream:
+            assert stream.get(timeout_s=0.0) is None
+            assert sum(window.n_rows for window in stream) == 600
+            assert stream.wait_s > 0.01
+        assert threading.main_thread() not in waits
+
     def test_python_exits_with_a_stream_open(self):
         code = """
 from tests.data.fake import FakeSource, layout_of
