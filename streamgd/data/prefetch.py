@@ -100,8 +100,8 @@ class Prefetcher:
         # between the lock and the block that lets it go.
         self._lock = threading.Lock()
         self._freed = threading.Condition(self._lock)
-        # Holds something where the consumer should look again. It does not wait for a condition: after an interrupt that
-        # comes while one takes its lock again nobody knows whose it is.
+        # Holds something where the consumer should look again. It waits for no condition: after an interrupt that comes
+        # while one takes its lock again nobody knows whose it is.
         self._news: SimpleQueue[None] = SimpleQueue()
         self._n_inside = 0
         self._threads: list[threading.Thread] = []
