@@ -77,7 +77,7 @@ def test_bad_rows_leave_nothing(sg: Callable[..., Said], tmp_path: Path) -> None
     path = write_parquet(tmp_path / "bad.parquet", X, y)
     said = sg("cache", path, tmp_path / "cache", "--target", "y")
     assert said.status == 2
-    assert "feature 'x1' is nan" in said.err
+    assert "feature 'x1' is NaN" in said.err
     assert [left.name for left in (tmp_path / "cache").glob("*/*")] == ["lock"]
 
 

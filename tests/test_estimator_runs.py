@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning
 
 import streamgd
 from streamgd import SGDClassifier, SGDRegressor, open_source
@@ -351,3 +352,48 @@ def test_partial_fit_makes_no_cache(tmp_path: Path) -> None:
     for _ in range(2):
         assert_same_fit(with_one.partial_fit(X, y), without.partial_fit(X, y))
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shuffle": np.True_, "n_lanes": np.int64(2)},
+        {"batch_size": np.int32(64), "alpha": np.float64(1), "average": np.True_, "standardize": np.True_},
+        {
+            "n_iter_no_change": np.int8(3),
+            "random_state": np.int64(4),
+            "fit_intercept": np.False_,
+            "n_threads": np.int32(1),
+        },
+    ],
+    ids=["run", "recipe", "ends"],
+)
+def test_parameters_may_be_numpys(tmp_path: Path, options: dict[str, Any]) -> None:
+    X, y = table(300)
+    plain = {name: value.item() for name, value in options.items()}
+    one, other = (
+        SGDRegressor(checkpoint_dir=tmp_path, max_iter=2, **given).fit(X, y, resume=True) for given in (options, plain)
+    )
+    assert one.run_dir_ == other.run_dir_
+
+
+def test_equal_parameters_find_the_run_however_they_are_written(tmp_path: Path) -> None:
+    X, y = table(300)
+    labels = (y > 0).astype(int)
+    written = [
+        {"alpha": 1, "tol": 0, "class_weight": {0: 1, 1: 2}, "eta0": 1, "optimizer": "sgd"},
+        {"alpha": 1.0, "tol": 0.0, "class_weight": {1: 2.0, 0: 1.0}, "eta0": 1.0, "optimizer": "sgd"},
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        folders = {
+            SGDClassifier(checkpoint_dir=tmp_path, penalty="l2", max_iter=2, **each).fit(X, labels).run_dir_
+            for each in written
+        }
+    assert len(folders) == 1
+
+
+def test_where_the_cache_lies_is_written_down(tmp_path: Path) -> None:
+    X, y = table(300)
+    model = SGDRegressor(checkpoint_dir=tmp_path / "runs", cache=tmp_path / "cache", max_iter=2).fit(X, y)
+    assert json.loads((model.run_dir_ / "config.json").read_text())["cache"] == str(tmp_path / "cache")

@@ -698,3 +698,28 @@ def test_the_advice_for_an_overflow_is_not_what_is_set_already() -> None:
     X = table(20)
     with pytest.raises(DivergenceError, match="target or the weights are so large"):
         SGDRegressor().fit(X, target(X) * 1e150)
+
+
+def test_class_weights_of_classes_that_are_elsewhere() -> None:
+    X = table(300)
+    labels = (target(X) > 0).astype(int)
+    model = SGDClassifier(class_weight={0: 1.0, 1: 2.0, 2: 3.0}).fit(X, labels)  # as in a fold
+    assert model.coef_.tobytes() == SGDClassifier(class_weight={0: 1.0, 1: 2.0}).fit(X, labels).coef_.tobytes()
+    with pytest.raises(OptionError, match="class_weight names the class 2, which the target does not have"):
+        SGDClassifier(class_weight={0: 1.0, 2: 3.0}).fit(X, labels)
+
+
+@pytest.mark.parametrize("kind", [int, bool])
+def test_labels_that_are_objects_can_be_scored(kind: type) -> None:
+    X = table(300)
+    labels = np.array([kind(value > 0) for value in target(X)], dtype=object)
+    assert SGDClassifier().fit(X, labels).score(X, labels) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({"verbose": "a"}, "verbose='a'"), ({"checkpoint_dir": 5}, "checkpoint_dir=5")]
+)
+@pytest.mark.parametrize("method", ["fit", "partial_fit"])
+def test_manners_that_are_none(method: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        getattr(SGDRegressor(**options), method)(table(30), target(table(30)))

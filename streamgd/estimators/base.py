@@ -83,6 +83,7 @@ class SGDEstimator(BaseEstimator):  # type: ignore[misc]
     def _fit(self, X: Any, y: Any, sample_weight: Any, *, resume: bool, client: Any, workers_timeout_s: float) -> Self:
         config = self._config(_seed_of(self.random_state))
         options = replace(self._options(), workers_timeout_s=workers_timeout_s)
+        self._check_manners()
         refuse_cache(config, cached=options.cache is not None, on_cluster=client is not None)
         if resume:
             self._require_findable()
@@ -120,9 +121,17 @@ class SGDEstimator(BaseEstimator):  # type: ignore[misc]
             return run, None
         path = folder_of(self.checkpoint_dir, config, source, start, cached=self.cache is not None)
         with RunFolder(path) as folder:
-            run = open_run(folder, source, config, start, resume=resume)
+            run = open_run(folder, source, config, start, resume=resume, cache=self.cache)
             train(run, options=options, folder=folder, watcher=watcher, client=client)
         return run, folder.path
+
+    def _check_manners(self) -> None:
+        """Refuse parameters that change nothing of the model, and that nobody can use."""
+        folder, verbose = self.checkpoint_dir, self.verbose
+        if folder is not None and not isinstance(folder, (str, os.PathLike)):
+            raise OptionError(f"checkpoint_dir={folder!r}: expected the path of a folder, or None")
+        if not isinstance(verbose, (bool, int, np.integer)):
+            raise OptionError(f"verbose={verbose!r}: expected a whole number, 0 for silence")
 
     def _require_findable(self) -> None:
         if self.checkpoint_dir is None:
@@ -141,6 +150,7 @@ class SGDEstimator(BaseEstimator):  # type: ignore[misc]
                 "learning_rate='cosine' is shaped by the end of the run, which partial_fit cannot know: use fit, or "
                 "another learning rate"
             )
+        self._check_manners()
         source = self._source(X, y, sample_weight, reset=trained is None)
         if trained is None:
             run = prepare(source, replace(config, max_iter=1, tol=None), classes=classes)

@@ -441,4 +441,7 @@ class SGDClassifier(ClassifierMixin, SGDEstimator):  # type: ignore[misc]
         """
         if is_streamed(X):
             return self._score_of_source(X, y, sample_weight)
+        labels = np.asarray(y)
+        if labels.dtype == object and self.classes_.dtype.kind in "biuf":  # which `fit` takes, but no metric
+            y = np.array(labels.tolist())
         return float(super().score(X, y, sample_weight))

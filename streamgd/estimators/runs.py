@@ -59,7 +59,15 @@ def folder_of(
     return Path(parent) / f"{digest.hexdigest()}-{max_iter}"
 
 
-def open_run(folder: RunFolder, source: Source, config: Config, start: Run | None, *, resume: bool) -> Run:
+def open_run(
+    folder: RunFolder,
+    source: Source,
+    config: Config,
+    start: Run | None,
+    *,
+    resume: bool,
+    cache: str | os.PathLike[str] | None = None,
+) -> Run:
     """Begin a run in its folder, which is locked, or go on with one.
 
     Parameters
@@ -75,19 +83,21 @@ def open_run(folder: RunFolder, source: Source, config: Config, start: Run | Non
     resume : bool
         Whether to go on with what is there: the folder's own run, else the one that got furthest among those which
         differ in `max_iter` alone and have not gone beyond what is asked for now. That one stays as it is.
+    cache : path-like, optional
+        Where the run's cache lies, to be written down.
     """
     if resume and folder.holds_run and folder.checkpoints.files():
         return go_on(folder, source, config, report=warn)
     other = _furthest(folder, config.n_epochs(source.n_rows) * source.n_rows) if resume else None
     if other is not None:
         run = restore(source, other, config)
-        folder.start(describe(source, config), replace=True)
+        folder.start(describe(source, config, cache), replace=True)
         folder.checkpoints.save(run.to_checkpoint(), int(run.state.counters[kernels.N_ROWS]))
         return run
     if start is not None:
-        folder.start(describe(source, config), replace=True)
+        folder.start(describe(source, config, cache), replace=True)
         return start
-    return begin(folder, source, config, replace_old=True)
+    return begin(folder, source, config, replace_old=True, cache=cache)
 
 
 def _furthest(folder: RunFolder, most_rows: int) -> Checkpoint | None:

@@ -16,6 +16,9 @@ from streamgd.learn.optimizers import Optimizer, resolve
 from streamgd.learn.options import is_flag, is_number, is_whole, require
 from streamgd.learn.schedules import SCHEDULES, optimal_start
 
+#: What is a number, whole or not.
+_REAL = ("epsilon", "quantile", "alpha", "l1_ratio", "power_t", "momentum")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -96,6 +99,19 @@ class Recipe:
             "'auto', True, False or a number of updates",
         )
         self._require_fitting(optimizer, schedule)
+        self._make_plain()
+
+    def _make_plain(self) -> None:
+        """Have one value for what is equal, and none of NumPy's."""
+        plain: dict[str, Any] = {name: float(getattr(self, name)) for name in _REAL if getattr(self, name) is not None}
+        plain |= {"fit_intercept": bool(self.fit_intercept), "nesterov": bool(self.nesterov)}
+        plain["batch_size"] = int(self.batch_size)
+        if self.eta0 != "auto":
+            plain["eta0"] = float(self.eta0)
+        if self.average != "auto":
+            plain["average"] = bool(self.average) if is_flag(self.average) else int(self.average)
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
     def _require_fitting(self, optimizer: Optimizer, schedule: str) -> None:
         """Refuse options that are fine by themselves but not together."""
@@ -189,7 +205,7 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values by name."""
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Recipe:
@@ -211,7 +227,3 @@ class Packed:
 
     codes: NDArray[np.int64]
     params: NDArray[np.float64]
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value

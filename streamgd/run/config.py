@@ -25,6 +25,9 @@ LEAST_LANE_BATCH = 32
 MOST_LANES = 1024
 #: Differences between two runs that a message lists.
 _MOST_DIFFERENCES = 10
+#: What a configuration has beside the recipe and, since there are lanes, their number; and what of it counts something.
+_OWN = ("max_iter", "tol", "n_iter_no_change", "shuffle", "seed", "buffer_bytes", "standardize", "class_weight")
+_WHOLE = ("n_iter_no_change", "seed", "buffer_bytes", "n_lanes")
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,21 @@ class Config:
             raise OptionError(f"n_lanes={self.n_lanes!r}: expected a whole number from 1 to {MOST_LANES}")
         if weights is not None and self.recipe.task != "classification":
             raise OptionError("class_weight needs a classification")
+        self._make_plain()
+
+    def _make_plain(self) -> None:
+        """Have one value for what is equal, and none of NumPy's: runs are found by them, and they go into files."""
+        plain: dict[str, Any] = {name: int(getattr(self, name)) for name in _WHOLE}
+        plain |= {"shuffle": bool(self.shuffle), "max_iter": "auto" if self.max_iter == "auto" else int(self.max_iter)}
+        if self.tol is not None and self.tol != "auto":
+            plain["tol"] = float(self.tol)
+        if self.standardize != "full":
+            plain["standardize"] = bool(self.standardize)
+        if isinstance(self.class_weight, dict):
+            weights = {_plain(label): factor for label, factor in self.class_weight.items()}
+            plain["class_weight"] = dict(sorted(weights.items(), key=lambda pair: repr(pair[0])))
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
     @property
     def starts_at_zero(self) -> bool:
@@ -128,28 +146,15 @@ class Config:
         """Return plain values, the recipe's among them. Labels of class weights keep their type through JSON."""
         weights: Any = self.class_weight
         if isinstance(weights, dict):
-            weights = [[_plain(label), float(factor)] for label, factor in weights.items()]
-        return {
-            **self.recipe.to_json(),
-            "max_iter": _plain(self.max_iter),
-            "tol": _plain(self.tol),
-            "n_iter_no_change": int(self.n_iter_no_change),
-            "shuffle": bool(self.shuffle),
-            "seed": int(self.seed),
-            "buffer_bytes": int(self.buffer_bytes),
-            "standardize": _plain(self.standardize),
-            "class_weight": [[_plain(k), float(v)] for k, v in weights.items()]
-            if isinstance(weights, dict)
-            else weights,
-            "n_lanes": int(self.n_lanes),
-        }
+            weights = [[label, float(factor)] for label, factor in weights.items()]
+        own = {name: getattr(self, name) for name in (*_OWN, "n_lanes")}
+        return {**self.recipe.to_json(), **own, "class_weight": weights}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Config:
         """Undo `to_json`."""
         values = dict(values)
-        own = ("max_iter", "tol", "n_iter_no_change", "shuffle", "seed", "buffer_bytes", "standardize", "class_weight")
-        mine = {name: values.pop(name) for name in own}
+        mine = {name: values.pop(name) for name in _OWN}
         mine["n_lanes"] = values.pop("n_lanes", 1)  # runs from before there were lanes do not say
         if isinstance(mine["class_weight"], list):
             mine["class_weight"] = dict(mine["class_weight"])

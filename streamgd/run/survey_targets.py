@@ -172,7 +172,8 @@ def class_factors_of(class_weight: dict[Any, float] | str | None, targets: Targe
     Raises
     ------
     OptionError
-        If `class_weight` names classes that there are not, or is no weight, or no row has one of those to balance.
+        If `class_weight` names classes that there are not and not all that there are, if a factor is no weight, or if
+        no row has one of the classes to balance.
     """
     classes = targets.codec.classes
     if class_weight is None or classes is None:
@@ -184,13 +185,13 @@ def class_factors_of(class_weight: dict[Any, float] | str | None, targets: Targe
         return np.asarray(weights.sum() / (len(weights) * weights))
     known = {label: index for index, label in enumerate(classes.tolist())}
     factors = np.ones(len(classes))
-    for label, factor in class_weight.items():
-        key = label.item() if isinstance(label, np.generic) else label
-        if key not in known:
-            raise OptionError(f"class_weight names the class {key!r}, which the target does not have: {list(known)}")
+    for key, factor in class_weight.items():
         if not (isinstance(factor, Real) and np.isfinite(float(factor)) and factor >= 0):
             raise OptionError(f"class_weight of {key!r} is {factor!r}: expected a finite number of at least 0")
-        factors[known[key]] = factor
+        if key in known:
+            factors[known[key]] = factor
+        elif not known.keys() <= class_weight.keys():  # else rows of it may be elsewhere, as in folds
+            raise OptionError(f"class_weight names the class {key!r}, which the target does not have: {list(known)}")
     return factors
 
 

@@ -300,7 +300,7 @@ class TestErrors:
     def test_bad_numbers(self):
         X = np.zeros((44, 3), np.float32)
         X[30, 1] = np.nan
-        with pytest.raises(NonFiniteError, match="block 2, row 8: feature number 1 is nan"):
+        with pytest.raises(NonFiniteError, match="block 2, row 8: feature number 1 is NaN"):
             next(stream(FakeSource([11] * 4, X)))
         labels = np.array(["a", "b", None, "a"] * 11, object)
         with pytest.raises(NonFiniteError, match="block 0, row 2: the target is missing"):

@@ -198,7 +198,7 @@ class TestFailure:
         X = np.zeros((200, 3), np.float32)
         X[137, 2] = np.nan
         source = FakeSource([20] * 10, X)
-        with pytest.raises(NonFiniteError, match="fake, block 6, row 17: feature number 2 is nan"):
+        with pytest.raises(NonFiniteError, match="fake, block 6, row 17: feature number 2 is NaN"):
             fill_epoch(source, layout_of(source, window_rows=60, piece_rows=7), n_threads=3)
         fill_epoch(source, layout_of(source, window_rows=60), check=False)
 

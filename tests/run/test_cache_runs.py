@@ -440,7 +440,7 @@ def test_bad_data_is_named_as_without_a_cache(tmp_path: Path) -> None:
     source = source_of(y=y)
     run = begin_small(source=source, window_rows=POOR)
     y[123] = np.nan
-    with pytest.raises(ValueError, match="fake, block 3, row 3: target 'y' is nan"):
+    with pytest.raises(ValueError, match="fake, block 3, row 3: target 'y' is NaN"):
         go(run, None, tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache").glob("*/*")] == ["lock"]
 

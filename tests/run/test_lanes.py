@@ -225,7 +225,7 @@ class TestErrors:
         with RunFolder(tmp_path / "run") as folder:
             run = begin_lanes(source=source, folder=folder)
             source.X[300:] = np.nan
-            with pytest.raises(DataError, match="feature number 0 is nan"):
+            with pytest.raises(DataError, match="feature number 0 is NaN"):
                 train(run, folder=folder)
             assert folder.newest(small.never) is not None
         assert source.n_open == 0
