@@ -94,7 +94,7 @@ class SGDEstimator(BaseEstimator):  # type: ignore[misc]
                 from streamgd.run.cluster import require_client
 
                 require_client(client)
-                held.enter_context(computing_on(client))  # what the survey needs of a collection
+                held.enter_context(computing_on(client, workers_timeout_s))  # what the survey needs of a collection
             source = self._source(X, y, sample_weight, reset=trained is None)
             start = None
             if trained is not None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from streamgd.data.prefetch import END
 from streamgd.data.window import Window
-from streamgd.errors import DataError, RowAccountingError
+from streamgd.errors import ClusterError, DataError, RowAccountingError
 from streamgd.learn import kernels
 from streamgd.run.caching import RunWindows
 from streamgd.run.config import RunOptions, refuse_cache
@@ -111,7 +111,7 @@ class _Training(Training):
             try:
                 with interrupts():
                     done = self._through(stream)
-            except (KeyboardInterrupt, DataError):
+            except (KeyboardInterrupt, ClusterError, DataError):
                 # The kernel changes state and cursor in one call, so the state is whole wherever the interrupt came;
                 # and where the data ends the run, what was learnt before is kept.
                 if self.folder is not None:

@@ -8,6 +8,7 @@ blocks end, see `streamgd.learn.moments`.
 from __future__ import annotations
 
 import contextvars
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamgd.data.sources.base import Source
+from streamgd.data.sources.dask_waiting import given_up
 from streamgd.data.targets import TargetCodec
 from streamgd.errors import DataError
 from streamgd.learn.kernels import (
@@ -185,9 +187,15 @@ def _look(source: Source, config: Config, classes: NDArray[Any] | None) -> tuple
         return targets(), features()
     with ThreadPoolExecutor(1, "streamgd-survey") as pool:
         # In this thread's context, which names the Dask client to use.
-        sampled = pool.submit(contextvars.copy_context().run, features)
-        found = targets()  # what is wrong with the target is said first, whoever is faster
-        return found, sampled.result()
+        context, left = contextvars.copy_context(), threading.Event()
+        context.run(given_up.set, left)
+        sampled = pool.submit(context.run, features)
+        try:
+            found = targets()  # what is wrong with the target is said first, whoever is faster
+            return found, sampled.result()
+        except BaseException:
+            left.set()  # else it would be waited for
+            raise
 
 
 def _survey_features(source: Source, config: Config, *, everything: bool) -> tuple[Scaling, int]:

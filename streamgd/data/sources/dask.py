@@ -22,7 +22,9 @@ from streamgd.data.sources.columns import Column, Features, Target
 from streamgd.data.sources.dask_blocks import Ahead, BlockGraph
 from streamgd.data.sources.dask_clients import active_client, within_task
 from streamgd.data.sources.dask_parts import Parts, array_parts, frame_parts
-from streamgd.errors import DataError, EmptySourceError, SchemaError, SourceNotFoundError, StreamgdError
+from streamgd.data.sources.dask_waiting import gathered
+from streamgd.data.window import Stopped
+from streamgd.errors import ClusterError, DataError, EmptySourceError, SchemaError, SourceNotFoundError, StreamgdError
 
 #: Bytes a Python object (a string, mostly) is taken to cost, for the memory plan.
 _OBJECT_BYTES = 64
@@ -210,9 +212,10 @@ class DaskSource(Source):
             group = list(heads[first : first + at_once])
             futures = graph.submit_all(client, self._numbers[[block for block, _ in group]].tolist())
             try:
-                found = client.gather(
-                    [client.submit(_first_rows, futures[int(self._numbers[block])], n) for block, n in group]
-                )
+                numbers = [(int(self._numbers[block]), n) for block, n in group]
+                found = gathered(client, [client.submit(_first_rows, futures[number], n) for number, n in numbers])
+            except (ClusterError, Stopped):
+                raise
             except Exception:  # which block it is, and why, comes out block by block
                 yield from super().open_heads(group, piece_rows=piece_rows)
                 continue
@@ -254,7 +257,9 @@ class DaskSource(Source):
                 if following is not None:
                     under_way.append(graph.submit_all(client, self._numbers[following].tolist()))
                 try:
-                    found = client.gather(under_way[0])
+                    found = gathered(client, under_way[0])
+                except (ClusterError, Stopped):
+                    raise
                 except Exception:
                     found = {}  # which block it is, and why, comes out block by block
                 for block in blocks:
@@ -344,6 +349,8 @@ class DaskSource(Source):
                 computed = graph.compute(number)
             else:
                 computed = (Ahead() if targets_only else self._ahead).compute(graph, client, number)
+        except (ClusterError, Stopped):
+            raise
         except FileNotFoundError as err:
             raise SourceNotFoundError(f"Dask block {number} cannot be computed: {err}. Put the file back") from err
         except Exception as err:

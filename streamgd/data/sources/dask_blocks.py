@@ -15,6 +15,7 @@ from dask.highlevelgraph import HighLevelGraph
 
 from streamgd.data.sources.dask_clients import active_client
 from streamgd.data.sources.dask_frames import expressions, is_frame, settled
+from streamgd.data.sources.dask_waiting import gathered
 
 #: Dask is annotated in parts only.
 _dask: Any = dask
@@ -186,7 +187,7 @@ class Ahead:
         if futures is None or not _usable(futures, client):
             futures = graph.submit(client, block)
         try:
-            return list(client.gather(futures))
+            return list(gathered(client, futures))
         except Exception:
             for future in futures:  # the traceback holds them, and with them their tasks on the cluster
                 future.release()
@@ -212,5 +213,5 @@ def measure_lengths(collection: Any, what: str) -> list[int]:
     lengths = [_dask.delayed(len)(block) for block in blocks]
     client = active_client()
     if client is not None:
-        return list(client.gather(client.compute(lengths)))
+        return list(gathered(client, client.compute(lengths)))
     return list(_dask.compute(*lengths, scheduler="threads", num_workers=_MEASURING_THREADS))

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 
 _chosen: ContextVar[Any] = ContextVar("streamgd_client", default=None)
+_timeout_s: ContextVar[float] = ContextVar("streamgd_workers_timeout", default=300.0)
 
 
 def within_task() -> bool:
@@ -24,17 +25,30 @@ def within_task() -> bool:
 
 
 @contextlib.contextmanager
-def computing_on(client: Any) -> Iterator[None]:
+def computing_on(client: Any, workers_timeout_s: float) -> Iterator[None]:
     """Have this thread compute on a client meanwhile, which need not be the process's default.
 
     `Client.as_current` changes Dask's configuration for all threads, and those that end in another order than they
     began leave it changed.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        The client.
+    workers_timeout_s : float
+        How long to wait while its cluster has no workers.
     """
-    token = _chosen.set(client)
+    token, timeout = _chosen.set(client), _timeout_s.set(workers_timeout_s)
     try:
         yield
     finally:
         _chosen.reset(token)
+        _timeout_s.reset(timeout)
+
+
+def workers_timeout() -> float:
+    """Return the seconds to wait while a cluster has no workers."""
+    return _timeout_s.get()
 
 
 def active_client() -> Any | None:

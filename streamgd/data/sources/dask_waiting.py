@@ -1,0 +1,111 @@
+"""Waiting for what a cluster computes: not without end where it has no workers, and not against an interrupt."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import CancelledError
+from contextvars import ContextVar
+from typing import Any
+
+from streamgd.data.sources.dask_clients import workers_timeout
+from streamgd.data.window import Stopped
+from streamgd.errors import ClusterError
+
+#: How often to look whether somebody gave up, and whether there are workers; and how long to wait for such an answer.
+_POLL_S, _LOOK_S, _ANSWER_S = 0.25, 1.0, 5.0
+#: A wait for workers is told after this.
+_SAY_AFTER_S = 2.0
+
+#: Set once nobody wants what is computed any more.
+given_up: ContextVar[threading.Event | None] = ContextVar("streamgd_given_up", default=None)
+
+
+def gathered(client: Any, futures: Any) -> Any:
+    """Fetch what futures come to.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Of the cluster.
+    futures : list of Future, or mapping of lists of Future
+        As for `Client.gather`, which by itself waits without end.
+
+    Raises
+    ------
+    ClusterError
+        If there are no workers for longer than `workers_timeout`, or the scheduler or the client is gone.
+    Stopped
+        If `given_up` is set meanwhile.
+    Exception
+        What a task raised.
+    """
+    stop, patience = given_up.get(), _Patience(client)
+    for future in _listed(futures):
+        if future.done():
+            continue
+        done = threading.Event()
+        future.add_done_callback(lambda _, done=done: done.set())
+        while not done.wait(_POLL_S) and not future.done():
+            if stop is not None and stop.is_set():
+                raise Stopped
+            patience.look()
+    from distributed.comm.core import CommClosedError
+
+    try:
+        return client.gather(futures)
+    except (CancelledError, CommClosedError, TimeoutError) as err:
+        # A task may fail so by itself; then the cluster is there still.
+        if isinstance(err, TimeoutError) and client.status == "running":
+            raise
+        raise ClusterError(
+            f"what the cluster was computing is lost ({type(err).__name__}: {err}): the scheduler is gone, the client "
+            "was closed, or somebody cancelled it. Start the cluster again, and fit again or resume the run"
+        ) from err
+
+
+def _listed(futures: Any) -> Iterator[Any]:
+    groups: Iterable[Any] = futures.values() if isinstance(futures, Mapping) else [futures]
+    for group in groups:
+        yield from group
+
+
+class _Patience:
+    """How long a cluster has had no workers."""
+
+    def __init__(self, client: Any) -> None:
+        self._client, self._timeout_s = client, workers_timeout()
+        self._looked, self._since, self._said = time.monotonic(), 0.0, False
+
+    def look(self) -> None:
+        """Look whether there are workers, if the last look was a while ago."""
+        now = time.monotonic()
+        if now - self._looked < _LOOK_S:
+            return
+        self._looked = now
+        if self._has_workers():
+            self._since = 0.0
+            return
+        self._since = self._since or now
+        waited = now - self._since
+        if waited >= self._timeout_s:
+            raise ClusterError(
+                f"no worker for {waited:.0f} s: start workers and fit again, or allow a longer wait "
+                "(fit(..., workers_timeout_s=...))"
+            )
+        if waited >= _SAY_AFTER_S and not self._said:
+            self._said = True
+            warnings.warn(f"no workers: waiting for some, up to {self._timeout_s:g} s", stacklevel=2)
+
+    def _has_workers(self) -> bool:
+        try:
+            return bool(self._client.nthreads(callback_timeout=_ANSWER_S))
+        except TimeoutError:
+            return False
+        except Exception as err:
+            raise ClusterError(
+                f"the scheduler does not answer ({type(err).__name__}: {err}): start the cluster again, and fit again "
+                "or resume the run"
+            ) from err
