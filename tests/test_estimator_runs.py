@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -397,3 +399,20 @@ def test_where_the_cache_lies_is_written_down(tmp_path: Path) -> None:
     X, y = table(300)
     model = SGDRegressor(checkpoint_dir=tmp_path / "runs", cache=tmp_path / "cache", max_iter=2).fit(X, y)
     assert json.loads((model.run_dir_ / "config.json").read_text())["cache"] == str(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "gzip"}], ids=["flat", "gzip"])
+@pytest.mark.parametrize("buffer", ["300kB", "64MB"])
+def test_a_file_is_free_as_soon_as_nobody_has_its_source(tmp_path: Path, buffer: str, options: dict[str, Any]) -> None:
+    X, y = table()
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("X", data=X, chunks=(300, 5) if options else None, **options)
+        file["y"] = y
+    gc.collect()
+    gc.disable()
+    try:
+        SGDRegressor(max_iter=2, tol=None, buffer=buffer).fit(open_source(tmp_path / "a.h5", "y"))
+        with h5py.File(tmp_path / "a.h5", "a") as file:
+            file["predicted"] = y
+    finally:
+        gc.enable()

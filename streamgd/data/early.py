@@ -131,4 +131,5 @@ class EarlyBlocks:
         self.stop()
         if self._ahead is not None:
             self._ahead.close()
+            self._ahead = None  # it knows this object, and the source would be open until both are collected
         self._unbuffered.close()
