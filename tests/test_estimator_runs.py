@@ -153,8 +153,9 @@ def test_more_epochs_go_on_from_where_fewer_ended(tmp_path: Path) -> None:
     assert_same_fit(longer, regressor(None, max_iter=5).fit(X, y))
     assert longer.run_dir_ != short.run_dir_
     assert contents(short.run_dir_) == before
-    records = [json.loads(line) for line in (longer.run_dir_ / "metrics.jsonl").read_text().splitlines()]
-    assert {record["epoch"] for record in records} == {2, 3, 4}  # the first two were not trained again
+    first, all_of_them = ((each.run_dir_ / "metrics.jsonl").read_text() for each in (short, longer))
+    assert all_of_them.startswith(first)  # the first two were not trained again: their times are the same
+    assert {json.loads(line)["epoch"] for line in all_of_them[len(first) :].splitlines()} == {2, 3, 4}
     # Fewer epochs than there are in any other folder: from the beginning.
     fewer = clone(short).set_params(max_iter=1).fit(X, y, resume=True)
     assert_same_fit(fewer, regressor(None, max_iter=1).fit(X, y))
@@ -416,3 +417,17 @@ def test_a_file_is_free_as_soon_as_nobody_has_its_source(tmp_path: Path, buffer:
             file["predicted"] = y
     finally:
         gc.enable()
+
+
+def test_a_longer_fit_has_the_records_of_the_one_it_goes_on_with(tmp_path: Path) -> None:
+    X, y = table()
+
+    def records(folder: Path, *epochs: int) -> list[dict[str, Any]]:
+        for n in epochs:
+            model = SGDRegressor(max_iter=n, tol=None, buffer="300kB", checkpoint_dir=folder).fit(X, y, resume=True)
+        lines = (model.run_dir_ / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k != "wall_s"} for line in lines]
+
+    whole = records(tmp_path / "whole", 4)
+    assert {record["epoch"] for record in whole} == {0, 1, 2, 3}
+    assert records(tmp_path / "parts", 2, 4) == whole

@@ -88,10 +88,12 @@ def open_run(
     """
     if resume and folder.holds_run and folder.checkpoints.files():
         return go_on(folder, source, config, report=warn)
-    other = _furthest(folder, config.n_epochs(source.n_rows) * source.n_rows) if resume else None
-    if other is not None:
-        run = restore(source, other, config)
+    found = _furthest(folder, config.n_epochs(source.n_rows) * source.n_rows) if resume else None
+    if found is not None:
+        other, checkpoint = found
+        run = restore(source, checkpoint, config)
         folder.start(describe(source, config, cache), replace=True)
+        folder.take_metrics(other, run.state.cursor)
         folder.checkpoints.save(run.to_checkpoint(), int(run.state.counters[kernels.N_ROWS]))
         return run
     if start is not None:
@@ -100,15 +102,15 @@ def open_run(
     return begin(folder, source, config, replace_old=True, cache=cache)
 
 
-def _furthest(folder: RunFolder, most_rows: int) -> Checkpoint | None:
-    def progress(checkpoint: Checkpoint) -> int:
-        return int(checkpoint.tensors["counters"][kernels.N_ROWS])
+def _furthest(folder: RunFolder, most_rows: int) -> tuple[RunFolder, Checkpoint] | None:
+    def progress(sibling: tuple[RunFolder, Checkpoint]) -> int:
+        return int(sibling[1].tensors["counters"][kernels.N_ROWS])
 
-    found = [checkpoint for checkpoint in _siblings(folder) if progress(checkpoint) <= most_rows]
+    found = [sibling for sibling in _siblings(folder) if progress(sibling) <= most_rows]
     return max(found, key=progress, default=None)
 
 
-def _siblings(folder: RunFolder) -> Iterator[Checkpoint]:
+def _siblings(folder: RunFolder) -> Iterator[tuple[RunFolder, Checkpoint]]:
     stem = folder.path.name.rpartition("-")[0]
     for path in sorted(folder.path.parent.glob(f"{stem}-*")):
         if path != folder.path and (other := RunFolder(path)).holds_run:
@@ -116,7 +118,7 @@ def _siblings(folder: RunFolder) -> Iterator[Checkpoint]:
             with contextlib.suppress(CheckpointError):
                 checkpoint = other.newest(warn)
                 if checkpoint is not None:
-                    yield checkpoint
+                    yield other, checkpoint
 
 
 def load(run_dir: str | os.PathLike[str]) -> SGDRegressor | SGDClassifier:

@@ -192,13 +192,17 @@ class RunFolder:
 
     def cut_metrics(self, cursor: tuple[int, int, int]) -> None:
         """Drop the records of windows that the run, at `cursor`, has not finished: they will be written again."""
+        self.take_metrics(self, cursor)
+
+    def take_metrics(self, other: RunFolder, cursor: tuple[int, int, int]) -> None:
+        """Have the records of another run of the windows that were finished at `cursor`, and no others."""
         self._close_metrics()
         try:
-            found = self._metrics_path.read_text(errors="replace")
+            found = other._metrics_path.read_text(errors="replace")
         except FileNotFoundError:
             return
         kept = "".join(line + "\n" for line in found.splitlines() if _is_before(line, cursor))
-        if kept != found:
+        if kept != found or other is not self:
             try:
                 write_atomic(self._metrics_path, kept.encode())
             except OSError as err:
