@@ -122,6 +122,10 @@ class TestFeatures:
             RowPlacer(FakeSource([4]), None, np.zeros(2), None, check=True)
 
 
+def shown(bad: float) -> str:
+    return "NaN" if np.isnan(bad) else str(bad)
+
+
 class TestBadNumbers:
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
     @pytest.mark.parametrize("columns", [False, True])
@@ -131,7 +135,7 @@ class TestBadNumbers:
         X[row, column] = bad
         X[299, 8] = np.nan  # a later one, which must not be the one that is named
         given = list(X.T.copy()) if columns else X
-        with pytest.raises(NonFiniteError, match=rf"block 0, row {row}: feature number {column} is {bad}"):
+        with pytest.raises(NonFiniteError, match=rf"block 0, row {row}: feature number {column} is {shown(bad)}"):
             place(given)
         assert np.isnan(place(given, check=False).X[299, 8])
 
@@ -146,12 +150,12 @@ class TestBadNumbers:
     @pytest.mark.parametrize("bad", [np.nan, np.inf])
     def test_targets(self, bad):
         y = np.array([1.0, 2.0, bad])
-        with pytest.raises(NonFiniteError, match=f"row 2: target 'y' is {bad}: expected a finite number"):
+        with pytest.raises(NonFiniteError, match=f"row 2: target 'y' is {shown(bad)}: expected a finite number"):
             place(np.zeros((3, 1)), y=y, codec=TargetCodec(None))
 
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -0.5])
     def test_weights(self, bad):
-        with pytest.raises(NonFiniteError, match=f"row 1: sample weight is {bad}"):
+        with pytest.raises(NonFiniteError, match=f"row 1: sample weight is {shown(bad)}"):
             place(np.zeros((3, 1)), weight=np.array([1.0, bad, 0.0]))
 
     def test_missing_and_unknown_classes(self):
