@@ -21,7 +21,7 @@ from streamgd.data.sources.buffers import Buffers
 from streamgd.data.sources.files import FileSet, data_files, stamp_of
 from streamgd.data.sources.parquet_columns import Roles
 from streamgd.data.sources.parquet_direct import direct_column
-from streamgd.data.sources.parquet_footer import OpenFile, OpenFiles
+from streamgd.data.sources.parquet_footer import OpenFiles, OpenParquet
 from streamgd.data.sources.parquet_pages import open_bytes
 from streamgd.data.sources.parquet_rows import open_rows
 from streamgd.data.sources.parquet_table import ParquetTable
@@ -160,7 +160,7 @@ class ParquetSource(Source):
         self.close()
         return most, min(page_rows, int(self.block_rows.max()))
 
-    def open_file(self, file: int) -> OpenFile:
+    def open_file(self, file: int) -> OpenParquet:
         """Open a file in this process."""
         # Keyed by process: a forked child must not wait for a lock whose holder was not forked. `setdefault` is atomic.
         files = self._opened.setdefault(os.getpid(), OpenFiles(tuple(self._file_columns)))

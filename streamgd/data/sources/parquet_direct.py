@@ -21,6 +21,7 @@ from streamgd.data.compiled import parquet_members as members
 from streamgd.data.compiled.parquet_pages import next_pages, take_values
 from streamgd.data.sources.base import Array, Columns
 from streamgd.data.sources.buffers import Buffers, Bytes
+from streamgd.data.sources.mapped import OpenFile
 from streamgd.data.sources.parquet_chunks import Chunk
 from streamgd.data.sources.parquet_pages import SCRATCH_BYTES
 from streamgd.data.sources.parquet_types import ColumnType
@@ -82,7 +83,7 @@ class DirectRows:
 
     Parameters
     ----------
-    file : pyarrow.NativeFile
+    file : OpenFile
         The file; kept open.
     columns : sequence of DirectColumn
         What is read.
@@ -101,8 +102,9 @@ class DirectRows:
     For one consumer. Holds a decompressed page of every column, and its dictionary if it has one.
     """
 
-    def __init__(self, file: Any, columns: Sequence[DirectColumn], start: int, scratch: Buffers) -> None:
-        self._file, self._fd, self._scratch = file, file.fileno(), scratch
+    def __init__(self, file: OpenFile, columns: Sequence[DirectColumn], start: int, scratch: Buffers) -> None:
+        self._file: OpenFile | None = file
+        self._scratch = scratch
         n = self.n_columns = len(columns)
         self._table = np.zeros((n, members.N_MEMBERS), np.int64)
         for page, column in zip(self._table, columns, strict=True):
@@ -147,10 +149,11 @@ class DirectRows:
 
     def _next_pages(self) -> None:
         """Go on to the next page of every column that has no values left."""
+        assert self._file is not None
         memory = self._scratch.take(SCRATCH_BYTES)
         try:
             while True:
-                status, column, n_bytes = next_pages(self._fd, self._table, memory)
+                status, column, n_bytes = next_pages(self._file.descriptor, self._table, memory)
                 if status == members.NEEDS_SCRATCH:
                     self._scratch.give(memory)
                     memory = self._scratch.take(n_bytes + n_bytes // 8)

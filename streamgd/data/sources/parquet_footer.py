@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from streamgd.data.sources.mapped import OpenFile
 from streamgd.data.sources.parquet_chunks import ChunkTable, Footer
 from streamgd.data.sources.parquet_types import ColumnType, column_type
 from streamgd.errors import CorruptDataError, DataError, SchemaError, SourceNotFoundError, StreamgdError
@@ -235,11 +236,15 @@ def shown(items: list[str], limit: int = 20) -> str:
     return listed if len(items) <= limit else f"{listed}, … ({len(items)} in all)"
 
 
-class OpenFile(NamedTuple):
-    """A file that is open: its handle, its footer as Arrow wants it, and what that says of columns that are read."""
+class OpenParquet(NamedTuple):
+    """A file that is open: for Arrow, with the footer as it wants that; and to be read page by page.
+
+    Arrow's own handle does not tell its descriptor: that fails in versions up to 20.
+    """
 
     handle: Any
     metadata: Any
+    file: OpenFile
     chunks: ChunkTable
 
 
@@ -259,9 +264,9 @@ class OpenFiles:
     def __init__(self, columns: Sequence[str]) -> None:
         self._columns = columns
         self._lock = threading.Lock()
-        self._held: OrderedDict[str, OpenFile] = OrderedDict()
+        self._held: OrderedDict[str, OpenParquet] = OrderedDict()
 
-    def get(self, path: str, digest: str) -> OpenFile:
+    def get(self, path: str, digest: str) -> OpenParquet:
         """Return the open file.
 
         Raises
@@ -280,7 +285,7 @@ class OpenFiles:
                 with sound_footer(path):
                     leaves = Layout(footer.metadata).leaves
                     table = ChunkTable(path, footer, [leaves[name].number for name in self._columns])
-                self._held[path] = OpenFile(self._open(path), footer.metadata, table)
+                self._held[path] = OpenParquet(self._open(path), footer.metadata, OpenFile(path), table)
                 self._let_go()
             self._held.move_to_end(path)
             return self._held[path]
@@ -301,5 +306,5 @@ class OpenFiles:
     def _let_go(self) -> None:
         footer_bytes = sum(each.metadata.serialized_size for each in self._held.values())
         while len(self._held) > 1 and (len(self._held) > _OPEN_FILES or footer_bytes > _OPEN_FOOTER_BYTES):
-            _, file = self._held.popitem(last=False)
-            footer_bytes -= file.metadata.serialized_size
+            _, oldest = self._held.popitem(last=False)
+            footer_bytes -= oldest.metadata.serialized_size

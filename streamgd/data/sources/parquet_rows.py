@@ -35,20 +35,20 @@ def open_rows(
     wanted = (*features, *_rest_of(source))
     if source._file_columns.keys().isdisjoint(wanted):
         return ArrowReader(source, block, start, piece_rows, features)
-    file = source.open_file(int(source._block_file[block]))
+    opened = source.open_file(int(source._block_file[block]))
     group = int(source._block_group[block])
 
     def described(names: Sequence[str]) -> list[DirectColumn] | None:
         if not source._file_columns.keys() >= set(names):
             return None
-        chunks = ((name, file.chunks.chunk(group, source._file_columns[name])) for name in names)
+        chunks = ((name, opened.chunks.chunk(group, source._file_columns[name])) for name in names)
         found = [direct_column(chunk, source._types[name]) for name, chunk in chunks]
         return None if None in found else [column for column in found if column is not None]
 
     columns, rest = described(features), described(_rest_of(source))
     if columns is None or (not features and rest is None):
         return ArrowReader(source, block, start, piece_rows, features)
-    rows = DirectRows(file.handle, [*columns, *(rest or [])], start, scratch)
+    rows = DirectRows(opened.file, [*columns, *(rest or [])], start, scratch)
     return DirectReader(source, block, start, piece_rows, features, rows)
 
 
