@@ -24,7 +24,7 @@ from streamgd.errors import CorruptDataError, DataError, SchemaError, SourceNotF
 _MAGIC, _ENCRYPTED_MAGIC = b"PAR1", b"PARE"
 #: Read from the end of a file at once; holds most footers whole.
 _TAIL_BYTES = 1 << 16
-#: Files kept open at once (most systems allow a process 1,024), and bytes of their footers as stored.
+#: Files kept open at once, each twice (most systems allow a process 1,024), and bytes of their footers as stored.
 _OPEN_FILES = 64
 _OPEN_FOOTER_BYTES = 16 << 20
 
@@ -239,7 +239,7 @@ def shown(items: list[str], limit: int = 20) -> str:
 class OpenParquet(NamedTuple):
     """A file that is open: for Arrow, with the footer as it wants that; and to be read page by page.
 
-    Arrow's own handle does not tell its descriptor: that fails in versions up to 20.
+    Arrow's own handle does not tell its descriptor in pyarrow 16 to 23.
     """
 
     handle: Any
