@@ -1,7 +1,7 @@
 """What a footer says of the column chunks that are read, held against the rest of it.
 
 pyarrow would tell as much, but it ends the process over footers that contradict themselves, as damaged ones may: its
-access to column chunks lets C++ exceptions through (seen with versions 18 to 22). Their number can be large, so that
+access to column chunks lets C++ exceptions through (seen with version 26). Their number can be large, so that
 they are read all at once.
 """
 

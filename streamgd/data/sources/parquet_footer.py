@@ -239,7 +239,7 @@ def shown(items: list[str], limit: int = 20) -> str:
 class OpenParquet(NamedTuple):
     """A file that is open: for Arrow, with the footer as it wants that; and to be read page by page.
 
-    Arrow's own handle does not tell its descriptor in pyarrow 16 to 23.
+    Arrow's own handle does not tell its descriptor in pyarrow 16 to 24.
     """
 
     handle: Any
