@@ -389,6 +389,16 @@ def test_a_loss_beyond_all_measure_is_divergence_whatever_the_tolerance() -> Non
     assert model.loss_curve_[-1] > model.loss_curve_[0]
 
 
+@pytest.mark.parametrize("tol", [None, "auto"])
+def test_a_warm_start_on_other_rows_is_not_judged_by_the_first(tol: Any) -> None:
+    X = table(1000)
+    model = SGDRegressor(max_iter=2, tol=tol, warm_start=True, learning_rate="constant", eta0=0.01)
+    model.fit(X, X[:, 0] * 1e-4)
+    before = model.coef_[0]
+    model.fit(X, X[:, 0] * 10)
+    assert model.coef_[0] > 1000 * before  # on its way
+
+
 # --- what is kept between calls ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("optimizer", ["auto", "sgd", "adagrad", "adam", "dowg"])
 @pytest.mark.parametrize("kind", [SGDRegressor, SGDClassifier])

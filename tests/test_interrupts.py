@@ -8,14 +8,14 @@ import h5py
 import numpy as np
 import pytest
 
-from streamgd.estimators import SGDRegressor
+from streamgd.run.epochs import interrupts
 
 SCRIPT = """
 import faulthandler, random, signal, sys, threading, time
 import streamgd
 
 source = streamgd.open_source(sys.argv[1], target="y")
-settings = {"tol": None, "n_threads": 2, "buffer": "1MB"}
+settings = {"tol": None, "n_threads": 2, "buffer": "1MB", "n_lanes": int(sys.argv[2])}
 streamgd.SGDRegressor(max_iter=1, **settings).fit(source)
 
 
@@ -41,33 +41,28 @@ print(interrupted > 20, left)
 """
 
 
-def test_interrupts_at_random_moments(tmp_path):
+@pytest.mark.parametrize("n_lanes", [1, 4])
+def test_interrupts_at_random_moments(tmp_path, n_lanes):
     rng = np.random.default_rng(0)
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["X"], file["y"] = rng.normal(size=(60_000, 8)).astype(np.float32), rng.normal(size=60_000)
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "a.h5")]
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "a.h5"), str(n_lanes)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     # Python itself reports interrupts that come within its own callbacks, and goes on.
     assert (ended.returncode, ended.stdout) == (0, "True []\n"), ended.stderr
 
 
-def test_an_interrupt_while_a_condition_takes_its_lock_again(tmp_path, monkeypatch):
+def test_an_interrupt_while_a_condition_takes_its_lock_again():
     """Python then lets go of a lock that it does not have, and says so in place of the interrupt."""
-    rng = np.random.default_rng(0)
-    X = rng.normal(size=(50_000, 8))
-    wait, waits = threading.Condition.wait, []
 
-    def interrupted(self, timeout=None):
-        if threading.current_thread() is threading.main_thread():
-            waits.append(timeout)
-            if len(waits) == 40:
-                self.release()
+    def wait(interrupted):
+        with lock:
+            lock.release()  # as `Condition.wait` does
+            if interrupted:
                 raise KeyboardInterrupt
-        return wait(self, timeout)
 
-    monkeypatch.setattr(threading.Condition, "wait", interrupted)
-    settings = {"tol": None, "buffer": "4MB", "n_lanes": 2, "n_threads": 2, "checkpoint_dir": tmp_path}
-    with pytest.raises(KeyboardInterrupt):
-        SGDRegressor(max_iter=1000, **settings).fit(X, X[:, 0])
-    (folder,) = tmp_path.iterdir()
-    assert list(folder.rglob("*.safetensors"))
+    lock = threading.Lock()
+    with pytest.raises(KeyboardInterrupt), interrupts():
+        wait(interrupted=True)
+    with pytest.raises(RuntimeError, match="release unlocked lock"), interrupts():
+        wait(interrupted=False)

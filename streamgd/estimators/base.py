@@ -20,6 +20,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from streamgd.data.plan import parse_bytes
 from streamgd.data.sources.base import Source
+from streamgd.data.sources.dask_clients import computing_on
 from streamgd.errors import OptionError
 from streamgd.estimators.inputs import is_streamed, rows_source, training_source
 from streamgd.estimators.runs import folder_of, open_run, stack_level
@@ -90,11 +91,10 @@ class SGDEstimator(BaseEstimator):  # type: ignore[misc]
         trained: Trained | None = getattr(self, "_trained", None) if self.warm_start else None
         with contextlib.ExitStack() as held:
             if client is not None:
-                from streamgd.data.sources.dask_clients import computing_on
                 from streamgd.run.cluster import require_client
 
                 require_client(client)
-                held.enter_context(computing_on(client, workers_timeout_s))  # what the survey needs of a collection
+            held.enter_context(computing_on(client, options.workers_timeout_s))  # what the survey needs of a collection
             source = self._source(X, y, sample_weight, reset=trained is None)
             start = None
             if trained is not None:
@@ -130,8 +130,8 @@ class SGDEstimator(BaseEstimator):  # type: ignore[misc]
         folder, verbose = self.checkpoint_dir, self.verbose
         if folder is not None and not isinstance(folder, (str, os.PathLike)):
             raise OptionError(f"checkpoint_dir={folder!r}: expected the path of a folder, or None")
-        if not isinstance(verbose, (bool, int, np.integer)):
-            raise OptionError(f"verbose={verbose!r}: expected a whole number, 0 for silence")
+        if not isinstance(verbose, (bool, int, float, np.number)):
+            raise OptionError(f"verbose={verbose!r}: expected a number, 0 for silence")
 
     def _require_findable(self) -> None:
         if self.checkpoint_dir is None:

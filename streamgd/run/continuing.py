@@ -122,7 +122,7 @@ class Trained:
             state.scalars[_MEMORY] = before.scalars[_MEMORY]
             if config.recipe.schedule != "cosine":  # which has to begin at its beginning
                 state.counters[kernels.N_UPDATES] = before.counters[kernels.N_UPDATES]
-        return Run(source, config, self.survey, plan_for(source, config), state)
+        return Run(source, config, self.survey, plan_for(source, config), state, open_ended=True)
 
     def _between_epochs(self) -> State:
         """Return a copy of the state in which no batch and no epoch is open."""

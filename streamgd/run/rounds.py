@@ -12,8 +12,9 @@ import contextlib
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
 from typing import Any, Self
 
 from streamgd.data.prefetch import default_threads
@@ -252,19 +253,30 @@ class LocalCrew(Crew):
 
     def play(self, start: State, packed: Packed, span: Span, stop: threading.Event) -> Round | None:
         """Play a round, see `Crew.play`."""
-        futures = [self._pool.submit(take_turn, self._work, start, packed, lane, span) for lane in range(self._n_lanes)]
-        left = set(futures)
-        while left:
-            done, left = wait(left, _POLL_S, FIRST_EXCEPTION)
+        # Futures are left alone: an interrupt that comes while this thread has their locks would keep them locked, and
+        # the threads waiting for good.
+        told: SimpleQueue[tuple[int, Turn | BaseException]] = SimpleQueue()
+        for lane in range(self._n_lanes):
+            self._pool.submit(self._take_turn, told, start, packed, lane, span)
+        turns: dict[int, Turn] = {}
+        while len(turns) < self._n_lanes:
+            with contextlib.suppress(Empty):
+                lane, turn = told.get(timeout=_POLL_S)
+                if isinstance(turn, BaseException):
+                    raise turn
+                turns[lane] = turn
             if stop.is_set():
                 return None
-            if any(future.exception() is not None for future in done):
-                break
-        for future in futures:
-            if future.done() and (error := future.exception()) is not None:
-                raise error
-        parts = [Part.of(lane, future.result()) for lane, future in enumerate(futures)]
-        return merge_parts(start, parts, packed, span.end)
+        return merge_parts(start, [Part.of(lane, turns[lane]) for lane in range(self._n_lanes)], packed, span.end)
+
+    def _take_turn(
+        self, told: SimpleQueue[tuple[int, Turn | BaseException]], start: State, packed: Packed, lane: int, span: Span
+    ) -> None:
+        """Take a turn, and tell what came of it."""
+        try:
+            told.put((lane, take_turn(self._work, start, packed, lane, span)))
+        except BaseException as err:
+            told.put((lane, err))
 
     def close(self) -> None:
         """Stop all threads."""

@@ -57,7 +57,8 @@ class Run:
     written : Written or None
         What was written of it before the checkpoint that the run was restored from.
     open_ended : bool
-        Whether rows are to come that the survey knows nothing of, so that losses say nothing beside its own.
+        Whether the survey may be of other rows than these, or rows are to come that it knows nothing of, so that losses
+        say nothing beside its own.
     """
 
     source: Source

@@ -28,8 +28,8 @@ def checked_weights(source: Source, first: int, weight: Any) -> Floats:
     bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
     if len(bad):
         raise NonFiniteError(
-            f"{source.locate_row(first + int(bad[0]))}: the weight is {weights[bad[0]]}; weights must be finite and "
-            "not negative"
+            f"{source.locate_row(first + int(bad[0]))}: the weight is "
+            f"{'NaN' if np.isnan(weights[bad[0]]) else weights[bad[0]]}; weights must be finite and not negative"
         )
     return weights
 

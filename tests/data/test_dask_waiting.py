@@ -54,6 +54,17 @@ def test_without_workers_the_wait_has_an_end() -> None:
         fit(client, timeout_s=1.0)
 
 
+@pytest.mark.usefixtures("hurried")
+def test_the_timeout_is_that_of_the_fit_on_the_default_client_too() -> None:
+    with (
+        cluster(0) as (_, client),
+        client.as_current(),
+        pytest.warns(UserWarning, match="no workers: waiting for some, up to 1 s"),
+        pytest.raises(ClusterError, match="no worker for 1 s: start workers"),
+    ):
+        SGDRegressor().fit(da.from_array(X, chunks=(250, -1)), da.from_array(X[:, 0]), workers_timeout_s=1.0)
+
+
 def test_workers_may_come_late() -> None:
     with cluster(0) as (made, client):
         threading.Timer(0.5, made.scale, [1]).start()

@@ -778,6 +778,21 @@ def test_chunks_of_too_few_bytes_are_not_trained_on(tmp_path: Path, filters: dic
         source.read_rows(0, [0], 100, 150)
 
 
+def test_chunks_that_end_with_the_rows_are_read(tmp_path: Path, read_by_h5py: list[str]) -> None:
+    """Some programs write no more of the last chunk; what is missing is beyond the dataset."""
+    X = np.ones((175, 4), np.float32)
+    path = write(tmp_path / "a.h5", X, None, (50, 4), compression="gzip")
+    with h5py.File(path, "r+") as file:
+        file["X"].id.write_direct_chunk((150, 0), zlib.compress((2 * X[:25]).tobytes()))
+    source = Hdf5Source(path, block_bytes=900)
+    assert (source.read_rows(0, [0], 150, 175)[0] == 2).all()
+    source.close()
+    with h5py.File(path, "r+") as file:
+        file["X"].id.write_direct_chunk((150, 0), zlib.compress(X[:24].tobytes()))
+    with pytest.raises(CorruptDataError, match="a chunk of 800 bytes decompresses to 384"):
+        Hdf5Source(path, block_bytes=900).read_rows(0, [0], 150, 175)
+
+
 def test_compressed_chunks_of_no_bytes_are_refused(tmp_path: Path) -> None:
     """HDF5 itself ends the process over them."""
     path = write(tmp_path / "a.h5", smooth(200, 4, "f4"), None, (50, 4), **GZIP)

@@ -717,3 +717,15 @@ class TestText:
         source = ParquetSource(path, "y")
         with pytest.raises(DataError, match=r"'y' holds text that is not UTF-8, in a.parquet, row group 1, row 4 of"):
             read_block(source, 1)
+
+    def test_that_is_not_utf8_before_its_row_is_read(self, tmp_path: Path) -> None:
+        """Of a dictionary, which stands before all rows."""
+        path = tmp_path / "a.parquet"
+        labels = pa.array([b"dear"] * 90 + [b"d\xe9ar"] + [b"dear"] * 9)
+        table = pa.table({"x": ramp(100), "y": pa.Array.from_buffers(pa.string(), 100, labels.buffers())})
+        pq.write_table(table, path, write_statistics=False)
+        with pytest.raises(DataError, match=r"not UTF-8, in a.parquet, row group 0; write"):
+            read_block(ParquetSource(path, "y"), 0, sizes=(20,))
+        words = r"not UTF-8, in a.parquet, row group 0, row 90 of"
+        with ParquetSource(path, "y").open_block(0, 80, piece_rows=20) as reader, pytest.raises(DataError, match=words):
+            reader.read(20)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
 _chosen: ContextVar[Any] = ContextVar("streamgd_client", default=None)
-_timeout_s: ContextVar[float] = ContextVar("streamgd_workers_timeout", default=300.0)
+_timeout_s: ContextVar[float] = ContextVar("streamgd_workers_timeout", default=math.inf)
 
 
 def within_task() -> bool:
@@ -26,19 +27,20 @@ def within_task() -> bool:
 
 @contextlib.contextmanager
 def computing_on(client: Any, workers_timeout_s: float) -> Iterator[None]:
-    """Have this thread compute on a client meanwhile, which need not be the process's default.
+    """Have this thread compute on a client meanwhile, which need not be the process's default; and wait so long.
 
     `Client.as_current` changes Dask's configuration for all threads, and those that end in another order than they
     began leave it changed.
 
     Parameters
     ----------
-    client : distributed.Client
-        The client.
+    client : distributed.Client or None
+        The client; None leaves it to be the default.
     workers_timeout_s : float
-        How long to wait while its cluster has no workers.
+        How long to wait while its cluster has no workers. By default there is no end to it.
     """
-    token, timeout = _chosen.set(client), _timeout_s.set(workers_timeout_s)
+    token = _chosen.set(_chosen.get() if client is None else client)
+    timeout = _timeout_s.set(workers_timeout_s)
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import warnings
@@ -58,7 +59,7 @@ def gathered(client: Any, futures: Any) -> Any:
         return client.gather(futures)
     except (CancelledError, CommClosedError, TimeoutError) as err:
         # A task may fail so by itself; then the cluster is there still.
-        if isinstance(err, TimeoutError) and client.status == "running":
+        if client.status == "running" and not isinstance(err, CancelledError):
             raise
         raise ClusterError(
             f"what the cluster was computing is lost ({type(err).__name__}: {err}): the scheduler is gone, the client "
@@ -97,7 +98,8 @@ class _Patience:
             )
         if waited >= _SAY_AFTER_S and not self._said:
             self._said = True
-            warnings.warn(f"no workers: waiting for some, up to {self._timeout_s:g} s", stacklevel=2)
+            end = "" if self._timeout_s == math.inf else f", up to {self._timeout_s:g} s"
+            warnings.warn(f"no workers: waiting for some{end}", stacklevel=2)
 
     def _has_workers(self) -> bool:
         try:

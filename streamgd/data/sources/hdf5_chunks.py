@@ -217,16 +217,17 @@ class ChunkReader:
                 if offset < 0:
                     rows[row : row + n_rows, left : left + n_columns] = self._fill
                 elif self._work_bytes == 0:
-                    self._require_whole(size, "is stored in")
+                    self._require_whole(size, "is stored in", self._chunk_bytes)
                     n_bytes = n_rows * width * item
                     self._descriptor.fill(memory[at : at + n_bytes], offset + top * width * item)
                 else:
                     doubt = self._may_be_unfiltered(run, n_columns, size, mask)
+                    least = min(height, self._n_rows - run * height) * width * item
                     kept = None if self._kept is None else self._kept.get(key)
                     if kept is not None:
                         chunk, shuffled, skipped = kept, False, 0
                     else:
-                        chunk, shuffled, skipped = self._chunk(offset, size, mask, work, top, n_rows, doubt)
+                        chunk, shuffled, skipped = self._chunk(offset, size, mask, work, top, n_rows, doubt, least)
                         self._keep(key, chunk, shuffled)
                     put_rows(chunk, shuffled, item, width, top - skipped, n_rows, n_columns, address + at, step)
 
@@ -245,11 +246,12 @@ class ChunkReader:
         return sticks_out and size == self._chunk_bytes and mask == 0
 
     def _chunk(
-        self, offset: int, size: int, mask: int, work: Bytes, top: int, n_rows: int, doubt: bool
+        self, offset: int, size: int, mask: int, work: Bytes, top: int, n_rows: int, doubt: bool, least: int
     ) -> tuple[Bytes, bool, int]:
         """Read a chunk and undo its filters, except that its bytes may be left shuffled; or only the rows asked for.
 
-        Returns the bytes, whether they are shuffled, and how many of the chunk's rows were left out before them.
+        Returns the bytes, whether they are shuffled, and how many of the chunk's rows were left out before them. Of a
+        chunk that sticks out, the bytes of its rows within the dataset are the least that it must have.
         """
         if doubt and self._doubtful:
             raise UndecodableError("whether a chunk at the edge was filtered cannot be told")
@@ -257,7 +259,7 @@ class ChunkReader:
         undo = [code for bit, code in self._undo if not mask & bit]
         shuffled = self._shuffled and not mask & 1
         if not undo:
-            self._require_whole(size, "is stored in")
+            self._require_whole(size, "is stored in", least)
         if not undo and not shuffled:
             part = work[: n_rows * row_bytes]
             self._descriptor.fill(part.data, offset + top * row_bytes)
@@ -277,15 +279,15 @@ class ChunkReader:
                 data = inflated
         if doubt and len(data) != self._chunk_bytes:
             raise UndecodableError("a chunk at the edge, which seems not to have been filtered")
-        self._require_whole(len(data), "decompresses to", exactly=LZF in undo)
+        self._require_whole(len(data), "decompresses to", self._chunk_bytes if LZF in undo else least, LZF in undo)
         return data, shuffled, 0
 
-    def _require_whole(self, n_bytes: int, what: str, *, exactly: bool = False) -> None:
+    def _require_whole(self, n_bytes: int, what: str, least: int, exactly: bool = False) -> None:
         """Refuse a chunk of too few bytes: h5py would hand out whatever lies in its memory behind them."""
         if n_bytes == self._chunk_bytes:
             return
         why = f"a chunk of {self._chunk_bytes:,} bytes {what} {n_bytes:,}"
-        if n_bytes < self._chunk_bytes or exactly:
+        if n_bytes < least or exactly:
             raise OSError(why)
         raise UndecodableError(why)
 

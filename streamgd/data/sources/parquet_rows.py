@@ -289,7 +289,9 @@ class ArrowReader(BlockReader):
             return to_numbers(values)
         bad = first_not_text(values)
         if bad is not None:
-            place = source.locate(self._block, self._next - self._have + bad)
+            place = source.locate(self._block, max(0, self._next - self._have + bad))
+            if bad < 0:  # of a later row, or of none
+                place = place.rpartition(", row ")[0]
             raise DataError(f"column {name!r} holds text that is not UTF-8, in {place}; write it again as UTF-8")
         return values
 

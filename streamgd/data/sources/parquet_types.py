@@ -72,7 +72,7 @@ def to_numbers(values: pa.Array) -> Array:
 
 
 def first_not_text(values: pa.Array) -> int | None:
-    """Return the first row of an array without nulls whose text is not UTF-8, or that has a dictionary with such text.
+    """Return the first row of an array without nulls whose text is not UTF-8; -1 if it is in its dictionary alone.
 
     Arrow hands text out as it is stored, and fails when somebody asks for it.
     """
@@ -85,7 +85,8 @@ def first_not_text(values: pa.Array) -> int | None:
     except pa.ArrowInvalid:
         bad = next(i for i in range(len(texts)) if not _is_text(texts[i]))
         if is_dictionary:
-            return int(np.argmax(values.indices.to_numpy(zero_copy_only=False) == bad))
+            found = np.flatnonzero(values.indices.to_numpy(zero_copy_only=False) == bad)
+            return int(found[0]) if len(found) else -1
         return bad
     return None
 
