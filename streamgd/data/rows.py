@@ -202,7 +202,7 @@ class RowPlacer:
                 if len(bad):
                     row, column = int(bad[0]), j
         value, label = columns[column][row], self._source.feature_label(column)
-        where = f"{self._source.locate(block, start + row)}: feature {label} is {_shown(value)}"
+        where = f"{self._source.locate(block, start + row)}: feature {label} is {shown(value)}"
         if np.isfinite(value):
             return NonFiniteError(
                 f"{where}, which {dtype} cannot hold. Open the data with dtype='float64', or rescale the column"
@@ -215,7 +215,7 @@ class RowPlacer:
         row = int(np.flatnonzero(~np.isfinite(codes).all(axis=1))[0])
         name = self._source.target.name if self._source.target is not None else "y"
         return NonFiniteError(
-            f"{self._source.locate(block, start + row)}: target {name!r} is {_shown(y[row])}: expected a "
+            f"{self._source.locate(block, start + row)}: target {name!r} is {shown(y[row])}: expected a "
             f"{'finite number' if self._codec is None or self._codec.classes is None else 'class'}. "
             "Drop rows without a target before training"
         )
@@ -223,11 +223,11 @@ class RowPlacer:
     def _bad_weight(self, weight: Floats, block: int, start: int) -> NonFiniteError:
         row = int(np.flatnonzero(~((weight >= 0) & np.isfinite(weight)))[0])
         return NonFiniteError(
-            f"{self._source.locate(block, start + row)}: sample weight is {_shown(weight[row])}: expected a finite "
+            f"{self._source.locate(block, start + row)}: sample weight is {shown(weight[row])}: expected a finite "
             "number that is not negative. Give rows that should not count the weight 0"
         )
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Write a number as messages do everywhere."""
     return "NaN" if isinstance(value, (float, np.floating)) and np.isnan(value) else str(value)

@@ -277,7 +277,8 @@ class SGDRegressor(RegressorMixin, SGDEstimator):  # type: ignore[misc]
         ValueError
             If data or parameters cannot be used. Most such errors are of `streamgd.errors`.
         DivergenceError
-            If the coefficients leave the finite numbers: a learning rate that is too large.
+            If the coefficients leave the finite numbers, or the loss ends a million times above that of the best
+            constant prediction: a learning rate that is too large.
         RunLockedError
             If another process is at the same fit, in the same `checkpoint_dir`.
         ClusterError

@@ -12,29 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from streamgd.data.sources.base import Source
-from streamgd.errors import ClusterError
+from streamgd.data.sources.dask_clients import ANSWER_S
 from streamgd.run.workers import WorkerReport, describe
 
-#: Seconds in which whoever is alive says so; and in which a worker imports what it needs, and opens files.
-ANSWER_S, _REPORT_S = 5.0, 120.0
-
-
-def threads_of_workers(client: Any) -> dict[str, int] | None:
-    """Ask the scheduler for its workers, and the threads of each; None if it does not answer.
-
-    Raises
-    ------
-    ClusterError
-        If it is gone.
-    """
-    try:
-        return dict(client.nthreads(callback_timeout=ANSWER_S))
-    except TimeoutError:
-        return None
-    except Exception as err:
-        raise ClusterError(
-            f"the scheduler does not answer ({type(err).__name__}: {err}): start the cluster again and resume the run"
-        ) from err
+#: Seconds in which a worker imports what it needs, and opens files.
+_REPORT_S = 120.0
 
 
 def reports_of_workers(

@@ -91,6 +91,9 @@ class Config:
         weights = self.class_weight
         if not (weights is None or _is(weights, "balanced") or isinstance(weights, dict)):
             raise OptionError(f"class_weight={weights!r}: expected None, 'balanced' or a dict of label to factor")
+        for label, factor in weights.items() if isinstance(weights, dict) else ():
+            if not (_is_real(factor) and 0 <= factor < math.inf):
+                raise OptionError(f"class_weight of {label!r} is {factor!r}: expected a finite number of at least 0")
         if not (_is_whole(self.n_lanes) and 1 <= self.n_lanes <= MOST_LANES):
             raise OptionError(f"n_lanes={self.n_lanes!r}: expected a whole number from 1 to {MOST_LANES}")
         if weights is not None and self.recipe.task != "classification":
@@ -106,7 +109,7 @@ class Config:
         if self.standardize != "full":
             plain["standardize"] = bool(self.standardize)
         if isinstance(self.class_weight, dict):
-            weights = {_plain(label): factor for label, factor in self.class_weight.items()}
+            weights = {_plain(label): float(factor) for label, factor in self.class_weight.items()}
             plain["class_weight"] = dict(sorted(weights.items(), key=lambda pair: repr(pair[0])))
         for name, value in plain.items():
             object.__setattr__(self, name, value)
@@ -146,7 +149,7 @@ class Config:
         """Return plain values, the recipe's among them. Labels of class weights keep their type through JSON."""
         weights: Any = self.class_weight
         if isinstance(weights, dict):
-            weights = [[label, float(factor)] for label, factor in weights.items()]
+            weights = [list(pair) for pair in weights.items()]
         own = {name: getattr(self, name) for name in (*_OWN, "n_lanes")}
         return {**self.recipe.to_json(), **own, "class_weight": weights}
 

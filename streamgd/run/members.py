@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from streamgd.data.sources.dask_clients import threads_of_workers
 from streamgd.errors import ClusterError, UnfitWorkerError
-from streamgd.run.asking import reports_of_workers, threads_of_workers
+from streamgd.run.asking import reports_of_workers
 from streamgd.run.epochs import Watcher
 from streamgd.run.runs import Run
 from streamgd.run.worker_memory import WorkerMemory

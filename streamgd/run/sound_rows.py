@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streamgd.data.rows import shown
 from streamgd.data.sources.base import Source
 from streamgd.errors import NonFiniteError
 
@@ -28,8 +29,8 @@ def checked_weights(source: Source, first: int, weight: Any) -> Floats:
     bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
     if len(bad):
         raise NonFiniteError(
-            f"{source.locate_row(first + int(bad[0]))}: the weight is "
-            f"{'NaN' if np.isnan(weights[bad[0]]) else weights[bad[0]]}; weights must be finite and not negative"
+            f"{source.locate_row(first + int(bad[0]))}: the weight is {shown(weights[bad[0]])}; weights must be finite "
+            "and not negative"
         )
     return weights
 
@@ -57,8 +58,7 @@ def require_finite(source: Source, first: int, values: Floats, what: str | None)
     if not finite.all():
         row, column = np.argwhere(~finite)[0]
         named = what or f"feature {source.feature_label(int(column))}"
-        value = "NaN" if np.isnan(values[row, column]) else values[row, column]
         raise NonFiniteError(
-            f"{source.locate_row(first + int(row))}: {named} is {value}; expected a finite number. "
-            "Drop or fill such rows before training"
+            f"{source.locate_row(first + int(row))}: {named} is {shown(values[row, column])}; expected a finite "
+            "number. Drop or fill such rows before training"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -172,8 +171,8 @@ def class_factors_of(class_weight: dict[Any, float] | str | None, targets: Targe
     Raises
     ------
     OptionError
-        If `class_weight` names classes that there are not and not all that there are, if a factor is no weight, or if
-        no row has one of the classes to balance.
+        If `class_weight` names classes that there are not and not all that there are, or if no row has one of the
+        classes to balance.
     """
     classes = targets.codec.classes
     if class_weight is None or classes is None:
@@ -186,8 +185,6 @@ def class_factors_of(class_weight: dict[Any, float] | str | None, targets: Targe
     known = {label: index for index, label in enumerate(classes.tolist())}
     factors = np.ones(len(classes))
     for key, factor in class_weight.items():
-        if not (isinstance(factor, Real) and np.isfinite(float(factor)) and factor >= 0):
-            raise OptionError(f"class_weight of {key!r} is {factor!r}: expected a finite number of at least 0")
         if key in known:
             factors[known[key]] = factor
         elif not known.keys() <= class_weight.keys():  # else rows of it may be elsewhere, as in folds

@@ -1,4 +1,4 @@
-"""Which `distributed.Client` computes: the one that was chosen, the process's default, or none."""
+"""Which `distributed.Client` computes: the one that was chosen, the process's default, or none; and its workers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
+
+from streamgd.errors import ClusterError
+
+#: Seconds in which whoever is alive says so.
+ANSWER_S = 5.0
 
 _chosen: ContextVar[Any] = ContextVar("streamgd_client", default=None)
 _timeout_s: ContextVar[float] = ContextVar("streamgd_workers_timeout", default=math.inf)
@@ -70,3 +75,22 @@ def active_client() -> Any | None:
     except ValueError:
         return None
     return client if client.status == "running" and not client.asynchronous else None
+
+
+def threads_of_workers(client: Any) -> dict[str, int] | None:
+    """Ask the scheduler for its workers, and the threads of each; None if it does not answer.
+
+    Raises
+    ------
+    ClusterError
+        If it is gone.
+    """
+    try:
+        return dict(client.nthreads(callback_timeout=ANSWER_S))
+    except TimeoutError:
+        return None
+    except Exception as err:
+        raise ClusterError(
+            f"the scheduler does not answer ({type(err).__name__}: {err}): start the cluster again, and fit again or "
+            "resume the run"
+        ) from err

@@ -11,12 +11,12 @@ from concurrent.futures import CancelledError
 from contextvars import ContextVar
 from typing import Any
 
-from streamgd.data.sources.dask_clients import workers_timeout
+from streamgd.data.sources.dask_clients import threads_of_workers, workers_timeout
 from streamgd.data.window import Stopped
 from streamgd.errors import ClusterError
 
-#: How often to look whether somebody gave up, and whether there are workers; and how long to wait for such an answer.
-_POLL_S, _LOOK_S, _ANSWER_S = 0.25, 1.0, 5.0
+#: How often to look whether somebody gave up, and whether there are workers.
+_POLL_S, _LOOK_S = 0.25, 1.0
 #: A wait for workers is told after this.
 _SAY_AFTER_S = 2.0
 
@@ -86,7 +86,7 @@ class _Patience:
         if now - self._looked < _LOOK_S:
             return
         self._looked = now
-        if self._has_workers():
+        if threads_of_workers(self._client):
             self._since = 0.0
             return
         self._since = self._since or now
@@ -100,14 +100,3 @@ class _Patience:
             self._said = True
             end = "" if self._timeout_s == math.inf else f", up to {self._timeout_s:g} s"
             warnings.warn(f"no workers: waiting for some{end}", stacklevel=2)
-
-    def _has_workers(self) -> bool:
-        try:
-            return bool(self._client.nthreads(callback_timeout=_ANSWER_S))
-        except TimeoutError:
-            return False
-        except Exception as err:
-            raise ClusterError(
-                f"the scheduler does not answer ({type(err).__name__}: {err}): start the cluster again, and fit again "
-                "or resume the run"
-            ) from err

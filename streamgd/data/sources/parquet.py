@@ -65,7 +65,9 @@ class ParquetSource(Source):
     NonFiniteError
         If a footer tells of nulls in a column that is used.
     CorruptDataError
-        If a footer cannot be read.
+        If a footer cannot be read, or contradicts itself.
+    DataError
+        If a file is encrypted, has its rows elsewhere, or is of types or codecs that are not known here.
     EmptySourceError
         If there are no rows.
     OptionError
