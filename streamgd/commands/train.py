@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +100,6 @@ def train(stop: StopRequest, /, data: tuple[str, ...], run_path: Path, **given: 
     had happened.
     """
     from streamgd.commands.choosing import choose
-    from streamgd.commands.clusters import connected
     from streamgd.commands.reading import open_data
     from streamgd.errors import UnfitWorkerError
     from streamgd.run.config import refuse_cache
@@ -119,7 +120,7 @@ def train(stop: StopRequest, /, data: tuple[str, ...], run_path: Path, **given: 
     # What does not fit is refused before the folder is made.
     plan_for(source, config)
     refuse_cache(config, cached=options.cache is not None, on_cluster=given["scheduler"] is not None)
-    with connected(given["scheduler"]) as client, RunFolder(run_path) as folder:
+    with _cluster(given["scheduler"], options) as client, RunFolder(run_path) as folder:
         try:
             view.say([f"surveying {source.name}: target, and a sample of the features"])
             run = begin(folder, source, config, cache=options.cache)
@@ -142,7 +143,6 @@ def train(stop: StopRequest, /, data: tuple[str, ...], run_path: Path, **given: 
 @click.pass_obj
 def resume(stop: StopRequest, /, run_path: Path, epochs: int | None, data: tuple[str, ...], **given: Any) -> int:
     """Go on with the run in the folder RUN, exactly as if it had not been stopped."""
-    from streamgd.commands.clusters import connected
     from streamgd.commands.reading import open_again
     from streamgd.run.config import Config
     from streamgd.run.folder import RunFolder
@@ -151,7 +151,7 @@ def resume(stop: StopRequest, /, run_path: Path, epochs: int | None, data: tuple
     described = description_of(RunFolder(run_path))  # before the folder is made or locked
     given["cache"] = given["cache"] or described.get("cache")
     options, view = _options(given), _view(quiet=given["quiet"])
-    with connected(given["scheduler"]) as client, RunFolder(run_path) as folder:
+    with _cluster(given["scheduler"], options) as client, RunFolder(run_path) as folder:
         source = open_again(described, data)
         config = with_epochs(Config.from_json(described["config"]), epochs)
         try:
@@ -160,6 +160,16 @@ def resume(stop: StopRequest, /, run_path: Path, epochs: int | None, data: tuple
             _say_stopped(stop, run_path, "where it was before")
             raise
         return _train(run, folder, options, view, stop, {}, client)
+
+
+@contextlib.contextmanager
+def _cluster(scheduler: str | None, options: RunOptions) -> Iterator[Any]:
+    """Connect to a scheduler, if there is one, whose workers then take part in the survey too."""
+    from streamgd.commands.clusters import connected
+    from streamgd.data.sources.dask_clients import computing_on
+
+    with connected(scheduler) as client, computing_on(client, options.workers_timeout_s):
+        yield client
 
 
 def _train(

@@ -81,24 +81,49 @@ class ClassCounter:
             self._dtypes.add(y.dtype)
         numbers = is_number(y) and not (y.dtype.kind in "iu" and y.dtype.itemsize == 8 and _beyond_exact(y))
         inverse = self._add_numbers(y, weight) if numbers else self._add_others(y, weight)
+        self._require_few()
+        missing = np.flatnonzero(inverse < 0)
+        return int(missing[0]) if len(missing) else None
+
+    def join(self, other: ClassCounter) -> None:
+        """Count what another one has counted, of rows that come after these.
+
+        Raises
+        ------
+        DataError
+            If there are too many classes.
+        """
+        self._dtypes |= other._dtypes
+        fresh = other._numbers[~np.isin(other._numbers, self._numbers)]
+        self._know(fresh)
+        at = np.searchsorted(self._numbers, other._numbers)
+        self._number_counts[at] += other._number_counts
+        self._number_weights[at] += other._number_weights
+        for value, (count, total) in other._others.items():
+            entry = self._others.setdefault(value, [0, 0.0])
+            entry[0], entry[1] = entry[0] + count, entry[1] + total
+        self._require_few()
+
+    def _require_few(self) -> None:
         n_classes = len(self._numbers) + len(self._others)
         if n_classes > self._max_classes:
             raise DataError(
                 f"the target has more than {self._max_classes:,} classes: it looks like a number to predict. Train a "
                 "regressor, or choose the column that holds the classes"
             )
-        missing = np.flatnonzero(inverse < 0)
-        return int(missing[0]) if len(missing) else None
+
+    def _know(self, fresh: Floats) -> None:
+        """Make room for numbers that were not seen before."""
+        known = np.concatenate([self._numbers, fresh])
+        order = np.argsort(known, kind="stable")
+        self._numbers = known[order]
+        self._number_counts = np.concatenate([self._number_counts, np.zeros(len(fresh), np.int64)])[order]
+        self._number_weights = np.concatenate([self._number_weights, np.zeros(len(fresh))])[order]
 
     def _add_numbers(self, y: Array, weight: Array | None) -> NDArray[np.intp]:
         codes, unknown = find_numbers(y, self._numbers)
         if unknown >= 0:
-            fresh = np.unique(y[codes[:, 0] < 0].astype(np.float64))
-            known = np.concatenate([self._numbers, fresh])
-            order = np.argsort(known, kind="stable")
-            self._numbers = known[order]
-            self._number_counts = np.concatenate([self._number_counts, np.zeros(len(fresh), np.int64)])[order]
-            self._number_weights = np.concatenate([self._number_weights, np.zeros(len(fresh))])[order]
+            self._know(np.unique(y[codes[:, 0] < 0].astype(np.float64)))
             codes, _ = find_numbers(y, self._numbers)
         inverse = np.where(np.isnan(codes[:, 0]), -1, codes[:, 0]).astype(np.intp)
         n = len(self._numbers)

@@ -103,7 +103,9 @@ def _described(strips: Sequence[Strip], unbuffered: bool) -> tuple[NDArray[np.in
     return np.array(table, np.int64), list(opened.values())
 
 
-def iter_numbers(source: Source, codec: TargetCodec) -> Iterator[tuple[int, Floats, Floats | None]] | None:
+def iter_numbers(
+    source: Source, codec: TargetCodec, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, Floats, Floats | None]] | None:
     """Read numeric targets and weights as `Source.iter_targets` does, faster; None for sources that are not flat.
 
     Each piece is one compiled call that does not hold the interpreter's lock. Pieces are overwritten by the next ones.
@@ -111,27 +113,29 @@ def iter_numbers(source: Source, codec: TargetCodec) -> Iterator[tuple[int, Floa
     rows = source.flat_rows() if reads_flat(source, codec) and codec.classes is None else None
     if rows is None or rows.origin is not None or rows.check is not None:
         return None
-    return _numbers(source, rows, codec.n_outputs)
+    return _numbers(source, rows, codec.n_outputs, start, source.n_rows if stop is None else stop)
 
 
-def _numbers(source: Source, rows: FlatRows, n_outputs: int) -> Iterator[tuple[int, Floats, Floats | None]]:
+def _numbers(
+    source: Source, rows: FlatRows, n_outputs: int, start: int, stop: int
+) -> Iterator[tuple[int, Floats, Floats | None]]:
     most = max(1, min(_NUMBERS_BYTES // (8 * n_outputs), source.n_rows))
     y, weight = np.empty((most, n_outputs)), np.empty((most, 1 if source.has_weight else 0))
     widest = 8 * max(strip.n_columns for strip in rows.strips(0))  # files may differ in their types
     scratch = np.empty(max(_SCRATCH_BYTES, widest), np.uint8)
-    files, first = FlatFiles(rows), 0
+    files, before = FlatFiles(rows), 0
     ends = np.flatnonzero(np.diff(rows.block_file, append=-1)) + 1  # blocks lie in the order of their files
     for begin, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
         file, n_rows = int(rows.block_file[begin]), int(source.block_rows[begin:end].sum())
-        start = int(rows.block_start[begin])
-        for at in range(0, n_rows, most):
+        last = min(n_rows, stop - before)
+        for at in range(max(0, start - before), last, most):
             strips, held = files.open(file)
-            n = min(most, n_rows - at)
-            if not load_numbers(strips, start + at, y[:n], weight[:n], scratch):
-                raise _unreadable(source.locate_row(first), n)
+            n = min(most, last - at)
+            if not load_numbers(strips, int(rows.block_start[begin]) + at, y[:n], weight[:n], scratch):
+                raise _unreadable(source.locate_row(before + at), n)
             del held  # not before: a descriptor that is closed meanwhile may be another file's by now
-            yield first, y[:n], weight[:n, 0] if source.has_weight else None
-            first += n
+            yield before + at, y[:n], weight[:n, 0] if source.has_weight else None
+        before += n_rows
 
 
 class FlatPieces:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Self
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,6 +44,15 @@ class Moments:
             Their weights; 1 if empty.
         """
         kernels.add_moments(X, weight, self._mean, self._squares, self._total, self._n_rows)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Return those of several parts of the rows, in the order of these; nothing can be added to it."""
+        found = cls(parts[0]._mean.shape[1])
+        found._mean = np.concatenate([part._mean for part in parts])
+        found._squares = np.concatenate([part._squares for part in parts])
+        found._total = np.concatenate([part._total for part in parts])
+        return found
 
     @property
     def total(self) -> float:

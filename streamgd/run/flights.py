@@ -19,11 +19,12 @@ from streamgd.learn.state import State
 from streamgd.run.lane_rows import Delivery
 from streamgd.run.lanes import LaneWork, open_reader, read_ahead, take_turn
 from streamgd.run.rounds import Part, Round, joined, merge_parts, play_rounds
-from streamgd.run.runs import Run, versions
+from streamgd.run.runs import Run
 from streamgd.run.sent_rows import SentRows
 from streamgd.run.turns import Span
+from streamgd.run.versions import differing_versions, versions
 from streamgd.run.worker_memory import WorkerMemory
-from streamgd.run.workers import differing_versions, usable_memory
+from streamgd.run.workers import usable_memory
 
 #: What has more bytes of arrays than this travels array by array, without a copy.
 _SMALL_BYTES = 1 << 16

@@ -54,8 +54,7 @@ class Members:
         self._lost: str | None = None  # what kept the last worker from answering
         self._lanes: dict[int, str] = {}
         self._silent: dict[str, float] = {}  # when workers did not answer
-        source = run.source
-        self._trial = None if source.kind == "dask" or source.held_bytes == source.stored_bytes else source
+        self._trial = run.source if run.source.lies_in_files else None
         self._looked = float("-inf")
         self._first = True
         self.look()

@@ -7,10 +7,8 @@ is `streamgd.run.loop.train`.
 from __future__ import annotations
 
 import hashlib
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -30,6 +28,7 @@ from streamgd.run.caching import Cached
 from streamgd.run.checkpoint import Checkpoint
 from streamgd.run.config import Config, differences
 from streamgd.run.survey import Survey, take_survey
+from streamgd.run.versions import versions
 
 
 @dataclass
@@ -145,29 +144,6 @@ class Run:
 def _block_digest(source: Source) -> str:
     """Hash the rows of each block: the order of rows follows from them."""
     return hashlib.blake2b(source.block_rows.astype("<i8").tobytes(), digest_size=16).hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Return the versions and the machine's type, to be stored; on resume they inform and are not compared."""
-    import numba
-
-    cpu, features = _cpu()
-    return {
-        "streamgd": streamgd.__version__,
-        "numpy": np.__version__,
-        "numba": numba.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cpu": cpu,
-        "cpu_features": features,
-    }
-
-
-@cache
-def _cpu() -> tuple[str, str]:
-    import llvmlite.binding as llvm
-
-    return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
 
 
 def model_of(config: Config, survey: Survey, state: State, is_vector: bool) -> LinearModel:

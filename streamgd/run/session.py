@@ -19,8 +19,9 @@ from streamgd.learn.state import State
 from streamgd.run.config import Config
 from streamgd.run.continuing import Trained
 from streamgd.run.folder import RunFolder
-from streamgd.run.runs import Run, plan_for, prepare, restore, same_run, versions
+from streamgd.run.runs import Run, plan_for, prepare, restore, same_run
 from streamgd.run.survey import Survey
+from streamgd.run.versions import versions
 
 Report = Callable[[str], None]
 

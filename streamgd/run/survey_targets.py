@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamgd.data.flat_files import iter_numbers
 from streamgd.data.sources.base import Source
 from streamgd.data.targets import ClassCounter, TargetCodec
-from streamgd.errors import DataError, NonFiniteError, OptionError, SchemaError
+from streamgd.errors import DataError, OptionError, SchemaError
 from streamgd.learn.moments import Moments
-from streamgd.run.sample import sampling_step
-from streamgd.run.sound_rows import checked_weights, require_finite
+from streamgd.run.survey_shares import looked_at
+from streamgd.run.target_segments import look_at_labels, look_at_values
 
 Floats = NDArray[np.float64]
 
@@ -55,33 +54,19 @@ def survey_values(source: Source) -> Targets:
             f"{source.name}: the target {source.target.name!r} holds {source.target.dtype}, which regression cannot "
             "fit: choose a numeric target, or train a classification"
         )
-    n_targets = source.target.n_outputs
-    codec = TargetCodec(classes=None, n_outputs=n_targets)
-    moments, what = Moments(n_targets), f"target {source.target.name!r}"
-    step = sampling_step(source.n_rows)
-    sample, sample_weight = [], []
-    for first, y, weight in iter_numbers(source, codec) or source.iter_targets():
-        values = codec.encode(y)
-        if weight is not None:  # moments do not show what is wrong where it is zero
-            require_finite(source, first, values, what)
-        weights = checked_weights(source, first, weight)
-        moments.add(values, weights)
-        if not moments.finite:
-            require_finite(source, first, values, what)
-        sampled = values[-first % step :: step]
-        sample.append(sampled.copy())
-        sample_weight.append(weights[-first % step :: step].copy() if weights.size else np.ones(len(sampled)))
+    segments = looked_at(source, look_at_values)
+    moments = Moments.joined([segment.moments for segment in segments])
     _require_weight(source, moments.total)
     mean, squares = moments.merged()
     return Targets(
-        codec=codec,
+        codec=TargetCodec(classes=None, n_outputs=source.target.n_outputs),
         mean=mean,
         variance=squares / moments.total,
         class_counts=_EMPTY,
         class_weights=_EMPTY,
         mean_weight=moments.total / source.n_rows,
-        sample=np.concatenate(sample),
-        sample_weight=np.concatenate(sample_weight),
+        sample=np.concatenate([segment.sample for segment in segments]),
+        sample_weight=np.concatenate([segment.sample_weight for segment in segments]),
     )
 
 
@@ -110,18 +95,10 @@ def survey_classes(source: Source, classes: NDArray[Any] | None) -> Targets:
             f"{source.name}: the target {source.target.name!r} has {source.target.n_outputs} columns; a "
             "classification takes one column of labels"
         )
-    counter = ClassCounter()
-    total = 0.0
-    for first, y, weight in source.iter_targets():
-        weights = checked_weights(source, first, weight)
-        bad = counter.add(y, weights if weights.size else None)
-        if bad is not None:
-            raise NonFiniteError(
-                f"{source.locate_row(first + bad)}: the target {source.target.name!r} is missing (NaN or null): "
-                "drop such rows, or give them a class of their own"
-            )
-        # Added one after the other, so that the sum does not depend on where pieces end.
-        total = float(np.cumsum(np.concatenate([[total], weights]))[-1]) if weights.size else total + len(y)
+    counter, total = ClassCounter(), 0.0
+    for segment in looked_at(source, look_at_labels):
+        counter.join(segment.counter)
+        total += segment.total_weight
     _require_weight(source, total)
     found = counter.classes
     _require_labels(source, found)

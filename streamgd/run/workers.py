@@ -15,11 +15,10 @@ import numpy as np
 
 from streamgd.data.layout import format_bytes
 from streamgd.data.sources.base import Source
-from streamgd.run.runs import Run, versions
+from streamgd.run.runs import Run
+from streamgd.run.versions import differing_versions, versions
 from streamgd.run.worker_memory import WorkerMemory
 
-#: What must be equal for equal bits: our own code, what compiles it, and what merges states.
-COMPARED = ("streamgd", "numba", "numpy")
 #: Blocks that each worker opens on trial.
 _TRIALS = 8
 
@@ -146,15 +145,3 @@ def assign(n_lanes: int, threads: Mapping[str, int], before: Mapping[int, str]) 
             room[address] -= 1
     free = (address for address, n in room.items() for _ in range(n))
     return found | {lane: next(free) for lane in range(n_lanes) if lane not in found}
-
-
-def differing_versions(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """Say which versions differ so that results could; None if none does."""
-    return (
-        "; ".join(
-            f"{name} {there.get(name, 'missing')} there, {here[name]} here"
-            for name in COMPARED
-            if there.get(name) != here[name]
-        )
-        or None
-    )

@@ -340,6 +340,22 @@ class SourceContract:
         assert_same_bits(found_y, y)
         assert_same_bits(found_weight, weight)
 
+    @pytest.mark.parametrize(
+        ("start", "stop"), [(0, 1), (0, 500), (499, 501), (996, 997), (3, 990), (500, None), (7, 7)]
+    )
+    def test_iter_targets_reads_some_rows(self, tmp_path: Path, rows: Any, start: int, stop: int | None) -> None:
+        _, y, weight = rows
+        source = self.make(tmp_path, *rows)
+        found_y, found_weight, at = [y[:0]], [weight[:0]], start
+        for first, some_y, some_weight in source.iter_targets(start, stop):
+            assert first == at
+            found_y.append(plain(some_y))
+            found_weight.append(plain(some_weight))
+            at += len(some_y)
+        assert at == (source.n_rows if stop is None else stop)
+        assert_same_bits(np.concatenate(found_y), y[start:stop])
+        assert_same_bits(np.concatenate(found_weight), weight[start:stop])
+
     # Types
 
     @pytest.mark.parametrize("stored", ["float32", "float64", "int8", "uint8", "int16", "int32", "int64", "bool"])

@@ -78,10 +78,12 @@ class FakeSource(Source):
             self.most_open = max(self.most_open, self.n_open)
         return FakeReader(self, block, start, piece_rows)
 
-    def iter_targets(self) -> Iterator[tuple[int, Any, Any]]:
+    def iter_targets(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Any, Any]]:
         for block in range(self.n_blocks):
-            rows = slice(self._starts[block], self._starts[block + 1])
-            yield self._starts[block], self.y[rows], None if self.weight is None else self.weight[rows]
+            first = max(start, int(self._starts[block]))
+            end = min(int(self._starts[block + 1]), self.n_rows if stop is None else stop)
+            if first < end:
+                yield first, self.y[first:end], None if self.weight is None else self.weight[first:end]
 
     def stamp(self) -> dict[str, Any]:
         return {"X": float(np.nansum(self.X)), **self.made}

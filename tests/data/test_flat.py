@@ -386,9 +386,9 @@ class TestHelping:
 
 
 class TestNumbers:
-    def whole(self, pieces):
+    def whole(self, pieces, start=0):
         parts = [(first, y.copy(), None if weight is None else weight.copy()) for first, y, weight in pieces]
-        starts = np.cumsum([0, *(len(y) for _, y, _ in parts)])
+        starts = np.cumsum([start, *(len(y) for _, y, _ in parts)])
         assert [first for first, _, _ in parts] == starts[:-1].tolist()
         y = np.concatenate([y.reshape(len(y), -1) for _, y, _ in parts])
         return y, None if parts[0][2] is None else np.concatenate([weight for _, _, weight in parts])
@@ -410,6 +410,12 @@ class TestNumbers:
         assert (found[0] == expected[0].astype(float)).all()
         assert (found[1] is None) is not weighted
         assert not weighted or (found[1] == expected[1]).all()
+        for start, stop in ((0, 10), (N - 5, N + 5), (7, source.n_rows - 1), (2 * N - 100, source.n_rows)):
+            for pieces in (
+                iter_numbers(source, TargetCodec(None, n_targets), start, stop),
+                source.iter_targets(start, stop),
+            ):
+                assert (self.whole(pieces, start)[0] == expected[0][start:stop]).all()
 
     def test_many_targets_take_no_more_memory_than_few(self, tmp_path):
         y = numbers("float64", (40, 20_000))

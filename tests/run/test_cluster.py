@@ -17,20 +17,26 @@ from typing import Any
 
 import dask
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from streamgd import errors
 from streamgd.data.sources import open_source
+from streamgd.data.sources.dask_clients import computing_on
 from streamgd.errors import ClusterError, DataError, OptionError, UnfitWorkerError
 from streamgd.learn import kernels
-from streamgd.run import asking, dispatch, members, pace, worker_memory, workers
+from streamgd.learn.recipe import Recipe
+from streamgd.run import asking, dispatch, members, pace, survey_shares, worker_memory, workers
 from streamgd.run import cluster as cluster_module
 from streamgd.run.checkpoint import CheckpointFolder
 from streamgd.run.config import Config, RunOptions
 from streamgd.run.epochs import Watcher
 from streamgd.run.loop import train
 from streamgd.run.runs import prepare
+from streamgd.run.survey import take_survey
 from streamgd.run.turns import Span
+from streamgd.run.versions import versions
 from streamgd.run.worker_memory import WorkerMemory
 from tests.clustering import (
     KINDS,
@@ -495,6 +501,113 @@ class TestFaults:
         # Without any cluster, or on one of another size.
         resumed = fit(tmp_path, kind, client=four[1] if way is CHAINED else None, checkpoint_dir=run)
         assert resumed == here(kind)
+
+
+class TestSurvey:
+    """The pass over targets and weights, in segments of which workers take some."""
+
+    @pytest.fixture(autouse=True)
+    def short_segments(self, monkeypatch):
+        monkeypatch.setattr(survey_shares, "SEGMENT_ROWS", 100)
+
+    @pytest.fixture
+    def fetched(self, monkeypatch):
+        """What came from workers, share by share."""
+        found: list[Any] = []
+        real = survey_shares._fetched
+
+        def note(future: Any) -> Any:
+            found.append(real(future))
+            return found[-1]
+
+        monkeypatch.setattr(survey_shares, "_fetched", note)
+        return found
+
+    @pytest.fixture
+    def idle(self, monkeypatch):
+        """Have the client begin when the workers are done."""
+        real = survey_shares._Shares.gathered
+
+        def wait(shares: Any, n_threads: int) -> Any:
+            for future in shares._futures:
+                survey_shares._waited(future, 60)
+            return real(shares, n_threads)
+
+        monkeypatch.setattr(survey_shares._Shares, "gathered", wait)
+
+    def survey(self, source: Any, client: Any, **options: Any) -> Any:
+        config = Config(Recipe(**options))
+        with computing_on(client, 60):
+            found = take_survey(source, config)
+        return {name: array.tobytes() for name, array in found.to_tensors().items()}, found.to_json()
+
+    @pytest.mark.parametrize("kind", ["hdf5", "parquet"])
+    def test_workers_find_the_same(self, two, folder, kind, fetched, idle):
+        source = load(folder, kind)[0]
+        assert self.survey(source, two[1]) == self.survey(source, None)
+        assert len(fetched) == 4
+        assert all(fetched)
+        assert sum(len(each) for each in fetched) == N_ROWS // 100
+
+    def test_labels_and_weights(self, two, tmp_path, fetched, idle):
+        rng = np.random.default_rng(0)
+        names = np.array(["ash", "beech", "cedar"])[rng.integers(0, 3, 1000)]
+        table = pa.table({"x": rng.normal(size=1000), "y": names, "w": rng.uniform(0, 1, 1000)})
+        pq.write_table(table, tmp_path / "a.parquet", row_group_size=130)
+        source = open_source(tmp_path / "a.parquet", "y", weight="w")
+        there = self.survey(source, two[1], task="classification", loss="log_loss")
+        assert there == self.survey(source, None, task="classification", loss="log_loss")
+        assert len(fetched) == 4
+        assert all(fetched)
+
+    @pytest.mark.parametrize("way", ["none", "busy", "other versions", "lost", "unreadable"])
+    def test_the_client_does_what_workers_do_not(self, two, folder, monkeypatch, way, tmp_path, fetched):
+        client = two[1]
+        blocked: list[Any] = []
+        source = load(folder, "hdf5")[0]
+        if way == "none":
+            monkeypatch.setattr(survey_shares, "threads_of_workers", lambda client: {})
+        elif way == "busy":
+            monkeypatch.setattr(survey_shares, "_LEAST_PATIENCE_S", 0.1)
+            blocked = client.map(time.sleep, [3, 3.1], priority=100)
+        elif way == "other versions":
+            here = versions()
+            monkeypatch.setattr(survey_shares, "versions", lambda: here | {"numpy": "0.1"})
+        elif way == "lost":
+            monkeypatch.setattr(survey_shares, "look_there", _fails)
+        else:
+            (tmp_path / "rows.h5").write_bytes((folder / "rows.h5").read_bytes())
+            source = open_source(tmp_path / "rows.h5", "y")
+            list(source.iter_targets())  # from now on it is open here
+            (tmp_path / "rows.h5").rename(tmp_path / "moved.h5")
+        assert self.survey(source, client) == self.survey(source, None)
+        assert not any(fetched)
+        client.cancel(blocked, force=True)
+
+    @pytest.mark.parametrize("row", [3, 1500, 2999])
+    def test_what_is_wrong_is_said_as_without_a_cluster(self, two, tmp_path, row, idle):
+        X, y = np.zeros((3000, 1), np.float32), np.arange(3000.0)
+        y[[row, 2999]] = np.nan
+        pq.write_table(pa.table({"x": X[:, 0], "y": y}), tmp_path / "a.parquet", row_group_size=225)
+        source = open_source(tmp_path / "a.parquet", "y")
+        with pytest.raises(errors.NonFiniteError) as there:
+            self.survey(source, two[1])
+        with pytest.raises(errors.NonFiniteError) as here:
+            self.survey(source, None)
+        assert str(there.value) == str(here.value)
+        assert task_states(two[1]) == 0
+
+    def test_fit_leaves_it_to_the_workers_of_its_client(self, two, folder, here, fetched, idle):
+        assert fit(folder, "hdf5", client=two[1])["theta"] == fit(folder, "hdf5")["theta"]
+        assert any(fetched)
+        assert task_states(two[1]) == 0
+        n = len(fetched)
+        estimator().fit(load(folder, "hdf5")[0])  # with the default client, which was not asked for
+        assert len(fetched) == n
+
+
+def _fails(*_: Any) -> None:
+    raise RuntimeError("a worker that does not know this")
 
 
 class TestErrors:

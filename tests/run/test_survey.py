@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import json
+import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,17 @@ from hypothesis import strategies as st
 
 from streamgd.data.sources import open_source
 from streamgd.data.sources.memory import MemorySource
+from streamgd.data.targets import ClassCounter
 from streamgd.errors import DataError, NonFiniteError, OptionError, SchemaError
 from streamgd.learn.losses import LOSSES
 from streamgd.learn.moments import Moments
 from streamgd.learn.recipe import Recipe
 from streamgd.run import sample as module
+from streamgd.run import survey_shares
 from streamgd.run.config import Config
 from streamgd.run.sample import SAMPLE_ROWS, sample_runs
 from streamgd.run.survey import Survey, take_survey
+from streamgd.run.target_segments import look_at_labels, look_at_values
 from tests.data.fake import FakeSource, repeatable
 
 REGRESSIONS = [loss.name for loss in LOSSES.values() if loss.task == "regression"]
@@ -496,6 +500,59 @@ def test_blocks_change_no_bit_of_a_classification(weighted: bool, text: bool) ->
         for blocks in cut(N)
     ]
     assert all(each == found[0] for each in found[1:])
+
+
+# --- segments --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["values", "labels"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_segments_change_no_bit_wherever_blocks_end(kind: str, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(survey_shares, "SEGMENT_ROWS", 64)
+    X, y, weight = rows(2)
+    config = regression() if kind == "values" else classification(class_weight="balanced")
+    target, w = (y, weight) if kind == "values" else (np.array(["ash", "beech", "cedar"])[labels(3)], weight)
+    found = [take_survey(FakeSource(blocks, X, target, weight=w if weighted else None), config) for blocks in cut(N)]
+    assert all(bits(each) == bits(found[0]) for each in found[1:])
+    monkeypatch.undo()
+    whole = take_survey(FakeSource([N], X, target, weight=w if weighted else None), config)
+    np.testing.assert_allclose(found[0].target_mean, whole.target_mean, rtol=1e-14)
+    np.testing.assert_allclose(found[0].target_scale, whole.target_scale, rtol=1e-13)
+    np.testing.assert_allclose(found[0].class_weights, whole.class_weights, rtol=1e-14)
+    assert found[0].class_counts.tolist() == whole.class_counts.tolist()
+    assert found[0].null_loss == pytest.approx(whole.null_loss, rel=1e-13)
+    assert found[0].mean_weight == pytest.approx(whole.mean_weight, rel=1e-14)
+
+
+@pytest.mark.parametrize("look", [look_at_values, look_at_labels])
+def test_whoever_looks_at_a_segment_finds_the_same(look: Any) -> None:
+    X, y, weight = rows()
+    target = y if look is look_at_values else labels(3)
+    source = FakeSource([30] * 6 + [20], X, target, weight=weight)
+    whole = look(source, 0, N, 64)
+    parts = [*look(source, 0, 128, 64), *look(source, 128, 192, 64), *look(source, 192, N, 64)]
+    assert [pickle.dumps(each) for each in parts] == [pickle.dumps(each) for each in whole]
+    assert len(whole) == 4
+
+
+def test_labels_of_several_kinds_come_together() -> None:
+    """A column of objects may begin with numbers, and end with text that looks like them."""
+    counters = []
+    for piece in (np.array([1.0, 2.0]), np.array([2**60, 3]), pa.array([True, False]), np.array([3, 5], np.int8)):
+        counters.append(ClassCounter())
+        counters[-1].add(piece, np.array([0.5, 0.25]))
+    whole = ClassCounter()
+    for piece in (np.array([1.0, 2.0]), np.array([2**60, 3]), pa.array([True, False]), np.array([3, 5], np.int8)):
+        whole.add(piece, np.array([0.5, 0.25]))
+    joined = ClassCounter()
+    for counter in counters:
+        joined.join(counter)
+    assert joined.classes.tolist() == whole.classes.tolist()
+    assert joined.classes.dtype == whole.classes.dtype
+    assert joined.counts.tolist() == whole.counts.tolist()
+    assert joined.weight_sums.tolist() == whole.weight_sums.tolist()
+    few = ClassCounter(max_classes=3)
+    few.join(counters[0])
+    with pytest.raises(DataError, match="more than 3 classes"):
+        few.join(counters[1])
 
 
 # --- what cannot be used ---------------------------------------------------------------------------------------------

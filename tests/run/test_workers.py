@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from streamgd.run.members import Members
-from streamgd.run.runs import versions
+from streamgd.run.versions import differing_versions, versions
 from streamgd.run.worker_memory import WorkerMemory
-from streamgd.run.workers import WorkerReport, assign, differing_versions, unfit, usable_memory
+from streamgd.run.workers import WorkerReport, assign, unfit, usable_memory
 from tests.run import small
 
 FIT = WorkerReport(versions(), n_threads=1, memory_limit=0, unreadable=None)

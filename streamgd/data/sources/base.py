@@ -300,8 +300,13 @@ class Source(abc.ABC):
             yield self.open_block(block, piece_rows=min(n_rows, piece_rows))
 
     @abc.abstractmethod
-    def iter_targets(self) -> Iterator[tuple[int, Any, Array | None]]:
+    def iter_targets(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Any, Array | None]]:
         """Read the target and weight columns alone, in file order, in bounded pieces.
+
+        Parameters
+        ----------
+        start, stop : int
+            The first row and the one after the last, counted from the source's first; all rows by default.
 
         Yields
         ------
@@ -344,6 +349,11 @@ class Source(abc.ABC):
     def held_bytes(self) -> int:
         """Bytes of rows that this object holds in memory, and that go with it to other processes."""
         return 0
+
+    @property
+    def lies_in_files(self) -> bool:
+        """Whether other processes open files for the rows: it is no collection, and not all of it goes with it."""
+        return self.kind != "dask" and self.held_bytes != self.stored_bytes
 
     def check_unchanged(self, blocks: Sequence[int]) -> None:  # noqa: B027 - most sources look when they open a file
         """Make sure that the files behind some blocks are those that were opened, wherever this source was sent.

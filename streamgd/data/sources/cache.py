@@ -191,12 +191,13 @@ class CacheSource(Source):
             None if weight is None else weight[first:stop][:, 0],
         )
 
-    def iter_targets(self) -> Iterator[tuple[int, Any, Array | None]]:
+    def iter_targets(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Any, Array | None]]:
         """Read the target and weight columns alone; see `Source.iter_targets`."""
         y, weight = self._columns["target"], self._columns.get("weight")
         assert self.target is not None
-        for first in range(0, self.n_rows, _TARGET_ROWS):
-            rows = slice(first, min(first + _TARGET_ROWS, self.n_rows))
+        stop = self.n_rows if stop is None else stop
+        for first in range(start, stop, _TARGET_ROWS):
+            rows = slice(first, min(first + _TARGET_ROWS, stop))
             values = y[rows]
             weights = None if weight is None else weight[rows][:, 0]
             yield first, values[:, 0] if self.target.n_outputs == 1 else values, weights

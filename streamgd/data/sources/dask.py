@@ -232,28 +232,31 @@ class DaskSource(Source):
             numbers = self._numbers[list(blocks)].tolist()
             self._ahead.announce(self._graph(targets_only=False), client, numbers, self._n_open)
 
-    def iter_targets(self) -> Iterator[tuple[int, Any, Array | None]]:
+    def iter_targets(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Any, Array | None]]:
         """Compute target and weights alone, a block at a time."""
         if self.target is None and not self.has_weight:
             return
-        first = 0
-        for block, (_, y, weight) in self._targets():
-            n_rows = int(self.block_rows[block])
-            yield first, None if y is None else y.read(0, n_rows), None if weight is None else weight.read(0, n_rows)
-            first += n_rows
+        stop = self.n_rows if stop is None else stop
+        stops = np.cumsum(self.block_rows)
+        blocks = np.flatnonzero((stops > start) & (stops - self.block_rows < stop)).tolist()
+        for block, (_, y, weight) in self._targets(blocks):
+            before = int(stops[block] - self.block_rows[block])
+            first, end = max(start - before, 0), min(int(self.block_rows[block]), stop - before)  # of this block
+            some_y = None if y is None else y.read(first, end)
+            yield before + first, some_y, None if weight is None else weight.read(first, end)
 
-    def _targets(self) -> Iterator[tuple[int, Any]]:
-        """Compute target and weights of every block: on a cluster, those of many blocks for one answer of it."""
+    def _targets(self, blocks: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        """Compute target and weights of some blocks: on a cluster, those of many for one answer of it."""
         client = self._computing_client()
-        if client is None:
-            for block in range(self.n_blocks):
+        if client is None or not blocks:
+            for block in blocks:
                 yield block, self._compute(block, targets_only=True)
             return
         graph = self._graph(targets_only=True)
-        groups = self._target_groups()
+        groups = self._target_groups(blocks)
         under_way = [graph.submit_all(client, self._numbers[groups[0]].tolist())]
         try:
-            for blocks, following in zip(groups, [*groups[1:], None], strict=True):
+            for group, following in zip(groups, [*groups[1:], None], strict=True):
                 if following is not None:
                     under_way.append(graph.submit_all(client, self._numbers[following].tolist()))
                 try:
@@ -262,7 +265,7 @@ class DaskSource(Source):
                     raise
                 except Exception:
                     found = {}  # which block it is, and why, comes out block by block
-                for block in blocks:
+                for block in group:
                     number = int(self._numbers[block])
                     if number in found:
                         yield block, self._checked(block, found[number], targets_only=True)
@@ -270,14 +273,14 @@ class DaskSource(Source):
                         yield block, self._compute(block, targets_only=True)
                 del under_way[0]
         finally:
-            for future in (f for blocks in under_way for futures in blocks.values() for f in futures):
+            for future in (f for group in under_way for futures in group.values() for f in futures):
                 future.release()  # an error's traceback holds them, and with them their tasks on the cluster
 
-    def _target_groups(self) -> list[list[int]]:
-        """Divide the blocks into runs whose targets may be in memory together."""
+    def _target_groups(self, blocks: Sequence[int]) -> list[list[int]]:
+        """Divide blocks into runs whose targets may be in memory together."""
         groups: list[list[int]] = [[]]
         n_rows = 0
-        for block, rows in enumerate(self.block_rows.tolist()):
+        for block, rows in zip(blocks, self.block_rows[list(blocks)].tolist(), strict=True):
             if groups[-1] and (n_rows + rows > _TARGET_ROWS or len(groups[-1]) == _TARGET_BLOCKS):
                 groups.append([])
                 n_rows = 0

@@ -58,6 +58,11 @@ def workers_timeout() -> float:
     return _timeout_s.get()
 
 
+def chosen_client() -> Any | None:
+    """Return the client that was chosen with `computing_on`, if any."""
+    return _chosen.get()
+
+
 def active_client() -> Any | None:
     """Return the `distributed.Client` that computes for this thread, or None; never imports `distributed`.
 

@@ -234,28 +234,33 @@ class Hdf5Source(Source):
             columns.extend([array] if array.ndim == 1 else np.ascontiguousarray(array.T))
         return Slice(columns, y, weight)
 
-    def iter_targets(self) -> Iterator[tuple[int, Any, Array | None]]:
+    def iter_targets(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Any, Array | None]]:
         """Read target and weights, many blocks at a time."""
         if self.target is None and not self.has_weight:
             return
-        first = 0
-        for arrays in self._read_targets():
+        first = start
+        for arrays in self._read_targets(start, self.n_rows if stop is None else stop):
             yield first, arrays[0] if self.target is not None else None, arrays[-1] if self.has_weight else None
             first += len(arrays[0])
 
-    def _read_targets(self) -> Iterator[list[Array]]:
+    def _read_targets(self, start: int, stop: int) -> Iterator[list[Array]]:
         """Read target and weights in file order; where they must be decoded, the next ones meanwhile."""
         n_features = len(self._files[0].features)
         pieces: list[tuple[int, range, int, int]] = []
-        decoded = False
+        decoded, before = False, 0
         for file, info in enumerate(self._files):
+            first, last = max(0, start - before), min(info.n_rows, stop - before)  # of this file
+            before += info.n_rows
+            if first >= last:
+                continue
             wholes = [each.chunks[0] for each in info.datasets[n_features:] if each.chunks and each.in_wholes]
             decoded |= bool(wholes)
             tallest = max(wholes, default=1)  # whole chunks, so that each is decoded once
             step = tallest * max(1, _TARGET_ROWS // tallest)
             wanted = range(n_features, len(info.datasets))
-            pieces += [(file, wanted, at, min(at + step, info.n_rows)) for at in range(0, info.n_rows, step)]
-        if not decoded or len(pieces) == 1:
+            cuts = range(first - first % step, last, step)
+            pieces += [(file, wanted, max(at, first), min(at + step, last)) for at in cuts]
+        if not decoded or len(pieces) <= 1:
             yield from (self.read_rows(*piece) for piece in pieces)
             return
         pool = ThreadPoolExecutor(_TARGETS_AHEAD, "streamgd-targets")

@@ -188,14 +188,15 @@ class MemorySource(Source):
                 found.extend(strips)
         return found
 
-    def iter_targets(self) -> Iterator[tuple[int, Any, Array | None]]:
+    def iter_targets(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Any, Array | None]]:
         """Hand out target and weights, many blocks at a time."""
         if self._target is None and self._weight is None:
             return
-        for first in range(0, self.n_rows, _TARGET_ROWS):
-            stop = min(first + _TARGET_ROWS, self.n_rows)
-            y = None if self._target is None else self._target.read(first, stop)
-            yield first, y, None if self._weight is None else self._weight.read(first, stop)
+        stop = self.n_rows if stop is None else stop
+        for first in range(start, stop, _TARGET_ROWS):
+            end = min(first + _TARGET_ROWS, stop)
+            y = None if self._target is None else self._target.read(first, end)
+            yield first, y, None if self._weight is None else self._weight.read(first, end)
 
     @property
     def held_bytes(self) -> int:

@@ -172,19 +172,20 @@ class ParquetSource(Source):
         """Open a row group; `start` costs the decoding of the rows before it, in the page that it lies in at least."""
         return open_rows(self, block, start, piece_rows, self._roles.features, self._scratch)
 
-    def iter_targets(self) -> Iterator[tuple[int, Any, Array | None]]:
+    def iter_targets(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Any, Array | None]]:
         """Read the target and weight columns alone, 65,536 rows at a time."""
         if self.target is None and not self.has_weight:
             return
-        first = 0
+        stop, before = self.n_rows if stop is None else stop, 0
         for block, n_rows in enumerate(self.block_rows.tolist()):
-            with open_rows(self, block, 0, _TARGET_ROWS, (), self._scratch) as reader:
-                done = 0
-                while done < n_rows:
-                    n, piece = reader.read_some(min(_TARGET_ROWS, n_rows - done))
-                    yield first + done, piece.y, piece.weight
-                    done += n
-            first += n_rows
+            done, end = max(0, start - before), min(n_rows, stop - before)  # of this row group
+            if done < end:
+                with open_rows(self, block, done, _TARGET_ROWS, (), self._scratch) as reader:
+                    while done < end:
+                        n, piece = reader.read_some(min(_TARGET_ROWS, end - done))
+                        yield before + done, piece.y, piece.weight
+                        done += n
+            before += n_rows
 
     def stamp(self) -> dict[str, Any]:
         """Look at the files; see `Source.stamp`."""
