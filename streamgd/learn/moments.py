@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
@@ -45,14 +44,15 @@ class Moments:
         """
         kernels.add_moments(X, weight, self._mean, self._squares, self._total, self._n_rows)
 
-    @classmethod
-    def joined(cls, parts: Sequence[Self]) -> Self:
-        """Return those of several parts of the rows, in the order of these; nothing can be added to it."""
-        found = cls(parts[0]._mean.shape[1])
-        found._mean = np.concatenate([part._mean for part in parts])
-        found._squares = np.concatenate([part._squares for part in parts])
-        found._total = np.concatenate([part._total for part in parts])
-        return found
+    def joined(self, later: Self) -> Self:
+        """Return the sums of these rows and of others that come after them; no rows can be added to it."""
+        if not (self.total and later.total):  # the gap to rows of no weight says nothing, and could overflow
+            return later if self.total == 0 else self
+        both = type(self)(self._mean.shape[1])
+        (first, squares), (second, later_squares) = self.merged(), later.merged()
+        both._mean, both._squares = np.stack([first, second]), np.stack([squares, later_squares])
+        both._total = np.array([self.total, later.total])
+        return both
 
     @property
     def total(self) -> float:

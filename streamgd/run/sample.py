@@ -30,10 +30,10 @@ def sampling_step(n_rows: int) -> int:
     return n_rows // SAMPLE_ROWS + 1
 
 
-def sample_runs(source: Source, *, everything: bool = False) -> Iterator[tuple[int, int, int]]:
+def sample_runs(source: Source) -> Iterator[tuple[int, int, int]]:
     """Yield (block, start, n_rows) of the rows to sample: a pure function of the source's metadata."""
     n_rows = source.n_rows
-    if everything or n_rows <= SAMPLE_ROWS:
+    if n_rows <= SAMPLE_ROWS:
         for block, rows in enumerate(source.block_rows):
             yield block, 0, int(rows)
         return
@@ -59,10 +59,20 @@ def _divide(wanted: int, available: NDArray[np.int64]) -> list[int]:
     return shares
 
 
-def read_sample(
-    source: Source, runs: Sequence[tuple[int, int]], buffer_bytes: int
+def read_runs(
+    source: Source, runs: Sequence[tuple[int, int, int]], buffer_bytes: int
 ) -> Iterator[tuple[int, Floats, Any]]:
-    """Yield (first row, features, weights) of pieces of the sample, in order, read side by side if there is room."""
+    """Yield (first row, features, weights) of pieces of runs of rows, in order, read side by side if there is room.
+
+    Parameters
+    ----------
+    source : Source
+        Any.
+    runs : sequence of (block, start, n_rows)
+        Which rows.
+    buffer_bytes : int
+        The run's buffer.
+    """
     offsets = np.cumsum(source.block_rows) - source.block_rows
     placer = RowPlacer(source, None, None, None, check=False)
     piece = max(1, (1 << 22) // (8 * source.n_features))
@@ -72,26 +82,28 @@ def read_sample(
         placer.place_features(rows.X, np.arange(n, dtype=np.int32), X, block)
         return int(offsets[block]) + done, X, rows.weight
 
-    def read_head(block: int, n: int) -> tuple[int, Floats, Any]:
-        with source.open_block(block, piece_rows=n) as reader:
-            first, X, weight = read(block, reader, 0, n)
+    def read_whole(block: int, start: int, n: int) -> tuple[int, Floats, Any]:
+        with source.open_block(block, start, piece_rows=n) as reader:
+            first, X, weight = read(block, reader, start, n)
             return first, X, None if weight is None else np.array(weight)  # it may be the reader's own
 
-    most = max(n for _, n in runs)
+    most = max(n for _, _, n in runs)
     needed = _READ_AHEAD * (source.open_block_bytes + 2 * most * 8 * source.n_features)  # as stored, and as numbers
     room = min(_READ_AHEAD_BYTES, buffer_bytes // 2)
     simple = source.kind in ("dask", "memory") or len(runs) == 1  # Dask computes blocks ahead in its own way
     if simple or most > piece or needed > room:
-        for (block, n), opened in zip(runs, source.open_heads(runs, piece_rows=piece), strict=True):
-            with opened as reader:
+        heads = [(block, n) for block, start, n in runs if start == 0]  # others begin with rows in a block's middle
+        opened = iter(source.open_heads(heads, piece_rows=piece))
+        for block, start, n in runs:
+            with next(opened) if start == 0 else source.open_block(block, start, piece_rows=piece) as reader:
                 for done in range(0, n, piece):
-                    yield read(block, reader, done, min(piece, n - done))
+                    yield read(block, reader, start + done, min(piece, n - done))
         return
     with ThreadPoolExecutor(_READ_AHEAD, "streamgd-survey") as pool:
         ahead: deque[Future[tuple[int, Floats, Any]]] = deque()
         try:
-            for block, n in runs:
-                ahead.append(pool.submit(read_head, block, n))
+            for run in runs:
+                ahead.append(pool.submit(read_whole, *run))
                 if len(ahead) > _READ_AHEAD:
                     yield ahead.popleft().result()
             while ahead:

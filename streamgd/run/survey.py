@@ -7,10 +7,12 @@ blocks end, see `streamgd.learn.moments`.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,8 +33,10 @@ from streamgd.learn.losses import start_intercept
 from streamgd.learn.moments import Moments
 from streamgd.learn.scaling import Scaling
 from streamgd.run.config import Config
-from streamgd.run.sample import read_sample, sample_runs
+from streamgd.run.sample import read_runs, sample_runs
 from streamgd.run.sound_rows import checked_weights, require_finite
+from streamgd.run.survey_segments import look_at_features
+from streamgd.run.survey_shares import looked_at
 from streamgd.run.survey_targets import Targets, class_factors_of, survey_classes, survey_values
 
 Floats = NDArray[np.float64]
@@ -180,8 +184,7 @@ def _look(source: Source, config: Config, classes: NDArray[Any] | None) -> tuple
     def features() -> tuple[Scaling, int]:
         if not config.standardize:
             return Scaling.identity(source.n_features), 0
-        everything = config.standardize == "full"
-        return _survey_features(source, config, everything=everything)
+        return _survey_features(source, config)
 
     if source.kind == "memory" or not config.standardize:
         return targets(), features()
@@ -198,14 +201,20 @@ def _look(source: Source, config: Config, classes: NDArray[Any] | None) -> tuple
             raise
 
 
-def _survey_features(source: Source, config: Config, *, everything: bool) -> tuple[Scaling, int]:
+def _survey_features(source: Source, config: Config) -> tuple[Scaling, int]:
     moments = Moments(source.n_features)
     n_rows = 0
-    runs = [(block, n) for block, _, n in sample_runs(source, everything=everything)]
-    for first, X, weight in read_sample(source, runs, config.buffer_bytes):
-        require_finite(source, first, X, None)
-        moments.add(X, checked_weights(source, first, weight))
-        n_rows += len(X)
+    if config.standardize == "full":
+        look = partial(look_at_features, buffer_bytes=config.buffer_bytes)
+        with contextlib.closing(looked_at(source, look)) as segments:
+            for segment in segments:
+                moments = moments.joined(segment)
+        n_rows = source.n_rows
+    else:
+        for first, X, weight in read_runs(source, list(sample_runs(source)), config.buffer_bytes):
+            require_finite(source, first, X, None)
+            moments.add(X, checked_weights(source, first, weight))
+            n_rows += len(X)
     if moments.total <= 0:  # the sample happens to have no weight at all
         return Scaling.identity(source.n_features), n_rows
     mean, squares = moments.merged()

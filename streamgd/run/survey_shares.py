@@ -1,4 +1,4 @@
-"""The survey's pass over targets and weights, shared with the workers of a cluster.
+"""The survey's passes over all rows, shared with the workers of a cluster.
 
 Where a table has billions of rows, their targets take a single reader longer than all workers take for the epoch. So
 workers look at the last rows, and the client at the first ones, until they meet. The client waits for nobody but for
@@ -12,7 +12,7 @@ import contextlib
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ from streamgd.run.versions import differing_versions, versions
 
 Found = TypeVar("Found")
 #: Looks at the rows of a source from a first one to a last one, in segments of so many rows.
-Look = Callable[[Source, int, int, int], list[Found]]
+Look = Callable[[Source, int, int, int], Iterator[Found]]
 
 #: Rows that are added up by themselves. Another number makes other sums, in their last bits.
 SEGMENT_ROWS = 1 << 22
@@ -38,7 +38,7 @@ _SHARES = 2
 _PATIENCE, _LEAST_PATIENCE_S, _FETCH_S = 3, 1.0, 10.0
 
 
-def looked_at(source: Source, look: Look[Found]) -> list[Found]:
+def looked_at(source: Source, look: Look[Found]) -> Generator[Found]:
     """Look at all rows, with the workers of the client that was chosen if that is worth its while.
 
     Parameters
@@ -48,21 +48,20 @@ def looked_at(source: Source, look: Look[Found]) -> list[Found]:
     look : callable
         Pure, and known to workers by its name.
 
-    Returns
-    -------
-    list
-        What each segment came to, in order.
+    Yields
+    ------
+    object
+        What each segment came to, in order. Close the generator, so that nothing is left on the cluster.
     """
     client = chosen_client()
     n_segments = -(-source.n_rows // SEGMENT_ROWS)
-    if client is None or not source.lies_in_files or n_segments < _LEAST_SEGMENTS:
-        return look(source, 0, source.n_rows, SEGMENT_ROWS)
-    n_threads = sum((threads_of_workers(client) or {}).values())
+    shared = client is not None and source.lies_in_files and n_segments >= _LEAST_SEGMENTS
+    n_threads = sum((threads_of_workers(client) or {}).values()) if shared else 0
     if n_threads == 0:
-        return look(source, 0, source.n_rows, SEGMENT_ROWS)
-    shares = _Shares(client, source, look, min(n_segments, _SHARES * n_threads))
-    with contextlib.closing(shares):
-        return shares.gathered(n_threads)
+        yield from look(source, 0, source.n_rows, SEGMENT_ROWS)
+        return
+    with contextlib.closing(_Shares(client, source, look, min(n_segments, _SHARES * n_threads))) as shares:
+        yield from shares.gathered(n_threads)
 
 
 class _Shares:
@@ -81,22 +80,22 @@ class _Shares:
         ]
         self._futures = graph.hand_over(keys)
 
-    def gathered(self, n_threads: int) -> list[Any]:
-        """Look at shares in order until the workers have done the rest."""
-        found, longest_s, patient = [], 0.0, True
+    def gathered(self, n_threads: int) -> Iterator[Any]:
+        """Look at shares in order until the workers have done the rest; yield what segments come to."""
+        longest_s, patient = 0.0, True
         for number, (start, stop) in enumerate(self._bounds):
             future = self._futures[number]
             n_left = sum(not each.done() for each in self._futures[number:])
             if not future.done() and n_left <= n_threads and patient:  # workers have begun with all that is left
                 patient = _waited(future, max(_LEAST_PATIENCE_S, _PATIENCE * longest_s))
             there = _fetched(future)
-            if there is None:
-                future.release()
-                began = time.monotonic()
-                there = self._look(self._source, start, stop, SEGMENT_ROWS)
-                longest_s = max(longest_s, time.monotonic() - began)
-            found += there
-        return found
+            future.release()
+            if there is not None:
+                yield from there
+                continue
+            began = time.monotonic()
+            yield from self._look(self._source, start, stop, SEGMENT_ROWS)
+            longest_s = max(longest_s, time.monotonic() - began)
 
     def close(self) -> None:
         """Let go of what was handed over, even if a traceback holds it."""
@@ -117,7 +116,7 @@ def look_there(
     first, last = np.searchsorted(stops, [start, stop - 1], side="right").tolist()
     try:
         source.check_unchanged(range(first, last + 1))
-        return versions(), look(source, start, stop, segment_rows)
+        return versions(), list(look(source, start, stop, segment_rows))
     except Exception:  # the client finds it too, or the workers are refused before training
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,8 @@ from streamgd.data.sources.base import Source
 from streamgd.data.targets import ClassCounter, TargetCodec
 from streamgd.errors import DataError, OptionError, SchemaError
 from streamgd.learn.moments import Moments
+from streamgd.run.survey_segments import look_at_labels, look_at_values
 from streamgd.run.survey_shares import looked_at
-from streamgd.run.target_segments import look_at_labels, look_at_values
 
 Floats = NDArray[np.float64]
 
@@ -54,8 +55,12 @@ def survey_values(source: Source) -> Targets:
             f"{source.name}: the target {source.target.name!r} holds {source.target.dtype}, which regression cannot "
             "fit: choose a numeric target, or train a classification"
         )
-    segments = looked_at(source, look_at_values)
-    moments = Moments.joined([segment.moments for segment in segments])
+    moments, sample, sample_weight = Moments(source.target.n_outputs), [], []
+    with contextlib.closing(looked_at(source, look_at_values)) as segments:
+        for segment in segments:
+            moments = moments.joined(segment.moments)
+            sample.append(segment.sample)
+            sample_weight.append(segment.sample_weight)
     _require_weight(source, moments.total)
     mean, squares = moments.merged()
     return Targets(
@@ -65,8 +70,8 @@ def survey_values(source: Source) -> Targets:
         class_counts=_EMPTY,
         class_weights=_EMPTY,
         mean_weight=moments.total / source.n_rows,
-        sample=np.concatenate([segment.sample for segment in segments]),
-        sample_weight=np.concatenate([segment.sample_weight for segment in segments]),
+        sample=np.concatenate(sample),
+        sample_weight=np.concatenate(sample_weight),
     )
 
 
@@ -96,9 +101,10 @@ def survey_classes(source: Source, classes: NDArray[Any] | None) -> Targets:
             "classification takes one column of labels"
         )
     counter, total = ClassCounter(), 0.0
-    for segment in looked_at(source, look_at_labels):
-        counter.join(segment.counter)
-        total += segment.total_weight
+    with contextlib.closing(looked_at(source, look_at_labels)) as segments:
+        for segment in segments:
+            counter.join(segment.counter)
+            total += segment.total_weight
     _require_weight(source, total)
     found = counter.classes
     _require_labels(source, found)

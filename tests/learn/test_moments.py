@@ -36,6 +36,25 @@ def test_the_textbook_wherever_pieces_end(n_columns, n_rows, weighted):
         assert all(np.array_equal(a, b) for a, b in zip(again, (mean, squares, total), strict=True))
 
 
+def test_parts_that_are_joined():
+    rng = np.random.default_rng(2)
+    X, weight = rng.standard_normal((300, 2)) * [1, 1e160] + [1e6, 0], rng.uniform(0, 1, 300)
+    weight[:100] = 0  # of a part that has no weight nothing is taken, not even what overflows
+    joined = Moments(2)
+    for first in range(0, 300, 100):
+        part = Moments(2)
+        part.add(X[first : first + 100], weight[first : first + 100])
+        joined = joined.joined(part)
+    mean, squares, total = moments_of(X, weight, [])
+    np.testing.assert_allclose(joined.merged()[0], mean, rtol=1e-13)
+    np.testing.assert_allclose(joined.merged()[1][0], squares[0], rtol=1e-9)
+    assert joined.total == pytest.approx(total, rel=1e-14)
+    alone = Moments(2)
+    alone.add(X, weight)
+    again = Moments(2).joined(alone)
+    assert (*again.merged()[0], *again.merged()[1], again.total) == (*mean, *squares, total)
+
+
 def test_a_column_alone_has_the_bits_that_it_has_among_others():
     rng = np.random.default_rng(1)
     X, weight = rng.standard_normal((333, 4)), rng.uniform(0, 1, 333)

@@ -535,19 +535,21 @@ class TestSurvey:
 
         monkeypatch.setattr(survey_shares._Shares, "gathered", wait)
 
-    def survey(self, source: Any, client: Any, **options: Any) -> Any:
-        config = Config(Recipe(**options))
+    def survey(self, source: Any, client: Any, standardize: Any = True, **options: Any) -> Any:
+        config = Config(Recipe(**options), standardize=standardize)
         with computing_on(client, 60):
             found = take_survey(source, config)
         return {name: array.tobytes() for name, array in found.to_tensors().items()}, found.to_json()
 
     @pytest.mark.parametrize("kind", ["hdf5", "parquet"])
-    def test_workers_find_the_same(self, two, folder, kind, fetched, idle):
+    @pytest.mark.parametrize("standardize", [False, "full"])
+    def test_workers_find_the_same(self, two, folder, kind, standardize, fetched, idle):
         source = load(folder, kind)[0]
-        assert self.survey(source, two[1]) == self.survey(source, None)
-        assert len(fetched) == 4
+        there = self.survey(source, two[1], standardize=standardize)
+        assert there == self.survey(source, None, standardize=standardize)
+        assert len(fetched) == (8 if standardize else 4)
         assert all(fetched)
-        assert sum(len(each) for each in fetched) == N_ROWS // 100
+        assert sum(len(each) for each in fetched) == (2 if standardize else 1) * N_ROWS // 100
 
     def test_labels_and_weights(self, two, tmp_path, fetched, idle):
         rng = np.random.default_rng(0)

@@ -7,6 +7,7 @@ import decimal
 import json
 import pickle
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from streamgd.run import survey_shares
 from streamgd.run.config import Config
 from streamgd.run.sample import SAMPLE_ROWS, sample_runs
 from streamgd.run.survey import Survey, take_survey
-from streamgd.run.target_segments import look_at_labels, look_at_values
+from streamgd.run.survey_segments import look_at_features, look_at_labels, look_at_values
 from tests.data.fake import FakeSource, repeatable
 
 REGRESSIONS = [loss.name for loss in LOSSES.values() if loss.task == "regression"]
@@ -440,7 +441,6 @@ def test_sample_runs_properties(block_rows: list[int], cost: int, wanted: int) -
         source = fake(block_rows, cost)
         runs = list(sample_runs(source))
         assert runs == list(sample_runs(source))  # pure
-        assert list(sample_runs(source, everything=True)) == [(b, 0, n) for b, n in enumerate(block_rows)]
     assert len({block for block, _, _ in runs}) == len(runs)
     assert runs == sorted(runs)
     assert all(start == 0 and 1 <= n <= block_rows[block] for block, start, n in runs)
@@ -503,31 +503,35 @@ def test_blocks_change_no_bit_of_a_classification(weighted: bool, text: bool) ->
 
 
 # --- segments --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", ["values", "labels"])
+@pytest.mark.parametrize("kind", ["values", "labels", "features"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_segments_change_no_bit_wherever_blocks_end(kind: str, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey_shares, "SEGMENT_ROWS", 64)
     X, y, weight = rows(2)
-    config = regression() if kind == "values" else classification(class_weight="balanced")
-    target, w = (y, weight) if kind == "values" else (np.array(["ash", "beech", "cedar"])[labels(3)], weight)
+    config = regression(standardize="full" if kind == "features" else True)
+    if kind == "labels":
+        config = classification(class_weight="balanced")
+    target, w = np.array(["ash", "beech", "cedar"])[labels(3)] if kind == "labels" else y, weight
     found = [take_survey(FakeSource(blocks, X, target, weight=w if weighted else None), config) for blocks in cut(N)]
     assert all(bits(each) == bits(found[0]) for each in found[1:])
     monkeypatch.undo()
     whole = take_survey(FakeSource([N], X, target, weight=w if weighted else None), config)
     np.testing.assert_allclose(found[0].target_mean, whole.target_mean, rtol=1e-14)
     np.testing.assert_allclose(found[0].target_scale, whole.target_scale, rtol=1e-13)
+    np.testing.assert_allclose(found[0].scaling.scale, whole.scaling.scale, rtol=1e-9)
+    assert found[0].n_sampled == N
     np.testing.assert_allclose(found[0].class_weights, whole.class_weights, rtol=1e-14)
     assert found[0].class_counts.tolist() == whole.class_counts.tolist()
     assert found[0].null_loss == pytest.approx(whole.null_loss, rel=1e-13)
     assert found[0].mean_weight == pytest.approx(whole.mean_weight, rel=1e-14)
 
 
-@pytest.mark.parametrize("look", [look_at_values, look_at_labels])
+@pytest.mark.parametrize("look", [look_at_values, look_at_labels, partial(look_at_features, buffer_bytes=1 << 20)])
 def test_whoever_looks_at_a_segment_finds_the_same(look: Any) -> None:
     X, y, weight = rows()
-    target = y if look is look_at_values else labels(3)
+    target = labels(3) if look is look_at_labels else y
     source = FakeSource([30] * 6 + [20], X, target, weight=weight)
-    whole = look(source, 0, N, 64)
+    whole = list(look(source, 0, N, 64))
     parts = [*look(source, 0, 128, 64), *look(source, 128, 192, 64), *look(source, 192, N, 64)]
     assert [pickle.dumps(each) for each in parts] == [pickle.dumps(each) for each in whole]
     assert len(whole) == 4

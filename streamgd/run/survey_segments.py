@@ -1,4 +1,4 @@
-"""What targets and weights come to, in segments of the rows.
+"""What rows come to, in segments of them: their targets, their labels, their features.
 
 Rows are added up one after the other within a segment, and segments are put together in order. So what comes of them
 depends on the rows alone: not on blocks, nor on who looked at which segments (`streamgd.run.survey_shares`).
@@ -20,7 +20,7 @@ from streamgd.data.sources.base import Source
 from streamgd.data.targets import ClassCounter, TargetCodec
 from streamgd.errors import NonFiniteError
 from streamgd.learn.moments import Moments
-from streamgd.run.sample import sampling_step
+from streamgd.run.sample import read_runs, sampling_step
 from streamgd.run.sound_rows import checked_weights, require_finite
 
 Floats = NDArray[np.float64]
@@ -53,7 +53,7 @@ class Labels:
     total_weight: float
 
 
-def look_at_values(source: Source, start: int, stop: int, segment_rows: int) -> list[Values]:
+def look_at_values(source: Source, start: int, stop: int, segment_rows: int) -> Iterator[Values]:
     """Look at targets that are numbers.
 
     Parameters
@@ -65,6 +65,11 @@ def look_at_values(source: Source, start: int, stop: int, segment_rows: int) -> 
     segment_rows : int
         Rows of a segment.
 
+    Yields
+    ------
+    Values
+        Of each segment.
+
     Raises
     ------
     NonFiniteError
@@ -74,7 +79,6 @@ def look_at_values(source: Source, start: int, stop: int, segment_rows: int) -> 
     n_targets, step = source.target.n_outputs, sampling_step(source.n_rows)
     codec, what = TargetCodec(classes=None, n_outputs=n_targets), f"target {source.target.name!r}"
     pieces = iter_numbers(source, codec, start, stop) or source.iter_targets(start, stop)
-    found = []
     for segment in _segments(pieces, segment_rows):
         moments = Moments(n_targets)
         sample, sample_weight = [], []
@@ -89,11 +93,10 @@ def look_at_values(source: Source, start: int, stop: int, segment_rows: int) -> 
             sampled = values[-first % step :: step]
             sample.append(sampled.copy())
             sample_weight.append(weights[-first % step :: step].copy() if weights.size else np.ones(len(sampled)))
-        found.append(Values(moments, np.concatenate(sample), np.concatenate(sample_weight)))
-    return found
+        yield Values(moments, np.concatenate(sample), np.concatenate(sample_weight))
 
 
-def look_at_labels(source: Source, start: int, stop: int, segment_rows: int) -> list[Labels]:
+def look_at_labels(source: Source, start: int, stop: int, segment_rows: int) -> Iterator[Labels]:
     """Look at the labels of a classification; see `look_at_values`.
 
     Raises
@@ -104,7 +107,6 @@ def look_at_labels(source: Source, start: int, stop: int, segment_rows: int) -> 
         For labels that cannot be classes.
     """
     assert source.target is not None
-    found = []
     for segment in _segments(source.iter_targets(start, stop), segment_rows):
         counter, total = ClassCounter(), 0.0
         for first, y, weight in segment:
@@ -117,20 +119,48 @@ def look_at_labels(source: Source, start: int, stop: int, segment_rows: int) -> 
                 )
             # Added one after the other, so that the sum does not depend on where pieces end.
             total = float(np.cumsum(np.concatenate([[total], weights]))[-1]) if weights.size else total + len(y)
-        found.append(Labels(counter, total))
-    return found
+        yield Labels(counter, total)
+
+
+def look_at_features(
+    source: Source, start: int, stop: int, segment_rows: int, *, buffer_bytes: int
+) -> Iterator[Moments]:
+    """Look at all features; see `look_at_values`.
+
+    Parameters
+    ----------
+    buffer_bytes : int
+        The run's buffer, of which reading side by side takes a part.
+
+    Raises
+    ------
+    NonFiniteError
+        For NaN, infinity or null in a feature or weight.
+    """
+    stops = np.cumsum(source.block_rows)
+    runs = []
+    for block in np.flatnonzero((stops > start) & (stops - source.block_rows < stop)).tolist():
+        before = int(stops[block] - source.block_rows[block])
+        first, end = max(start - before, 0), min(int(source.block_rows[block]), stop - before)
+        runs.append((block, first, end - first))
+    for segment in _segments(read_runs(source, runs, buffer_bytes), segment_rows):
+        moments = Moments(source.n_features)
+        for first, X, weight in segment:
+            require_finite(source, first, X, None)
+            moments.add(X, checked_weights(source, first, weight))
+        yield moments
 
 
 def _segments(pieces: Iterable[tuple[int, Any, Any]], segment_rows: int) -> Iterator[Iterator[tuple[int, Any, Any]]]:
     """Yield the pieces of each segment, cut where segments end."""
 
     def cut() -> Iterator[tuple[int, tuple[int, Any, Any]]]:
-        for first, y, weight in pieces:
+        for first, values, weight in pieces:
             done = 0
-            while done < len(y):
+            while done < len(values):
                 segment, at = divmod(first + done, segment_rows)
-                end = min(len(y), done + segment_rows - at)
-                yield segment, (first + done, y[done:end], None if weight is None else weight[done:end])
+                end = min(len(values), done + segment_rows - at)
+                yield segment, (first + done, values[done:end], None if weight is None else weight[done:end])
                 done = end
 
     for _, segment in groupby(cut(), key=itemgetter(0)):
