@@ -412,7 +412,7 @@ def _number_dtype(name: str) -> str | None:
     """Return a dtype's name if NumPy knows it and it is a number or a boolean."""
     try:
         dtype = np.dtype(name)
-    except TypeError:
+    except (TypeError, ValueError):  # Arrow's types have other names
         return None
     return dtype.name if dtype.kind in "fiub" else None
 

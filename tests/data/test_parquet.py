@@ -729,3 +729,61 @@ class TestText:
         words = r"not UTF-8, in a.parquet, row group 0, row 90 of"
         with ParquetSource(path, "y").open_block(0, 80, piece_rows=20) as reader, pytest.raises(DataError, match=words):
             reader.read(20)
+
+
+_PAIR = pa.struct([("left", pa.float64()), ("right", pa.float64())])
+_EXTENDED = {"pair": _PAIR, "number": pa.float64(), "decimal": pa.decimal128(9, 2), "text": pa.string()}
+
+
+class _Extended(pa.ExtensionType):
+    """By default two columns of a file, as pandas' intervals are."""
+
+    def __init__(self, storage: pa.DataType = _PAIR) -> None:
+        super().__init__(storage, f"test.{storage}")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage: pa.DataType, _: bytes) -> _Extended:
+        return cls(storage)
+
+
+class TestExtensionTypes:
+    """Who has registered which of Arrow's extension types in this process changes nothing."""
+
+    def table(self) -> pa.Table:
+        rng = np.random.default_rng(0)
+        values = {
+            "pair": [{"left": 1.0, "right": 2.0}] * 50,
+            "number": rng.normal(size=50).tolist(),
+            "decimal": [decimal.Decimal(i) / 4 for i in range(50)],
+            "text": ["a", "b"] * 25,
+        }
+        columns = {
+            name: pa.ExtensionArray.from_storage(_Extended(kind), pa.array(values[name], kind))
+            for name, kind in _EXTENDED.items()
+        }
+        return pa.table(columns | {"a": rng.normal(size=50), "b": rng.normal(size=50)})
+
+    @pytest.mark.parametrize("features", [["b"], ["a", "b"], ["number", "a"], ["decimal", "number", "b"]])
+    @pytest.mark.parametrize("target", ["a", "number", "decimal", "text"])
+    def test_rows_are_those_that_are_stored(self, tmp_path: Path, features: list[str], target: str) -> None:
+        pq.write_table(self.table(), tmp_path / "a.parquet", row_group_size=20)
+        features = [name for name in features if name != target]
+        plain_rows = read_all(ParquetSource(tmp_path / "a.parquet", target, features=features))
+        for kind in _EXTENDED.values():
+            pa.register_extension_type(_Extended(kind))
+        try:
+            assert isinstance(pq.read_schema(tmp_path / "a.parquet").field("pair").type, _Extended)
+            rows = read_all(ParquetSource(tmp_path / "a.parquet", target, features=features))
+        finally:
+            for kind in _EXTENDED.values():
+                pa.unregister_extension_type(f"test.{kind}")
+        for found, expected in zip(rows[:2], plain_rows[:2], strict=True):
+            assert found.tolist() == expected.tolist()
+        stored = self.table()
+        for j, name in enumerate(features):
+            column = stored[name].combine_chunks()
+            column = column.storage if isinstance(column, pa.ExtensionArray) else column
+            np.testing.assert_array_equal(rows[0][:, j], [float(value) for value in column.to_pylist()])

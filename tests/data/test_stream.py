@@ -1,3 +1,4 @@
+import decimal
 import gc
 import json
 import threading
@@ -5,6 +6,7 @@ import time
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -69,6 +71,14 @@ class TestBatches:
             features[:] = -1
             target[:] = -1
         assert np.array_equal(X, np.arange(600).reshape(200, 3))
+
+    def test_with_a_target_of_decimals(self, tmp_path):
+        y = pa.array([decimal.Decimal(i) / 4 for i in range(40)], pa.decimal128(9, 2))
+        pq.write_table(pa.table({"x": np.arange(40.0), "y": y}), tmp_path / "a.parquet")
+        with stream(streamgd.data.sources.open_source(tmp_path / "a.parquet", "y")) as batches:
+            ((X, found),) = list(batches)
+        assert found.dtype == np.float64
+        assert (found == X[:, 0] / 4).all()
 
     def test_with_weights_without_target_and_with_several(self):
         weight = np.linspace(0, 1, 40)

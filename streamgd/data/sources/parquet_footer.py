@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from streamgd.data.sources.mapped import OpenFile
 from streamgd.data.sources.parquet_chunks import ChunkTable, Footer
-from streamgd.data.sources.parquet_types import ColumnType, column_type
+from streamgd.data.sources.parquet_types import ColumnType, column_type, stored_type
 from streamgd.errors import CorruptDataError, DataError, SchemaError, SourceNotFoundError, StreamgdError
 
 _MAGIC, _ENCRYPTED_MAGIC = b"PAR1", b"PARE"
@@ -126,14 +126,20 @@ class Layout:
         self.repeated = {name for name, n in Counter(self.names).items() if n > 1}
         at = 0
         for field in schema:
-            self.leaves[field.name] = Leaf(at, column_type(field.type))
+            self.leaves[field.name] = Leaf(at, column_type(stored_type(field.type)))
             at += _n_leaves(field.type)
+        if at != metadata.num_columns:
+            raise SchemaError(
+                f"the schema has {at} columns, nested ones counted, and the file {metadata.num_columns}: it has a type "
+                "that is not known here. Write the file again without it"
+            )
         stored = (schema.pandas_metadata or {}).get("index_columns", [])
         self.index_names = {name for name in stored if isinstance(name, str)}
 
 
 def _n_leaves(arrow: pa.DataType) -> int:
     """Count the Parquet columns behind an Arrow type."""
+    arrow = stored_type(arrow)
     if pa.types.is_nested(arrow) and arrow.num_fields:
         return sum(_n_leaves(arrow.field(i).type) for i in range(arrow.num_fields))
     return 1

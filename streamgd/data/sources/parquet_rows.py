@@ -14,7 +14,7 @@ from streamgd.data.sources.base import Array, BlockReader, Columns, Slice
 from streamgd.data.sources.buffers import Buffers
 from streamgd.data.sources.parquet_direct import DirectColumn, DirectRows, UndecodableError, direct_column
 from streamgd.data.sources.parquet_pages import STREAM_BYTES
-from streamgd.data.sources.parquet_types import first_not_text, to_numbers
+from streamgd.data.sources.parquet_types import as_stored, first_not_text, to_numbers
 from streamgd.errors import CorruptDataError, DataError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ class ArrowReader(BlockReader):
             ) from None
         except _READ_ERRORS as err:
             raise self._read_error(err, self._next) from err
-        return batch, batch.num_rows
+        return as_stored(batch), batch.num_rows
 
     def _column(self, name: str, batch: Any) -> Any:
         source = self._source

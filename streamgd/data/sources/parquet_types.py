@@ -41,6 +41,28 @@ class ColumnType:
         return self if np.promote_types(self.number, other.number) == self.number else other
 
 
+def stored_type(arrow: pa.DataType) -> pa.DataType:
+    """Return what an extension type is stored as.
+
+    Whether columns have such types depends on who has registered them in this process, as pandas does once it reads or
+    writes Parquet; what is read must not.
+    """
+    while isinstance(arrow, pa.BaseExtensionType):
+        arrow = arrow.storage_type
+    return arrow
+
+
+def as_stored(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Return a batch without extension types."""
+    if not any(isinstance(kind, pa.BaseExtensionType) for kind in batch.schema.types):
+        return batch
+    arrays = batch.columns
+    for i, array in enumerate(arrays):
+        while isinstance(array, pa.ExtensionArray):
+            array = arrays[i] = array.storage
+    return pa.RecordBatch.from_arrays(arrays, names=batch.schema.names)
+
+
 @functools.lru_cache(maxsize=1024)
 def column_type(arrow: pa.DataType) -> ColumnType:
     """Classify an Arrow type; a dictionary counts as what it holds."""
