@@ -90,7 +90,7 @@ class Bench:
                 0,
                 self.n_rows,
                 True,
-                (state.theta, state.average, state.slots, state.scalars, state.counters),
+                state.learnt,
                 (state.carry_X, state.carry_y, state.carry_weight),
                 state.checksum,
                 state.moments,

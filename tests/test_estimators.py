@@ -733,3 +733,44 @@ def test_labels_that_are_objects_can_be_scored(kind: type) -> None:
 def test_manners_that_are_none(method: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError, match=words):
         getattr(SGDRegressor(**options), method)(table(30), target(table(30)))
+
+
+class TestSparsity:
+    """What l1 leaves is what the exact solution leaves."""
+
+    def rows(self, n=8000):
+        rng = np.random.default_rng(2)
+        X = rng.normal(size=(n, 60))
+        coef = np.zeros(60)
+        coef[:5] = [3, -2, 1, 1, 0.5]
+        return X, X @ coef + rng.normal(size=n)
+
+    @pytest.mark.parametrize("options", [{}, {"n_lanes": 4}, {"optimizer": "adam"}, {"optimizer": "dowg"}])
+    def test_of_a_regression(self, options):
+        from sklearn.linear_model import Lasso
+
+        X, y = self.rows()
+        fitted = SGDRegressor(penalty="l1", alpha=0.05, **options).fit(X, y)
+        exact = Lasso(alpha=0.05).fit(X / X.std(axis=0), y)
+        assert ((fitted.coef_ == 0) == (exact.coef_ == 0)).mean() > 0.96
+        np.testing.assert_allclose(fitted.coef_, exact.coef_ / X.std(axis=0), atol=0.03)
+
+    @pytest.mark.parametrize("options", [{}, {"n_lanes": 4}])
+    def test_of_a_classification(self, options):
+        X, y = self.rows()
+        fitted = SGDClassifier(loss="log_loss", penalty="l1", alpha=0.03, **options).fit(X, y > 0)
+        assert (fitted.coef_[0, 5:] == 0).mean() > 0.96
+        assert (fitted.coef_[0, :4] != 0).all()
+
+    def test_a_penalty_that_comes_and_goes(self):
+        X, y = self.rows(2000)
+        fitted = SGDRegressor().partial_fit(X, y)
+        assert (fitted.coef_ != 0).all()
+        for _ in range(10):
+            fitted.set_params(penalty="l1", alpha=0.1).partial_fit(X, y)
+        assert (fitted.coef_[5:] == 0).mean() > 0.9
+        for _ in range(3):
+            fitted.set_params(penalty=None).partial_fit(X, y)
+        assert (fitted.coef_ != 0).all()
+        again = SGDRegressor(penalty="l1", alpha=0.1, warm_start=True).fit(X, y).fit(X, y)
+        assert (again.coef_[5:] == 0).mean() > 0.9

@@ -138,6 +138,28 @@ LOSSES: dict[str, Loss] = {
 }
 
 
+def curvature_of(loss: Loss, unit: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Say about how much the mean loss bends along a coefficient of a feature that is scaled to a variance of 1.
+
+    Parameters
+    ----------
+    loss : Loss
+        The loss.
+    unit : ndarray of shape (n_outputs,)
+        In what predictions are measured: the targets' standard deviations, or 1.
+
+    Returns
+    -------
+    ndarray of shape (n_outputs,)
+        The most that the loss has anywhere (1/4 for log_loss); where it has edges in place of a bend, what they come to
+        over residuals as far apart as the unit.
+    """
+    if loss.code == c.LOG_LOSS:
+        return np.full(len(unit), 0.25)
+    shape = loss.shape(0.5)
+    return np.full(len(unit), shape.bend) if shape.bend > 0 else shape.steep / unit
+
+
 def get_loss(name: str, task: Task) -> Loss:
     """Look a loss up by name.
 

@@ -27,8 +27,9 @@ on from the result. With δₗ the change of the coefficients in lane l and wₗ
 ``"dowg"``
     θ and Σ r² ‖g‖² likewise; the distance r is the largest of all lanes, because it may never shrink.
 
-Averages are merged by rows in every case: θ̄ ← Σ wₗ θ̄ₗ. The number of updates is that of the busiest lane, so that
-rates and averages go by the steps a lane has taken, and Adam's powers are that lane's.
+Averages, of the l1 penalty's subgradients too, are merged by rows in every case: θ̄ ← Σ wₗ θ̄ₗ. The number of updates
+is that of the busiest lane, so that rates and averages go by the steps a lane has taken, and Adam's powers are that
+lane's.
 
 Lanes are added up in pairs, pairs of pairs, and so on, by their numbers alone: lanes 0 and 1, 2 and 3; then 0 to 3. So
 whoever took the turns of lanes 0 to 3 hands on one sum in place of four states, and the bits are the same however the
@@ -95,8 +96,8 @@ class Found:
         lane's rows.
     sizes : ndarray of shape (n_outputs,)
         Sums of ‖uₗ‖² of each output.
-    average : ndarray of float64
-        Sum of the averages times the lane's rows.
+    average, subgradient : ndarray of float64
+        Sums of the averages times the lane's rows.
     zero : ndarray of bool, or None
         What is zero in every lane, where that matters.
     scalars, counters, checksum, moments : ndarray
@@ -108,6 +109,7 @@ class Found:
     slots: Floats
     sizes: Floats
     average: Floats
+    subgradient: Floats
     zero: NDArray[np.bool_] | None
     scalars: Floats
     counters: NDArray[np.int64]
@@ -141,6 +143,7 @@ def found_by(start: State, state: State, packed: Packed) -> Found:
             state.theta *= rows
             state.slots *= rows
         state.average *= rows
+        state.subgradient *= rows
         state.scalars[kernels.DOWG_SUM] *= rows
     moments = state.moments if packed.codes[kernels.CODE_MOMENTS] else None
     return Found(
@@ -149,6 +152,7 @@ def found_by(start: State, state: State, packed: Packed) -> Found:
         slots=state.slots,
         sizes=sizes,
         average=state.average,
+        subgradient=state.subgradient,
         zero=zero,
         scalars=state.scalars,
         counters=state.counters,
@@ -165,6 +169,7 @@ def added(left: Found, right: Found) -> Found:
         scalars[kernels.DOWG_SUM] += right.scalars[kernels.DOWG_SUM]
         theta, slots = left.theta + right.theta, left.slots + right.slots
         sizes, average = left.sizes + right.sizes, left.average + right.average
+        subgradient = left.subgradient + right.subgradient
     scalars[kernels.DOWG_DISTANCE] = max(left.scalars[kernels.DOWG_DISTANCE], right.scalars[kernels.DOWG_DISTANCE])
     if right.counters[kernels.N_UPDATES] > left.counters[kernels.N_UPDATES]:
         counters[kernels.N_UPDATES] = right.counters[kernels.N_UPDATES]
@@ -179,6 +184,7 @@ def added(left: Found, right: Found) -> Found:
         slots=slots,
         sizes=sizes,
         average=average,
+        subgradient=subgradient,
         zero=None if left.zero is None or right.zero is None else left.zero & right.zero,
         scalars=scalars,
         counters=counters,
@@ -249,12 +255,12 @@ def merge(start: State, found: Found, packed: Packed) -> State:
             theta += start.theta
         else:
             theta, slots = found.theta / rows, found.slots / rows
-        average = found.average / rows
+        average, subgradient = found.average / rows, found.subgradient / rows
     if found.zero is not None:  # what is zero in every lane is zero
         theta[found.zero] = 0.0
     none = np.empty((0, 0))
-    merged = replace(start, theta=none, average=none, slots=none).copy()
-    merged.theta, merged.average, merged.slots = theta, average, slots
+    merged = replace(start, theta=none, average=none, slots=none, subgradient=none).copy()
+    merged.theta, merged.average, merged.slots, merged.subgradient = theta, average, slots, subgradient
     scalars, counters = merged.scalars, merged.counters
     scalars[_POWERS] = found.scalars[_POWERS]
     scalars[kernels.DOWG_DISTANCE] = found.scalars[kernels.DOWG_DISTANCE]

@@ -138,6 +138,11 @@ class Recipe:
         return resolve(self.optimizer, self.learning_rate, self.task)[0]
 
     @property
+    def is_sparse(self) -> bool:
+        """Whether the penalty has an l1 part."""
+        return penalties.strengths(self.penalty, self.alpha, self.l1_ratio)[0] > 0
+
+    @property
     def schedule(self) -> str:
         """The schedule that the pair (optimizer, learning_rate) means."""
         return resolve(self.optimizer, self.learning_rate, self.task)[1]

@@ -7,7 +7,7 @@ computed whole gives the same bits wherever windows end.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,8 @@ class State:
         Running average of `theta`.
     slots : ndarray of shape (n_slots, n_outputs, n_features + 1), float64
         What the optimizer keeps: AdaGrad's sums, Adam's moments, sgd's velocity, DoWG's start.
+    subgradient : ndarray of shape (n_outputs, n_features + 1), or (0, n_features + 1), float64
+        Running mean, of the l1 penalty's subgradients, between -1 and 1; empty without that penalty.
     scalars : ndarray of float64
         Sums and numbers, at the places named in `streamgd.learn.codes`.
     counters : ndarray of int64
@@ -63,6 +65,7 @@ class State:
     theta: Floats
     average: Floats
     slots: NDArray[np.float64]
+    subgradient: Floats
     scalars: Floats
     counters: NDArray[np.int64]
     checksum: NDArray[np.uint64]
@@ -80,6 +83,7 @@ class State:
         n_features: int,
         n_targets: int,
         n_slots: int,
+        sparse: bool = False,
         batch_size: int,
         row_dtype: np.dtype[Any],
         has_weight: bool,
@@ -92,6 +96,8 @@ class State:
             Where the intercept starts; the coefficients start at zero.
         n_features, n_targets, n_slots, batch_size : int
             Sizes.
+        sparse : bool, default=False
+            Whether there is an l1 penalty.
         row_dtype : numpy.dtype
             float32 or float64.
         has_weight : bool
@@ -110,6 +116,7 @@ class State:
             theta=theta,
             average=theta.copy(),
             slots=slots,
+            subgradient=np.zeros(shape if sparse else (0, shape[1])),
             scalars=scalars,
             counters=np.zeros(N_COUNTERS, np.int64),
             checksum=np.zeros(1, np.uint64),
@@ -118,6 +125,17 @@ class State:
             carry_weight=np.zeros(batch_size if has_weight else 0),
             moments=np.zeros((2, n_features)),
         )
+
+    @property
+    def learnt(self) -> tuple[NDArray[Any], ...]:
+        """The arrays that `streamgd.learn.kernels.consume` takes as its state."""
+        return self.theta, self.average, self.slots, self.subgradient, self.scalars, self.counters
+
+    def with_penalty(self, *, sparse: bool) -> State:
+        """Return the state for a penalty with or without an l1 part; shares its arrays."""
+        if sparse == (len(self.subgradient) > 0):
+            return self
+        return replace(self, subgradient=np.zeros_like(self.theta[: None if sparse else 0]))
 
     @property
     def epoch(self) -> int:
@@ -147,6 +165,7 @@ class State:
             "theta": self.theta,
             "average": self.average,
             "slots": self.slots,
+            "subgradient": self.subgradient,
             "scalars": self.scalars,
             "counters": self.counters,
             "checksum": self.checksum,
@@ -164,6 +183,7 @@ class State:
         kept = ("theta", "average", "slots", "scalars", "counters", "checksum", "moments")
         return cls(
             **{name: np.array(tensors[name]) for name in kept},
+            subgradient=np.array(tensors.get("subgradient", tensors["theta"][:0])),
             carry_X=_grown(tensors["carry_X"], batch_size, filled),
             carry_y=_grown(tensors["carry_y"], batch_size, filled),
             carry_weight=_grown(tensors["carry_weight"], batch_size if has_weight else 0, filled),

@@ -78,7 +78,7 @@ class Trained:
             If the target's columns are not as many as before.
         """
         self._require_compatible(source, config)
-        state = self._between_epochs()
+        state = self._between_epochs().with_penalty(sparse=config.recipe.is_sparse)
         model = self.model()
         if not (np.array_equal(coef, model.coef) and np.array_equal(intercept, model.intercept)):
             theta = self.survey.scaling.unfold(coef, intercept)
@@ -119,6 +119,8 @@ class Trained:
             if np.array_equal(coef, model.coef) and np.array_equal(intercept, model.intercept):
                 state.theta[:], state.average[:] = before.theta, before.average
             state.slots[:] = before.slots
+            if before.subgradient.shape == state.subgradient.shape:
+                state.subgradient[:] = before.subgradient
             state.scalars[_MEMORY] = before.scalars[_MEMORY]
             if config.recipe.schedule != "cosine":  # which has to begin at its beginning
                 state.counters[kernels.N_UPDATES] = before.counters[kernels.N_UPDATES]
@@ -191,7 +193,7 @@ def _leave_epoch(state: State, trained: Trained) -> None:
         0,
         0,
         True,
-        (state.theta, state.average, state.slots, state.scalars, state.counters),
+        state.learnt,
         (state.carry_X, state.carry_y, state.carry_weight),
         state.checksum,
         state.moments,

@@ -225,7 +225,7 @@ def _consume(
             first,
             until,
             close and until == stop,
-            (state.theta, state.average, state.slots, state.scalars, state.counters),
+            state.learnt,
             (state.carry_X, state.carry_y, state.carry_weight),
             state.checksum,
             state.moments,

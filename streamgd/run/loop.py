@@ -143,7 +143,6 @@ class _Training(Training):
     def _consume(self, window: Window, stream: RunWindows) -> bool:
         """Train on what is left of a window; False if asked to stop before its end."""
         state = self.run.state
-        arrays = (state.theta, state.average, state.slots, state.scalars, state.counters)
         carry = (state.carry_X, state.carry_y, state.carry_weight)
         weight = _EMPTY if window.weight is None else window.weight
         while True:
@@ -159,7 +158,7 @@ class _Training(Training):
                 row,
                 until,
                 ends and window.last,
-                arrays,
+                state.learnt,
                 carry,
                 state.checksum,
                 state.moments,

@@ -21,7 +21,9 @@ from streamgd.data.plan import Layout, format_bytes, plan_layout
 from streamgd.data.sources.base import Source
 from streamgd.errors import BufferTooSmallError, ResumeError
 from streamgd.learn import kernels
+from streamgd.learn.losses import curvature_of
 from streamgd.learn.model import LinearModel
+from streamgd.learn.penalties import settled, strengths
 from streamgd.learn.recipe import Packed
 from streamgd.learn.state import State
 from streamgd.run.caching import Cached
@@ -149,11 +151,17 @@ def _block_digest(source: Source) -> str:
 def model_of(config: Config, survey: Survey, state: State, is_vector: bool) -> LinearModel:
     """Fold a state into a model in the data's units.
 
-    With averaging the coefficients are the averages; under l1 they are exactly zero where the last iterate is.
+    With averaging the coefficients are the averages. Under l1 they take one more proximal step; where features have not
+    been scaled, so that nothing is known of the loss's curvature, they are zero where the last iterate is.
     """
-    averaged = config.recipe.average_kind != kernels.AVERAGE_NONE and state.counters[kernels.N_UPDATES] > 0
+    recipe = config.recipe
+    averaged = recipe.average_kind != kernels.AVERAGE_NONE and state.counters[kernels.N_UPDATES] > 0
     theta = (state.average if averaged else state.theta).copy()
-    if config.recipe.penalty in ("l1", "elasticnet"):
+    if recipe.is_sparse and config.standardize:
+        l1, l2 = strengths(recipe.penalty, recipe.alpha, recipe.l1_ratio)
+        curvature = curvature_of(recipe.the_loss, survey.output_scale()) + l2
+        theta[:, :-1] = settled(theta[:, :-1], state.subgradient[:, :-1], l1, curvature)
+    elif recipe.is_sparse:
         theta[:, :-1][state.theta[:, :-1] == 0] = 0.0
     coef, intercept = survey.scaling.fold(theta)
     if not config.recipe.fit_intercept:
@@ -244,6 +252,7 @@ def first_state(source: Source, config: Config, survey: Survey) -> State:
         n_features=source.n_features,
         n_targets=survey.codec.n_outputs,
         n_slots=recipe.the_optimizer.n_slots,
+        sparse=recipe.is_sparse,
         batch_size=config.batch_rows(source.n_rows),
         row_dtype=source.row_dtype,
         has_weight=source.has_weight,
@@ -280,7 +289,7 @@ def restore(source: Source, checkpoint: Checkpoint, config: Config | None = None
         checkpoint.tensors,
         batch_size=config.batch_rows(source.n_rows),
         has_weight=source.has_weight,
-    )
+    ).with_penalty(sparse=config.recipe.is_sparse)
     cached = None if meta.get("cached") is None else Cached.from_json(meta["cached"])
     run = Run(source, config, survey, Layout.from_json(meta["layout"]), state, meta["finished"], cached)
     if "cache.sums" in checkpoint.tensors:

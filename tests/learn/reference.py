@@ -67,6 +67,7 @@ class Reference:
         if intercept is not None:
             self.theta[:, -1] = intercept
         self.average = self.theta.copy()
+        self.subgradient = np.zeros_like(self.theta[:, :-1])
         self.start = self.theta.copy()
         self.slot, self.second = np.zeros_like(self.theta), np.zeros_like(self.theta)
         self.distance = 1e-4 * (1 + np.linalg.norm(self.theta))
@@ -128,7 +129,11 @@ class Reference:
     def proximal(self, threshold: np.ndarray | float) -> None:
         if self.l1 > 0:
             coef = self.theta[:, :-1]
-            coef[:] = np.sign(coef) * np.maximum(np.abs(coef) - np.broadcast_to(threshold, self.theta.shape)[:, :-1], 0)
+            threshold = np.broadcast_to(threshold, self.theta.shape)[:, :-1]
+            before = coef.copy()
+            coef[:] = np.sign(coef) * np.maximum(np.abs(coef) - threshold, 0)
+            taken = np.divide(before - coef, threshold, out=np.zeros_like(coef), where=threshold > 0)
+            self.subgradient += (taken - self.subgradient) * 9 / (self.t + 8)
 
     def auto(self, g, X, curve, w, rate) -> None:
         scale = np.ones(len(g)) if self.rows.target_scale is None else self.rows.target_scale

@@ -171,6 +171,17 @@ def test_what_is_zero_in_every_lane_stays_zero_under_l1():
     assert merged.theta[0, 2] != 0.0
 
 
+@pytest.mark.parametrize("optimizer", ["auto", "adam"])
+def test_subgradients_are_merged_by_rows(optimizer):
+    start = state_of()
+    start.subgradient = np.full((1, 4), 0.5)
+    lanes = [lane_of(start, axis(0), rows=rows) for rows in (10, 30)]
+    lanes[0].subgradient[:], lanes[1].subgradient[:] = 1.0, -0.2
+    merged = merge(start, lanes, packed_of(optimizer, penalty="l1", alpha=0.1))
+    np.testing.assert_allclose(merged.subgradient, 0.1)
+    assert (start.subgradient == 0.5).all()
+
+
 def test_a_lane_that_diverged_is_seen():
     start = state_of()
     lanes = [lane_of(start, axis(0)), lane_of(start, axis(1))]

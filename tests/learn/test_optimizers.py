@@ -62,7 +62,12 @@ def assert_equals_reference(recipe: Recipe, rows: Rows, intercept: np.ndarray | 
         reference.epoch()
     assert state.counters[kernels.STATUS] == kernels.OK
     assert state.counters[kernels.N_UPDATES] == reference.t
-    for found, expected in [(state.theta, reference.theta), (state.average, reference.average)]:
+    pairs = [(state.theta, reference.theta), (state.average, reference.average)]
+    if recipe.is_sparse:
+        pairs.append((state.subgradient[:, :-1], reference.subgradient))
+    else:
+        assert len(state.subgradient) == 0
+    for found, expected in pairs:
         np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-12 * np.abs(expected).max())
     sums = state.scalars[[kernels.LOSS_SUM, kernels.WEIGHT_SUM, kernels.PENALTY_SUM]]
     np.testing.assert_allclose(

@@ -36,7 +36,7 @@ def consume(
     start: int,
     stop: int,
     close: bool,
-    state: tuple[Floats, Floats, Floats, Floats, NDArray[np.int64]],
+    state: tuple[NDArray[Any], ...],
     carry: tuple[NDArray[Any], Floats, Floats],
     checksum: NDArray[np.uint64],
     moments: Floats,
@@ -57,7 +57,7 @@ def consume(
     close : bool
         Whether the batch that is open after them is closed: an update with the rows it has.
     state : tuple
-        (theta, average, slots, scalars, counters) of `streamgd.learn.state.State`, updated in place.
+        `learnt` of `streamgd.learn.state.State`, updated in place.
     carry : tuple
         (carry_X, carry_y, carry_weight), the open batch, updated in place.
     checksum, moments : ndarrays

@@ -119,6 +119,7 @@ class Call:
         self.start, self.stop, self.close = cursor[0], cursor[1], cursor[2] != 0
         self.X, self.y, self.weight, self.ids = (arrays[name] for name in ("X", "y", "weight", "ids"))
         self.theta, self.average, self.slots = (arrays[name] for name in ("theta", "average", "slots"))
+        self.subgradient = arrays["subgradient"]
         self.scalars, self.counters = arrays["scalars"], arrays["counters"]
         self.carry = tuple(arrays[name] for name in ("carry_X", "carry_y", "carry_weight"))
         self.checksum, self.moments = arrays["checksum"], arrays["moments"]
@@ -475,7 +476,7 @@ def apply(code: Code, a: Call, batch: Batch, loss: Value) -> None:
     take_step(code, step)
     with code.when(a.guarded):
         guard(code, a, batch)
-    apply_step(code, step, w["factors"], a.l1)
+    apply_step(code, step, w["factors"], a.l1, a.subgradient)
     counters[c.N_UPDATES] = counters[c.N_UPDATES] + 1
 
 

@@ -23,7 +23,8 @@ Writer = Callable[[Code, dict[str, Pointer], dict[str, list[Value]]], None]
 
 #: Names of the arrays that compiled functions take, in their order.
 CONSUME = (
-    *("X", "y", "weight", "ids", "cursor", "theta", "average", "slots", "scalars", "counters"),
+    *("X", "y", "weight", "ids", "cursor", "theta", "average", "slots", "subgradient"),
+    *("scalars", "counters"),
     *("carry_X", "carry_y", "carry_weight", "checksum", "moments", "codes", "params", "class_weight", "target_scale"),
     *("places", "doubles", "narrow"),
 )

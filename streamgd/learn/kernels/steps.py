@@ -207,19 +207,26 @@ def _dowg(code: Code, s: Step) -> None:
     code.each(s.size, scale)
 
 
-def apply_step(code: Code, s: Step, factors: Pointer, l1: Value) -> None:
-    """Take each output's steps times its factor, the proximal step of l1 behind them, and move the average."""
+def apply_step(code: Code, s: Step, factors: Pointer, l1: Value, subgradient: Pointer) -> None:
+    """Take each output's steps times its factor, the proximal step of l1 behind them, and move the averages."""
+    recent = 9.0 / (s.t + 8.0)
     with code.loop(0, s.n_outputs) as k:
         theta, step, rates = (pointer + k * s.width for pointer in (s.theta, s.step, s.rate))
+        mean = subgradient + k * s.width
         factor = factors[k]
         code.each(s.width, lambda j, lanes: theta.store(j, theta.load(j, lanes) - step.load(j, lanes) * factor))
         with code.when(l1 > 0.0):
 
             def shrink(j: Value, lanes: int) -> None:
-                old = theta.load(j, lanes)
-                left = absolute(old) - rates.load(j, lanes) * factor * l1
+                old, threshold = theta.load(j, lanes), rates.load(j, lanes) * factor * l1
+                left = absolute(old) - threshold
                 left = where(left > 0.0, left, 0.0)
                 theta.store(j, where(old > 0.0, left, 0.0 - left))  # never -0.0
+                # What was taken away, as a part of the threshold: it lies between -1 and 1, and is one of them unless
+                # the coefficient became zero.
+                part = larger(smaller(where(threshold > 0.0, old / threshold, 0.0), 1.0), -1.0)
+                before = mean.load(j, lanes)
+                mean.store(j, before + (part - before) * recent)
 
             code.each(s.width - 1, shrink)
     share = _average_share(code, s)
