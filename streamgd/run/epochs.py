@@ -120,8 +120,8 @@ class Training(abc.ABC):
     def go(self) -> bool:
         """Train; say whether the run is finished, rather than asked to stop."""
 
-    def _metrics(self, window: int | None, loss: float) -> dict[str, Any]:
-        state, survey = self.run.state, self.run.survey
+    def _metrics(self, window: int | None, loss: float, state: State | None = None) -> dict[str, Any]:
+        state, survey = self.run.state if state is None else state, self.run.survey
         return {
             "epoch": state.epoch,
             "window": window,

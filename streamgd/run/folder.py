@@ -122,8 +122,10 @@ class RunFolder:
         self.require_free(replace=replace)
         # The description goes last: as long as it is there, what is here is known to be a run's.
         shutil.rmtree(self.checkpoints.path, ignore_errors=True)
-        with contextlib.suppress(FileNotFoundError):
-            self._metrics_path.unlink()
+        try:
+            self._metrics_path.unlink(missing_ok=True)
+        except OSError as err:
+            raise self._unwritable_metrics(err) from err
         self.describe(description)
 
     def require_free(self, *, replace: bool = False) -> None:
@@ -210,6 +212,7 @@ class RunFolder:
 
     def save(self, checkpoint: Checkpoint, n_rows: int) -> None:
         """Save a checkpoint, and before it flush the metrics that belong to it; see `CheckpointFolder.save`."""
+        self._require_place()
         if self._metrics is not None:
             try:
                 self._flush_metrics(self._metrics)
@@ -217,6 +220,19 @@ class RunFolder:
             except OSError as err:
                 raise self._unwritable_metrics(err) from err
         self.checkpoints.save(checkpoint, n_rows)
+
+    def _require_place(self) -> None:
+        """Make sure that the folder is the one that was locked: another run may have begun in one of the same name."""
+        if self._lock is None:
+            return
+        mine, there = os.fstat(self._lock.fileno()), None
+        with contextlib.suppress(OSError):
+            there = (self.path / "lock").stat()
+        if there is None or not os.path.samestat(mine, there):
+            raise CheckpointWriteError(
+                f"the run folder {self.path} was removed or replaced while its run was training, so that nothing more "
+                "can be saved there: start the run again, in a folder that nobody removes"
+            )
 
     def _close_metrics(self) -> None:
         if self._metrics is not None:

@@ -352,10 +352,10 @@ class RoundTraining(Training):
             played = crew.play(state, self._packed, self._turns.at(state.epoch, row), self.stop)
             if played is None:
                 return False
-            run.state = played.state
-            if run.state.counters[kernels.STATUS] == kernels.DIVERGED:
-                run.state = state
+            if played.state.counters[kernels.STATUS] == kernels.DIVERGED:
                 raise self._divergence(f"round {int(state.counters[kernels.WINDOW]) + 1}" if several else "a turn")
+            self._record(several, played.state)  # first: a round that is interrupted here will be recorded again
+            run.state = played.state
             self._reading.wait_s += played.wait_s
             self._read_rows += played.read_rows
             self._reading.read_bytes = round(self._read_rows * run.source.stored_bytes / run.source.n_rows)
@@ -363,7 +363,6 @@ class RoundTraining(Training):
             self._reading.round_s = time.perf_counter() - began if took_s is None else took_s
             self._reading.workers = crew.workers
             self.watcher.advanced(run, self._reading)
-            self._record(several)
             if played.done:
                 if self._end_epoch():
                     return True
@@ -371,8 +370,8 @@ class RoundTraining(Training):
                 self._save_if_due()
         return False
 
-    def _record(self, several: bool) -> None:
+    def _record(self, several: bool, state: State) -> None:
         """Write a metrics record of a round; which rounds have one depends on their number alone."""
-        number = int(self.run.state.counters[kernels.WINDOW]) - 1
+        number = int(state.counters[kernels.WINDOW]) - 1
         if several and self.folder is not None and number % self._record_every == 0:
-            self.folder.append_metrics(self._metrics(number, self.run.state.progressive_loss))
+            self.folder.append_metrics(self._metrics(number, state.progressive_loss, state))

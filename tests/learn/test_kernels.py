@@ -238,6 +238,23 @@ def test_gradients_of_several_outputs_have_the_documented_bits(d, n_outputs):
     np.testing.assert_array_equal(state.theta[:, :-1], 0.0 - 0.25 * np.array(expected))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("optimizer", ["auto", "sgd"])
+def test_an_output_is_trained_as_if_it_were_alone(dtype, optimizer):
+    """For every number of features, since each has blocks of its own, which outputs must not share."""
+    recipe = Recipe(optimizer=optimizer, batch_size=32)
+    for d in range(1, 41):
+        for n_targets in (2, 3):
+            rows = make_rows(150, d, n_targets=n_targets, dtype=dtype)
+            together = train(recipe, rows)
+            for k in range(n_targets):
+                alone = train(recipe, Rows(rows.X, np.ascontiguousarray(rows.y[:, k : k + 1])))
+                expected, found = alone.theta[0], together.theta[k]
+                if n_targets == 2:  # with more, sums go another way
+                    assert found.tobytes() == expected.tobytes(), (d, k)
+                np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4, err_msg=f"{d} features, output {k}")
+
+
 def test_arrays_that_are_not_contiguous_are_refused():
     """Their addresses would be wrong, and nothing else would notice."""
     given = make_rows(8, 3)

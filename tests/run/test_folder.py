@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,29 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
             RunFolder(tmp_path / "run").__enter__()
     finally:
         tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize("way", ["removed", "replaced"])
+def test_nothing_is_saved_in_a_folder_that_was_removed(tmp_path: Path, way: str) -> None:
+    """Another run may have begun there, whose checkpoints these would be taken for."""
+    path = tmp_path / "run"
+    with RunFolder(path) as folder:
+        folder.start({"number": 1})
+        folder.save(Checkpoint({"theta": np.ones(2)}, {}), 1)
+        shutil.rmtree(path)
+        if way == "replaced":
+            other = RunFolder(path).__enter__()
+            other.start({"number": 2})
+        with pytest.raises(CheckpointWriteError, match="was removed or replaced while its run was training"):
+            folder.save(Checkpoint({"theta": np.ones(2)}, {}), 2)
+        if way == "removed":
+            assert not path.exists()
+        else:
+            other.save(Checkpoint({"theta": np.zeros(2)}, {}), 1)
+            found = other.newest(never)
+            assert found is not None
+            assert not found.tensors["theta"].any()
+            other.__exit__(None, None, None)
 
 
 # --- the run's description -------------------------------------------------------------------------------------------

@@ -142,7 +142,8 @@ class Call:
         self.mean_weight = self.params[c.PARAM_MEAN_WEIGHT]
         self.few = self.n_outputs <= FEW
         self.guarded = self.codes[c.CODE_OPTIMIZER] == c.AUTO
-        # A row's features as the blocks of the passes count them.
+        # A row's features as the blocks of the passes count them: those that add up columns, and those that take dot
+        # products, of which one may be wider than the other.
         self.row = rows.padded_row(self.d, rows.column_lanes(self.X.element))
         self.step = rows.padded_row(self.d, rows.block_lanes(self.X.element))
         size = rows.size(self.X.element)
@@ -271,7 +272,7 @@ def spread_all(code: Code, a: Call, coefficients: Pointer) -> None:
         of_output = coefficients + k * a.width
         with code.either(a.few) as (then, otherwise):
             with then:
-                rows.spread(code, of_output, a.d, a.work["w"] + k * a.row)
+                rows.spread(code, of_output, a.d, a.work["w"] + k * a.step)
             with otherwise:
                 rows.convert(code, of_output, a.d, a.work["w"] + k * a.d)
 
@@ -293,7 +294,7 @@ def through_tile(code: Code, a: Call, batch: Batch, first: Value) -> None:
             base, half, share = pace(code, a, batch, first, n)
             with code.loop(0, a.n_outputs) as k:
                 P = w["P"] + k * a.tile
-                rows.predict(code, x, n, a.d, w["w"] + k * a.row, a.theta[k * a.width + a.d], P, base, share)
+                rows.predict(code, x, n, a.d, w["w"] + k * a.step, a.theta[k * a.width + a.d], P, base, share)
                 with code.loop(n, n_padded) as i:
                     P[i] = 0.0
                 losses.elementwise_loss(
@@ -501,7 +502,7 @@ def guard(code: Code, a: Call, batch: Batch) -> None:
                 base, share = other.select(cached, own), where(cached, 2, 4)
                 with code.loop(0, a.n_outputs) as k:
                     plus, total = w["step"][k * a.width + a.d], w["totals"] + k * lanes
-                    rows.bend_along(code, x, n, a.d, w["w"] + k * a.row, plus, H + k * a.tile, total, base, share)
+                    rows.bend_along(code, x, n, a.d, w["w"] + k * a.step, plus, H + k * a.tile, total, base, share)
             with otherwise:
                 predict_all(code, a, x, n, w["step"])
                 with code.either(a.softmax) as (then, otherwise):
