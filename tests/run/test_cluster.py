@@ -281,6 +281,23 @@ class TestBits:
             estimator().fit(load(folder, "dask")[0][:, :3], load(folder, "dask")[0].sum(axis=1))
         )
 
+    def test_of_datasets_that_are_open(self, two, folder):
+        """Dask has no hash of tasks that hold them, and computes them all the same."""
+        import dask.array as da
+        import h5py
+
+        with h5py.File(folder / "rows.h5") as file:
+            X, y = (da.from_array(file[name], chunks=(500, -1)[: file[name].ndim]) for name in "Xy")
+            there = estimator().fit(X, y, client=two[1])
+            some = estimator().fit(X[y > 0], y[y > 0], client=two[1])  # of unknown lengths
+            predicted = np.concatenate(list(there.predict(X)))
+            X, y = X.compute(), y.compute()
+        assert bits(there) == bits(estimator().fit(da.from_array(X, chunks=(500, -1)), da.from_array(y, chunks=500)))
+        np.testing.assert_allclose(predicted, there.predict(X))
+        cuts = [int((y[first : first + 500] > 0).sum()) for first in range(0, len(y), 500)]
+        X, y = da.from_array(X[y > 0], chunks=(tuple(cuts), -1)), da.from_array(y[y > 0], chunks=(tuple(cuts),))
+        assert bits(some) == bits(estimator().fit(X, y))
+
     def test_nothing_of_a_collection_is_computed_here(self, two, folder, tmp_path):
         """Not for the survey either, though the client is not the process's default."""
         X, y = load(folder, "dask")

@@ -7,11 +7,12 @@ import sys
 import threading
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
 import dask.core
-from dask.highlevelgraph import HighLevelGraph
+from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
 from streamgd.data.sources.dask_clients import active_client
 from streamgd.data.sources.dask_frames import expressions, is_frame, settled
@@ -46,6 +47,11 @@ class BlockGraph:
         self._keys = [list(_dask.core.flatten(some)) for some in keys]
         self._name = uuid.uuid4().hex[:12]
 
+    @property
+    def n_blocks(self) -> int:
+        """How many blocks there are."""
+        return len(self._keys[0])
+
     def compute(self, block: int) -> list[Any]:
         """Compute a block in the calling thread; the caller's threads are the parallelism."""
         tasks, keys, persisted = self._cut(block)
@@ -74,20 +80,39 @@ class BlockGraph:
             with others, a collection's tasks have the same keys and do something else. And tasks that were to be
             computed on workers which are gone may wait for good, and whoever asks for the same ones with them.
         """
+        tasks, keys, names = self._renamed(blocks, name or self._name)
+        wanted = [names[key] for some in keys.values() for key in some if key in names]
+        where: dict[str, Any] = {} if workers is None else {"workers": list(workers), "allow_other_workers": True}
+        futures = dict(zip(wanted, _handed_over(client, tasks, wanted, **where), strict=True)) if wanted else {}
+        return {
+            block: [futures[names[key]] if key in names else self._persisted[key] for key in some]
+            for block, some in keys.items()
+        }
+
+    def submit_lengths(self, client: Any) -> list[Any]:
+        """Begin counting the rows of every block, of the first collection; return the futures."""
+        blocks = range(self.n_blocks)
+        tasks, keys, names = self._renamed(blocks, self._name)
+        wanted = [f"rows-{block}-{self._name}" for block in blocks]
+        first = [keys[block][0] for block in blocks]
+        tasks |= {key: (len, names.get(block, block)) for key, block in zip(wanted, first, strict=True)}
+        return _handed_over(client, tasks, wanted)
+
+    def lengths(self) -> list[int]:
+        """Count the rows of every block, of the first collection, here."""
+        with ThreadPoolExecutor(_MEASURING_THREADS, "streamgd-lengths") as pool:
+            return list(pool.map(lambda block: len(self.compute(block)[0]), range(self.n_blocks)))
+
+    def _renamed(self, blocks: Sequence[int], name: str) -> tuple[dict[Any, Any], dict[int, list[Any]], dict[Any, Any]]:
+        """Return the tasks of blocks under names that end so, the old keys of each block, and the names by old keys."""
         tasks: dict[Any, Any] = {}
         keys: dict[int, list[Any]] = {}
         for block in blocks:
             more, keys[block], _ = self._cut(block)
             tasks |= more
-        names = {key: _ending_in(name or self._name, key) for key in tasks}
+        names = {key: _ending_in(name, key) for key in tasks}
         tasks = {names[key]: task.substitute(names, key=names[key]) for key, task in self._nodes(tasks).items()}
-        wanted = [names[key] for some in keys.values() for key in some if key in names]
-        where: dict[str, Any] = {} if workers is None else {"workers": list(workers), "allow_other_workers": True}
-        futures = dict(zip(wanted, client.get(tasks, wanted, sync=False, **where), strict=True)) if wanted else {}
-        return {
-            block: [futures[names[key]] if key in names else self._persisted[key] for key in some]
-            for block, some in keys.items()
-        }
+        return tasks, keys, names
 
     def _nodes(self, tasks: dict[Any, Any]) -> dict[Any, Any]:
         """Return tasks in the form in which keys can be replaced."""
@@ -122,6 +147,17 @@ class BlockGraph:
                 tasks[key] = self._tasks[key]
                 left += _dask.core.keys_in_tasks(self._known, [self._tasks[key]], as_list=True)
         return tasks, keys, list(persisted)
+
+
+def _handed_over(client: Any, tasks: dict[Any, Any], wanted: list[Any], **where: Any) -> list[Any]:
+    """Hand tasks to the scheduler.
+
+    As a layer: of a plain dict Dask makes an expression that it names by a hash of all tasks, which there is not of
+    tasks that hold open files, or locks.
+    """
+    layer = f"blocks-{uuid.uuid4().hex[:12]}"
+    graph: Any = HighLevelGraph({layer: MaterializedLayer(tasks)}, {layer: set()})
+    return list(client.get(graph, wanted, sync=False, **where))
 
 
 def _ending_in(name: str, key: Any) -> Any:
@@ -206,12 +242,9 @@ def _usable(futures: list[Any] | None, client: Any) -> bool:
 
 def measure_lengths(collection: Any, what: str) -> list[int]:
     """Compute the number of rows of each block, which loads every block once."""
-    with expressions:
-        blocks = collection.to_delayed(optimize_graph=False) if is_frame(collection) else collection.to_delayed()
-    blocks = blocks[:, 0] if getattr(blocks, "ndim", 1) == 2 else blocks
-    logger.info("%s has blocks of unknown length: measuring all %d of them once", what, len(blocks))
-    lengths = [_dask.delayed(len)(block) for block in blocks]
+    if not is_frame(collection) and collection.ndim == 2:
+        collection = collection.blocks[:, :1]
+    graph = BlockGraph([collection])
+    logger.info("%s has blocks of unknown length: measuring all %d of them once", what, graph.n_blocks)
     client = active_client()
-    if client is not None:
-        return list(gathered(client, client.compute(lengths)))
-    return list(_dask.compute(*lengths, scheduler="threads", num_workers=_MEASURING_THREADS))
+    return graph.lengths() if client is None else list(gathered(client, graph.submit_lengths(client)))
