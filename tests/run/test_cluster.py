@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -467,6 +468,25 @@ class TestFaults:
                 os.kill(pids[min(pids)], signal.SIGCONT)
                 processes.close()
 
+    def test_a_worker_that_is_paused_gets_no_lanes(self, folder, here, monkeypatch):
+        """Its tasks would wait for as long as it is paused, and the run for them."""
+        monkeypatch.setattr(members, "_LOOK_PAUSED_S", 0.3)
+        with cluster(2) as (_, client):
+            paused = min(client.nthreads())
+            client.run(_pause, workers=[paused])
+            with pytest.warns(UserWarning, match=f"worker {paused} is paused by Dask, for lack of memory: it gets no"):
+                assert fit(folder, "hdf5", client=client, max_iter=60) == fit(folder, "hdf5", max_iter=60)
+            client.run(_pause)
+            with (
+                pytest.warns(UserWarning, match="all workers are paused by Dask"),
+                pytest.raises(ClusterError, match="all workers were paused by Dask, for lack of memory, for"),
+            ):
+                estimator().fit(*load(folder, "dask"), client=client, workers_timeout_s=2.2)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with pytest.raises(ClusterError, match=r"no worker for .* that is not paused by Dask"):
+                    estimator().fit(*load(folder, "hdf5"), client=client, workers_timeout_s=1)
+
     def test_workers_join_and_retire(self, folder):
         stop = threading.Event()
         with cluster(1) as (made, client):
@@ -518,6 +538,14 @@ class TestFaults:
         # Without any cluster, or on one of another size.
         resumed = fit(tmp_path, kind, client=four[1] if way is CHAINED else None, checkpoint_dir=run)
         assert resumed == here(kind)
+
+
+def _pause(dask_worker: Any) -> None:
+    """Pause this worker, and have nobody look whether it has memory again."""
+    from distributed.core import Status
+
+    dask_worker.memory_manager.memory_pause_fraction = False
+    dask_worker.status = Status.paused
 
 
 class TestSurvey:

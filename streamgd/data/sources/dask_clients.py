@@ -99,3 +99,12 @@ def threads_of_workers(client: Any) -> dict[str, int] | None:
             f"the scheduler does not answer ({type(err).__name__}: {err}): start the cluster again, and fit again or "
             "resume the run"
         ) from err
+
+
+def paused_workers(client: Any) -> set[str] | None:
+    """Ask the scheduler for workers that take no tasks, for lack of memory; None if it does not answer."""
+    try:
+        found = client.sync(client.scheduler.identity, callback_timeout=ANSWER_S)
+    except Exception:  # whoever asks for the workers finds out what that means
+        return None
+    return {address for address, worker in found["workers"].items() if worker.get("status") == "paused"}

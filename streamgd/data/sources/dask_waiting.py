@@ -11,7 +11,7 @@ from concurrent.futures import CancelledError
 from contextvars import ContextVar
 from typing import Any
 
-from streamgd.data.sources.dask_clients import threads_of_workers, workers_timeout
+from streamgd.data.sources.dask_clients import paused_workers, threads_of_workers, workers_timeout
 from streamgd.data.window import Stopped
 from streamgd.errors import ClusterError
 
@@ -86,17 +86,21 @@ class _Patience:
         if now - self._looked < _LOOK_S:
             return
         self._looked = now
-        if threads_of_workers(self._client):
+        threads = threads_of_workers(self._client)
+        paused = set() if not threads else paused_workers(self._client) or set()
+        if threads and threads.keys() - paused:
             self._since = 0.0
             return
         self._since = self._since or now
         waited = now - self._since
         if waited >= self._timeout_s:
+            lacking = "all workers were paused by Dask, for lack of memory," if paused else "no worker"
             raise ClusterError(
-                f"no worker for {waited:.0f} s: start workers and fit again, or allow a longer wait "
+                f"{lacking} for {waited:.0f} s: start workers and fit again, or allow a longer wait "
                 "(fit(..., workers_timeout_s=...))"
             )
         if waited >= _SAY_AFTER_S and not self._said:
             self._said = True
             end = "" if self._timeout_s == math.inf else f", up to {self._timeout_s:g} s"
-            warnings.warn(f"no workers: waiting for some{end}", stacklevel=2)
+            lacking = "all workers are paused by Dask, for lack of memory" if paused else "no workers"
+            warnings.warn(f"{lacking}: waiting for some{end}", stacklevel=2)
