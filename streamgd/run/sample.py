@@ -21,13 +21,16 @@ Floats = NDArray[np.float64]
 
 #: Rows of the sample, and the most blocks it is taken from.
 SAMPLE_ROWS, SAMPLE_BLOCKS = 65_536, 64
+#: Bytes of targets in a sample of them, but no fewer rows than these.
+_TARGETS_BYTES, _LEAST_TARGETS = 1 << 23, 256
 #: Blocks of the sample that are read side by side, if together they take no more than so many bytes.
 _READ_AHEAD, _READ_AHEAD_BYTES = 2, 1 << 24
 
 
-def sampling_step(n_rows: int) -> int:
-    """Return every how many rows one stands for the others, where as many as the sample has are wanted of all."""
-    return n_rows // SAMPLE_ROWS + 1
+def sampling_step(n_rows: int, n_targets: int) -> int:
+    """Return every how many rows one's targets stand for the others': as many as the sample has, or fewer wide ones."""
+    wanted = min(SAMPLE_ROWS, max(_LEAST_TARGETS, _TARGETS_BYTES // (8 * n_targets)))
+    return n_rows // wanted + 1
 
 
 def sample_runs(source: Source) -> Iterator[tuple[int, int, int]]:

@@ -76,7 +76,8 @@ def look_at_values(source: Source, start: int, stop: int, segment_rows: int) -> 
         For NaN, infinity or null in a target or weight.
     """
     assert source.target is not None
-    n_targets, step = source.target.n_outputs, sampling_step(source.n_rows)
+    n_targets = source.target.n_outputs
+    step = sampling_step(source.n_rows, n_targets)
     codec, what = TargetCodec(classes=None, n_outputs=n_targets), f"target {source.target.name!r}"
     pieces = iter_numbers(source, codec, start, stop) or source.iter_targets(start, stop)
     for segment in _segments(pieces, segment_rows):

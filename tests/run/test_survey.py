@@ -7,10 +7,12 @@ import decimal
 import json
 import pickle
 import time
+import tracemalloc
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -353,7 +355,6 @@ def test_blocks_read_side_by_side_give_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, standardize: Any
 ) -> None:
     """Whichever is there first: sums depend on the order of rows. And a block's own buffers serve the next one."""
-    import h5py
 
     X, y, weight = rows()
     with h5py.File(tmp_path / "a.h5", "w") as file:
@@ -418,6 +419,23 @@ def test_wide_rows_are_read_in_small_pieces() -> None:
     source = FakeSource([40], X, np.arange(40.0), columns=True)
     found = take_survey(source, regression())
     np.testing.assert_allclose(found.scaling.mean[::1000], X[:, ::1000].mean(axis=0), atol=1e-6)
+
+
+def test_many_targets_are_surveyed_in_small_pieces(tmp_path: Path) -> None:
+    n, n_targets = 12_000, 600
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["X"] = np.ones((n, 1), np.float32)
+        file.create_dataset("y", (n, n_targets), "f4", chunks=(100, n_targets), compression="lzf", fillvalue=3.0)
+        file["y"][::100] = np.arange(n_targets)
+    source = open_source(tmp_path / "a.h5", "y")
+    tracemalloc.start()
+    try:
+        found = take_survey(source, regression("huber"))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_allclose(found.target_mean, 2.97 + 0.01 * np.arange(n_targets), rtol=1e-12)
+    assert peak < n * n_targets * 8 / 2
 
 
 # --- where the sample is taken ---------------------------------------------------------------------------------------

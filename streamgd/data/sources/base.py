@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
+#: Bytes of targets that are read at once, as numbers.
+_TARGET_PIECE_BYTES = 1 << 21
 #: Raw bytes a reader hands out at once when nothing else decides: small enough to stay cheap, big enough to amortise.
 DEFAULT_BLOCK_BYTES = 1 << 20
 #: Dtypes that compiled code reads as they are, in native byte order.
@@ -344,6 +346,11 @@ class Source(abc.ABC):
     def flat_rows(self) -> FlatRows | None:
         """Say where the rows lie, for this process; None unless `is_flat`."""
         return None
+
+    def target_piece_rows(self, most: int) -> int:
+        """Return the rows of a piece that `iter_targets` reads: so many, and fewer where there are many targets."""
+        n_outputs = 1 if self.target is None else self.target.n_outputs
+        return max(1, min(most, _TARGET_PIECE_BYTES // (8 * n_outputs)))
 
     @property
     def held_bytes(self) -> int:

@@ -195,9 +195,9 @@ class CacheSource(Source):
         """Read the target and weight columns alone; see `Source.iter_targets`."""
         y, weight = self._columns["target"], self._columns.get("weight")
         assert self.target is not None
-        stop = self.n_rows if stop is None else stop
-        for first in range(start, stop, _TARGET_ROWS):
-            rows = slice(first, min(first + _TARGET_ROWS, stop))
+        stop, n = self.n_rows if stop is None else stop, self.target_piece_rows(_TARGET_ROWS)
+        for first in range(start, stop, n):
+            rows = slice(first, min(first + n, stop))
             values = y[rows]
             weights = None if weight is None else weight[rows][:, 0]
             yield first, values[:, 0] if self.target.n_outputs == 1 else values, weights

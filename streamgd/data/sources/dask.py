@@ -279,9 +279,9 @@ class DaskSource(Source):
     def _target_groups(self, blocks: Sequence[int]) -> list[list[int]]:
         """Divide blocks into runs whose targets may be in memory together."""
         groups: list[list[int]] = [[]]
-        n_rows = 0
+        n_rows, most = 0, self.target_piece_rows(_TARGET_ROWS)
         for block, rows in zip(blocks, self.block_rows[list(blocks)].tolist(), strict=True):
-            if groups[-1] and (n_rows + rows > _TARGET_ROWS or len(groups[-1]) == _TARGET_BLOCKS):
+            if groups[-1] and (n_rows + rows > most or len(groups[-1]) == _TARGET_BLOCKS):
                 groups.append([])
                 n_rows = 0
             groups[-1].append(block)

@@ -256,7 +256,7 @@ class Hdf5Source(Source):
             wholes = [each.chunks[0] for each in info.datasets[n_features:] if each.chunks and each.in_wholes]
             decoded |= bool(wholes)
             tallest = max(wholes, default=1)  # whole chunks, so that each is decoded once
-            step = tallest * max(1, _TARGET_ROWS // tallest)
+            step = tallest * max(1, self.target_piece_rows(_TARGET_ROWS) // tallest)
             wanted = range(n_features, len(info.datasets))
             cuts = range(first - first % step, last, step)
             pieces += [(file, wanted, max(at, first), min(at + step, last)) for at in cuts]

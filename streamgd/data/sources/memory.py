@@ -192,9 +192,9 @@ class MemorySource(Source):
         """Hand out target and weights, many blocks at a time."""
         if self._target is None and self._weight is None:
             return
-        stop = self.n_rows if stop is None else stop
-        for first in range(start, stop, _TARGET_ROWS):
-            end = min(first + _TARGET_ROWS, stop)
+        stop, n = self.n_rows if stop is None else stop, self.target_piece_rows(_TARGET_ROWS)
+        for first in range(start, stop, n):
+            end = min(first + n, stop)
             y = None if self._target is None else self._target.read(first, end)
             yield first, y, None if self._weight is None else self._weight.read(first, end)
 

@@ -173,16 +173,17 @@ class ParquetSource(Source):
         return open_rows(self, block, start, piece_rows, self._roles.features, self._scratch)
 
     def iter_targets(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Any, Array | None]]:
-        """Read the target and weight columns alone, 65,536 rows at a time."""
+        """Read the target and weight columns alone."""
         if self.target is None and not self.has_weight:
             return
         stop, before = self.n_rows if stop is None else stop, 0
+        most = self.target_piece_rows(_TARGET_ROWS)
         for block, n_rows in enumerate(self.block_rows.tolist()):
             done, end = max(0, start - before), min(n_rows, stop - before)  # of this row group
             if done < end:
-                with open_rows(self, block, done, _TARGET_ROWS, (), self._scratch) as reader:
+                with open_rows(self, block, done, most, (), self._scratch) as reader:
                     while done < end:
-                        n, piece = reader.read_some(min(_TARGET_ROWS, end - done))
+                        n, piece = reader.read_some(min(most, end - done))
                         yield before + done, piece.y, piece.weight
                         done += n
             before += n_rows
