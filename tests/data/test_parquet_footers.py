@@ -59,8 +59,12 @@ def test_the_same_as_pyarrow(tmp_path: Path, options: dict[str, Any]) -> None:
     leaves = [5, 0, 1, 2, 3, 4]
     table = ChunkTable(str(path), footer, leaves)
     assert table.rows.tolist() == [300, 300, 300, 100]
+    assert footer.metadata.num_row_groups == 0  # of which pyarrow would keep 2 kB for each column
     for group in range(4):
-        expected = footer.metadata.row_group(group)
+        expected = pq.read_metadata(path).row_group(group)
+        alone = footer.with_group(group)
+        assert alone.num_row_groups == 1
+        assert alone.row_group(0).to_dict() == expected.to_dict()
         for i, leaf in enumerate(leaves):
             found, column = table.chunk(group, i), expected.column(leaf)
             begins = [column.data_page_offset, column.dictionary_page_offset or column.data_page_offset]

@@ -273,3 +273,47 @@ def read_footer(
             at = _skip(at, end, kind)
         if at == 0:
             return False
+
+
+@compiled
+def find_groups(at: int, end: int, places: NDArray[np.int64], bounds: NDArray[np.int64]) -> int:
+    """Find where row groups lie in a footer.
+
+    Parameters
+    ----------
+    at, end : int
+        Addresses of its bytes.
+    places : ndarray of shape (3,), int64
+        Is given where the list of row groups begins and ends, and where the footer does, counted from `at`.
+    bounds : ndarray of shape (n,), int64
+        Is given where the first n - 1 row groups begin, and behind them where the last of them ends.
+
+    Returns
+    -------
+    int
+        How many row groups there are; -1 if the footer makes no sense.
+    """
+    base, number, found = at, np.int64(0), -1
+    while True:
+        kind, number, at = _field(at, end, number)
+        if kind <= 0:
+            places[2] = at - base
+            return found if kind == 0 else -1
+        if number == 4 and kind == _LIST:
+            places[0] = at - base
+            found, kind, at = _listed(at, end)
+            if found < 0 or (found and kind != _STRUCT):
+                return -1
+            for group in range(found):
+                if group < len(bounds):
+                    bounds[group] = at - base
+                at = _skip(at, end, _STRUCT)
+                if at == 0:
+                    return -1
+            if found < len(bounds):
+                bounds[found] = at - base
+            places[1] = at - base
+        elif kind > _FALSE:
+            at = _skip(at, end, kind)
+        if at == 0:
+            return -1

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from streamgd.data.compiled import parquet_footer as members
 from streamgd.errors import DataError
 
+_MAGIC = b"PAR1"
 #: Names by the numbers that footers have for them.
 _TYPES = ("BOOLEAN", "INT32", "INT64", "INT96", "FLOAT", "DOUBLE", "BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
 _CODECS = ("UNCOMPRESSED", "SNAPPY", "GZIP", "LZO", "BROTLI", "LZ4", "ZSTD", "LZ4_RAW")
@@ -36,14 +39,41 @@ class Footer:
         A hash of the footer's bytes.
     content : bytes
         These bytes.
+    n_groups : int
+        Row groups.
     metadata : pyarrow.parquet.FileMetaData
-        What they say. Of its row groups nothing should be asked but how many there are: see above.
+        What they say of the file, without its row groups: of these pyarrow keeps twenty times as many bytes as there
+        are here.
     """
 
     size: int
     digest: str
     content: bytes
+    n_groups: int
     metadata: Any
+
+    @classmethod
+    def read(cls, path: str, size: int, digest: str, content: bytes) -> Self:
+        """Read the bytes of a footer; `path` is for messages.
+
+        Raises
+        ------
+        ValueError
+            If they make no sense.
+        DataError
+            If a signature behind them says that columns are encrypted: asking pyarrow about one would end the process.
+        """
+        n_groups, places, _ = _found_groups(content, 0)
+        if places[2] != len(content):
+            raise DataError(
+                f"{path!r} has encrypted columns, which streamgd does not support; write it again without encryption"
+            )
+        return cls(size, digest, content, n_groups, _parsed(content, places, b"\x0c"))
+
+    def with_group(self, group: int) -> Any:
+        """Return the pyarrow.parquet.FileMetaData of a file that has one row group alone."""
+        _, places, bounds = _found_groups(self.content, self.n_groups)
+        return _parsed(self.content, places, b"\x1c" + self.content[bounds[group] : bounds[group + 1]])
 
 
 @dataclass(frozen=True)
@@ -74,6 +104,22 @@ class Chunk:
     encodings: int = 0
     max_level: int = 0
     repeats: int = 0
+
+
+def _found_groups(content: bytes, n_groups: int) -> tuple[int, list[int], list[int]]:
+    """Return how many row groups there are, where their list and the footer lie, and each of the first ones."""
+    stored = np.frombuffer(content, np.uint8)
+    at, places, bounds = stored.__array_interface__["data"][0], np.zeros(3, np.int64), np.zeros(n_groups + 1, np.int64)
+    found = members.find_groups(at, at + len(stored), places, bounds)
+    if found < 0:
+        raise ValueError("its row groups make no sense")
+    return found, places.tolist(), bounds.tolist()
+
+
+def _parsed(content: bytes, places: Sequence[int], groups: bytes) -> Any:
+    """Have pyarrow read a footer with another list of row groups."""
+    whole = content[: places[0]] + groups + content[places[1] :]
+    return pq.read_metadata(pa.BufferReader(_MAGIC + whole + len(whole).to_bytes(4, "little") + _MAGIC))
 
 
 class ChunkTable:
@@ -108,8 +154,8 @@ class ChunkTable:
         places = {leaf: place for place, leaf in enumerate(dict.fromkeys(leaves))}
         wanted[list(places)] = list(places.values())
         self._places = [places[leaf] for leaf in leaves]
-        self._table = np.empty((metadata.num_row_groups, len(places), members.N_CHUNK_MEMBERS), np.int64)
-        self.rows = np.empty(metadata.num_row_groups, np.int64)
+        self._table = np.empty((footer.n_groups, len(places), members.N_CHUNK_MEMBERS), np.int64)
+        self.rows = np.empty(footer.n_groups, np.int64)
         stored = np.frombuffer(footer.content, np.uint8)
         at = stored.__array_interface__["data"][0]
         if not members.read_footer(at, at + len(stored), wanted, self._table, self.rows):
@@ -134,26 +180,28 @@ class ChunkTable:
             if table[group, place, members.ELSEWHERE]:
                 raise DataError(f"the rows of {self._path!r} lie in other files: open those, or their folder")
             raise ValueError(f"column {self._name(place)!r} of row group {group} lies outside of the file")
-        for column, place in zip(self._schema, self._places, strict=True):
-            self._check_column(column, table[:, place])
-
-    def _check_column(self, column: Any, chunks: NDArray[np.int64]) -> None:
-        stored = column.physical_type
-        for group in np.flatnonzero(chunks[:, members.TYPE] != _number(_TYPES, stored))[:1].tolist():
-            found = _named(_TYPES, int(chunks[group, members.TYPE]))
-            raise ValueError(f"column {column.name!r} of row group {group} holds {found}, and by the schema {stored}")
-        unknown = ~np.isin(chunks[:, members.CODEC], range(len(_CODECS)))
-        for group in np.flatnonzero(unknown)[:1].tolist():
-            raise DataError(
-                f"column {column.name!r} of row group {group} of {self._path!r} is compressed by a codec that is not "
-                f"known here (number {int(chunks[group, members.CODEC])}): write the file again with another one (zstd)"
-            )
-        if column.max_repetition_level:
-            return
-        for group in np.flatnonzero(chunks[:, members.N_VALUES] != self.rows)[:1].tolist():
+        chunks = table[:, self._places]
+        stored = [column.physical_type for column in self._schema]
+        wrong = chunks[..., members.TYPE] != [_number(_TYPES, each) for each in stored]
+        for group, column in np.argwhere(wrong)[:1].tolist():
+            found = _named(_TYPES, int(chunks[group, column, members.TYPE]))
             raise ValueError(
-                f"column {column.name!r} of row group {group} has {int(chunks[group, members.N_VALUES]):,} values for "
-                f"{int(self.rows[group]):,} rows"
+                f"column {self._schema[column].name!r} of row group {group} holds {found}, and by the schema "
+                f"{stored[column]}"
+            )
+        codecs = chunks[..., members.CODEC]
+        for group, column in np.argwhere((codecs < 0) | (codecs >= len(_CODECS)))[:1].tolist():
+            raise DataError(
+                f"column {self._schema[column].name!r} of row group {group} of {self._path!r} is compressed by a codec "
+                f"that is not known here (number {int(codecs[group, column])}): write the file again with another one "
+                "(zstd)"
+            )
+        wrong = chunks[..., members.N_VALUES] != rows[:, None]
+        wrong &= np.array([column.max_repetition_level == 0 for column in self._schema], np.bool_)
+        for group, column in np.argwhere(wrong)[:1].tolist():
+            raise ValueError(
+                f"column {self._schema[column].name!r} of row group {group} has "
+                f"{int(chunks[group, column, members.N_VALUES]):,} values for {int(rows[group]):,} rows"
             )
 
     def _name(self, place: int) -> str:
@@ -176,6 +224,11 @@ class ChunkTable:
             schema.max_definition_level,
             schema.max_repetition_level,
         )
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that this takes."""
+        return int(self._table.nbytes + self._starts.nbytes + self.rows.nbytes)
 
     @property
     def n_bytes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

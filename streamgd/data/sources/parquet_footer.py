@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from streamgd.data.sources.mapped import OpenFile
@@ -24,9 +23,9 @@ from streamgd.errors import CorruptDataError, DataError, SchemaError, SourceNotF
 _MAGIC, _ENCRYPTED_MAGIC = b"PAR1", b"PARE"
 #: Read from the end of a file at once; holds most footers whole.
 _TAIL_BYTES = 1 << 16
-#: Files kept open at once, each twice (most systems allow a process 1,024), and bytes of their footers as stored.
+#: Files kept open at once, each twice (most systems allow a process 1,024), and bytes of what is kept of their footers.
 _OPEN_FILES = 64
-_OPEN_FOOTER_BYTES = 16 << 20
+_OPEN_FOOTER_BYTES = 32 << 20
 
 
 def read_footer(path: str) -> Footer:
@@ -70,13 +69,7 @@ def read_footer(path: str) -> Footer:
         )
     footer = tail[-length:]
     with sound_footer(path):
-        metadata = pq.read_metadata(pa.BufferReader(_MAGIC + footer))
-    # A signature after the footer says that columns are encrypted; asking pyarrow about one would end the process.
-    if metadata.serialized_size != length - 8:
-        raise DataError(
-            f"{path!r} has encrypted columns, which streamgd does not support; write it again without encryption"
-        )
-    return Footer(size, hashlib.blake2b(footer, digest_size=16).hexdigest(), footer[:-8], metadata)
+        return Footer.read(path, size, hashlib.blake2b(footer, digest_size=16).hexdigest(), footer[:-8])
 
 
 @contextlib.contextmanager
@@ -249,9 +242,14 @@ class OpenParquet(NamedTuple):
     """
 
     handle: Any
-    metadata: Any
+    footer: Footer
     file: OpenFile
     chunks: ChunkTable
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of what is known of the row groups."""
+        return len(self.footer.content) + self.chunks.held_bytes
 
 
 class OpenFiles:
@@ -291,7 +289,7 @@ class OpenFiles:
                 with sound_footer(path):
                     leaves = Layout(footer.metadata).leaves
                     table = ChunkTable(path, footer, [leaves[name].number for name in self._columns])
-                self._held[path] = OpenParquet(self._open(path), footer.metadata, OpenFile(path), table)
+                self._held[path] = OpenParquet(self._open(path), footer, OpenFile(path), table)
                 self._let_go()
             self._held.move_to_end(path)
             return self._held[path]
@@ -310,7 +308,7 @@ class OpenFiles:
             raise DataError(f"cannot open {path!r}: {err}") from err
 
     def _let_go(self) -> None:
-        footer_bytes = sum(each.metadata.serialized_size for each in self._held.values())
+        footer_bytes = sum(each.held_bytes for each in self._held.values())
         while len(self._held) > 1 and (len(self._held) > _OPEN_FILES or footer_bytes > _OPEN_FOOTER_BYTES):
             _, oldest = self._held.popitem(last=False)
-            footer_bytes -= oldest.metadata.serialized_size
+            footer_bytes -= oldest.held_bytes

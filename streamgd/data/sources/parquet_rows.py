@@ -185,14 +185,14 @@ class ArrowReader(BlockReader):
         try:
             file = pq.ParquetFile(
                 opened.handle,
-                metadata=opened.metadata,
+                metadata=opened.footer.with_group(group),
                 buffer_size=STREAM_BYTES,
                 pre_buffer=False,  # else the whole row group is read at once
                 read_dictionary=text,
                 page_checksum_verification=True,  # where a writer left checksums; damage may pass unnoticed else
             )
             found: Iterator[Any] = file.iter_batches(
-                self._piece_rows, row_groups=[group], columns=self._from_file, use_threads=False
+                self._piece_rows, row_groups=[0], columns=self._from_file, use_threads=False
             )
         except _READ_ERRORS as err:
             raise self._read_error(err, 0) from err
