@@ -368,7 +368,7 @@ def test_options_are_checked_before_the_data(options: dict[str, Any], words: str
         SGDRegressor(**options).fit("no data at all", None)
 
 
-@pytest.mark.parametrize(("tol", "seen"), [("auto", "the loss is"), (None, "overflowed")])
+@pytest.mark.parametrize(("tol", "seen"), [(1e-3, "the loss is"), (None, "overflowed"), ("auto", "overflowed")])
 def test_divergence_is_an_error_and_leaves_no_half_fitted_estimator(tol: Any, seen: str) -> None:
     X = table(500)
     model = SGDRegressor(learning_rate="constant", eta0=1.0, standardize=False, max_iter=50, tol=tol)
@@ -774,3 +774,47 @@ class TestSparsity:
         assert (fitted.coef_ != 0).all()
         again = SGDRegressor(penalty="l1", alpha=0.1, warm_start=True).fit(X, y).fit(X, y)
         assert (again.coef_[5:] == 0).mean() > 0.9
+
+
+@pytest.mark.parametrize("quantile", [0.1, 0.5, 0.95])
+def test_little_data_is_trained_until_it_is_learnt(quantile):
+    """An epoch of 200 rows is one update, and five that bring nothing say nothing."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(200, 3))
+    y = X @ [1.0, 2.0, 0.0] + rng.exponential(size=200)
+    options = {"loss": "quantile", "quantile": quantile}
+    found, endless = (SGDRegressor(tol=tol, **options).fit(X, y) for tol in ("auto", None))
+    assert found.n_iter_ < endless.n_iter_
+
+    def loss(model):
+        r = y - model.predict(X)
+        return np.maximum(quantile * r, (quantile - 1) * r).mean()
+
+    assert loss(found) < 1.02 * loss(endless)
+    assert abs((y < found.predict(X)).mean() - quantile) < 0.03
+
+
+def test_rows_without_weight_teach_nothing_more():
+    X = table(60)
+    fitted = SGDRegressor().partial_fit(X, target(X))
+    before = fitted.coef_.copy()
+    with pytest.raises(DataError, match="the sample weights are all zero"):
+        fitted.partial_fit(X, target(X), sample_weight=np.zeros(60))
+    assert (fitted.coef_ == before).all()
+    fitted.partial_fit(X, target(X), sample_weight=[0.0] * 59 + [1.0])
+    with pytest.raises(OptionError, match="expected at least one class"):
+        SGDClassifier().partial_fit(X, target(X) > 0, classes=2)
+
+
+@pytest.mark.parametrize("which", ["X", "y", "sample_weight"])
+def test_what_is_masked_is_not_taken_for_a_value(which):
+    X = table(60)
+    given = {"X": X, "y": target(X), "sample_weight": np.ones(60)}
+    given[which] = np.ma.masked_array(given[which], mask=np.zeros(given[which].shape))
+    fitted = SGDRegressor().fit(**given)
+    given[which][3] = np.ma.masked
+    with pytest.raises(SchemaError, match=f"{which} has masked values; fill them first"):
+        SGDRegressor().fit(**given)
+    if which == "X":
+        with pytest.raises(SchemaError, match="X has masked values"):
+            fitted.predict(given["X"])

@@ -78,7 +78,8 @@ def open_again(described: dict[str, Any], data: Sequence[str]) -> Source:
     except SourceNotFoundError as err:
         if data:
             raise
-        raise SourceNotFoundError(f"{err}. If the data was moved, say where it is now: --data PATH") from err
+        ended = "" if str(err).endswith("?") else "."
+        raise SourceNotFoundError(f"{err}{ended} If the data was moved, say where it is now: --data PATH") from err
 
 
 def load(run_path: Path) -> Saved:

@@ -150,7 +150,7 @@ class TargetCodec:
         """
         counter = ClassCounter()
         values = values if isinstance(values, np.ndarray) or is_arrow(values) else np.asarray(values)
-        if len(values) == 0 or counter.add(values) is not None:
+        if np.ndim(values) == 0 or len(values) == 0 or counter.add(values) is not None:
             raise OptionError(f"classes={values!r}: expected at least one class, none of them missing")
         return cls(counter.classes)
 

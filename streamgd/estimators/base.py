@@ -35,6 +35,7 @@ from streamgd.run.loop import Watcher, train
 from streamgd.run.runs import Run, prepare
 from streamgd.run.scoring import evaluate, predict_array, predict_source
 from streamgd.run.session import Saved
+from streamgd.run.survey_targets import require_weight
 
 Array = NDArray[Any]
 
@@ -156,6 +157,7 @@ class SGDEstimator(BaseEstimator):  # type: ignore[misc]
             run = prepare(source, replace(config, max_iter=1, tol=None), classes=classes)
             run.open_ended = True
         else:
+            require_weight(source)
             run = trained.next_epoch(source, config, np.atleast_2d(self.coef_), self.intercept_)
         # One epoch of rows that will hardly come again is not worth a cache.
         train(run, options=replace(self._options(), cache=None), watcher=_Announcer(self.verbose))

@@ -52,7 +52,8 @@ class SGDClassifier(ClassifierMixin, SGDEstimator):  # type: ignore[misc]
         updates, at most 1,000 and at least 1.
     tol : float, None or "auto", default="auto"
         Training ends when the loss of `n_iter_no_change` epochs in a row is not below the best one before by more than
-        `tol`. ``"auto"`` is 1e-5 of the loss of the best constant prediction; None goes on to `max_iter`.
+        `tol`. ``"auto"`` is 1e-5 of the loss of the best constant prediction, and takes as many epochs more as 200
+        updates need, of which those of little data have few; None goes on to `max_iter`.
     shuffle : bool, default=True
         Whether rows are shuffled, anew in each epoch. False keeps the order of the data.
     verbose : int, default=0

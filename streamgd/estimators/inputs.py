@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from sklearn.utils.validation import check_array, column_or_1d, validate_data
 
+from streamgd.data.sources.arrays import require_unmasked
 from streamgd.data.sources.base import Source
 from streamgd.data.sources.frames import is_pandas
 from streamgd.data.sources.memory import MemorySource
@@ -48,6 +49,8 @@ def training_source(estimator: Any, X: Any, y: Any, sample_weight: Any, *, reset
             raise DataError(f"{source.name}: no target was given. Name it when opening the source (target=…)")
         hold_features(estimator, source, reset=reset)
         return source
+    for what, values in (("X", X), ("y", y), ("sample_weight", sample_weight)):
+        require_unmasked(values, what)
     if _is_plain_frame(X):
         # Read column by column: a NumPy array of a frame with several types would be a copy of all of it.
         validate_data(estimator, X, reset=reset, skip_check_array=True)
@@ -78,6 +81,7 @@ def rows_source(estimator: Any, X: Any) -> Source | np.ndarray[Any, Any]:
     if _is_plain_frame(X):
         validate_data(estimator, X, reset=False, skip_check_array=True)
         return MemorySource(X)
+    require_unmasked(X, "X")
     array: np.ndarray[Any, Any] = validate_data(
         estimator, X, reset=False, accept_sparse=False, dtype="numeric", ensure_all_finite=False
     )

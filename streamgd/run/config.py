@@ -17,6 +17,9 @@ from streamgd.learn.recipe import Recipe
 
 #: Updates after which the default stops adding epochs, and the most epochs it runs.
 AUTO_UPDATES, AUTO_MAX_EPOCHS = 10_000, 1_000
+#: With ``tol="auto"`` training ends after no fewer updates without an improvement than these: epochs of a few updates
+#: say little.
+_PATIENCE_UPDATES = 200
 #: What ``tol="auto"`` is, as a share of the loss of the constant prediction.
 AUTO_TOL = 1e-5
 #: A lane's batches have this many rows at least, if the batch size does: fewer cost more in calls than they bring.
@@ -43,7 +46,8 @@ class Config:
         gets enough epochs to converge and a large one few, because many updates, not many passes, are what converges.
     tol : float, None or "auto"
         The run ends when the progressive loss of `n_iter_no_change` epochs in a row is not below the best before by
-        more than `tol`; ``"auto"`` is 1e-5 of the loss of the best constant prediction; None never ends early.
+        more than `tol`; ``"auto"`` is 1e-5 of the loss of the best constant prediction, and as many epochs in a row as
+        200 updates take; None never ends early.
     n_iter_no_change : int
         See `tol`.
     shuffle : bool
@@ -138,6 +142,12 @@ class Config:
         if self.max_iter != "auto":
             return int(self.max_iter)
         return min(AUTO_MAX_EPOCHS, max(1, math.ceil(AUTO_UPDATES / self.n_updates(n_rows))))
+
+    def patience(self, n_rows: int) -> int:
+        """Return the epochs without an improvement that end training."""
+        if self.tol != "auto":
+            return self.n_iter_no_change
+        return max(self.n_iter_no_change, -(-_PATIENCE_UPDATES // self.n_updates(n_rows)))
 
     def absolute_tol(self, null_loss: float) -> float | None:
         """Return `tol` in units of the loss; None to never stop early."""

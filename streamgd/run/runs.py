@@ -106,7 +106,7 @@ class Run:
 
     def reason_to_end(self) -> str | None:
         """Say why the run ends with the epoch that was closed last; None if it goes on."""
-        if self.state.counters[kernels.NO_IMPROVEMENT] >= self.config.n_iter_no_change:
+        if self.state.counters[kernels.NO_IMPROVEMENT] >= self.config.patience(self.source.n_rows):
             return "converged"
         return "max_iter" if self.state.epoch >= self.n_epochs else None
 

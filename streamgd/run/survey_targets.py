@@ -20,6 +20,8 @@ Floats = NDArray[np.float64]
 
 #: More classes than these are no classes if some of them are numbers with fractions.
 _MOST_FRACTIONAL = 100
+#: Letters of all classes together; a checkpoint's header holds them.
+_MOST_LETTERS = 16_000_000
 _EMPTY: Floats = np.zeros(0)
 
 
@@ -135,7 +137,18 @@ def survey_classes(source: Source, classes: NDArray[Any] | None) -> Targets:
 
 
 def _require_labels(source: Source, classes: NDArray[Any]) -> None:
-    """Refuse a column of measurements, for which as many classes as it has values would be trained, without an end."""
+    """Refuse a column of measurements, for which as many classes as it has values would be trained, without an end.
+
+    And one of texts that no checkpoint has room for.
+    """
+    if classes.dtype.kind == "O":
+        n_letters = sum(len(label) for label in classes.tolist() if isinstance(label, str | bytes))
+        if n_letters > _MOST_LETTERS:
+            assert source.target is not None
+            raise DataError(
+                f"{source.name}: the {len(classes):,} classes of the target {source.target.name!r} have {n_letters:,} "
+                f"letters together, and {_MOST_LETTERS:,} are the most: give them shorter names, such as numbers"
+            )
     if classes.dtype.kind != "f" or len(classes) <= _MOST_FRACTIONAL:
         return
     odd = classes[classes != np.floor(classes)]
@@ -173,6 +186,20 @@ def class_factors_of(class_weight: dict[Any, float] | str | None, targets: Targe
         elif not known.keys() <= class_weight.keys():  # else rows of it may be elsewhere, as in folds
             raise OptionError(f"class_weight names the class {key!r}, which the target does not have: {list(known)}")
     return factors
+
+
+def require_weight(source: Source) -> None:
+    """Refuse rows of which none has any weight, where they are not surveyed: rows in memory, as of `partial_fit`.
+
+    Raises
+    ------
+    DataError
+        If all weights are zero.
+    """
+    if source.kind == "memory" and source.has_weight:
+        _require_weight(
+            source, float(any(weight.any() for _, _, weight in source.iter_targets() if weight is not None))
+        )
 
 
 def _require_weight(source: Source, total: float) -> None:

@@ -592,7 +592,12 @@ def test_tol_and_n_iter_no_change(tol: float | str, patience: int) -> None:
     assert train(endless)
     assert endless.finished == "max_iter"
     absolute = 1e-5 * endless.survey.null_loss if tol == "auto" else float(tol)
-    expected = simulate(endless.state.loss_curve, absolute, patience)
+    epochs = patience
+    if tol == "auto":  # 200 updates at least
+        updates = int(endless.state.counters[kernels.N_UPDATES]) // 40
+        epochs = max(patience, -(-200 // updates))
+        assert epochs > patience
+    expected = simulate(endless.state.loss_curve, absolute, epochs)
     run = begin_small(config_of(max_iter=40, tol=tol, n_iter_no_change=patience))
     assert train(run)
     assert run.state.epoch == expected < 40

@@ -27,7 +27,7 @@ from streamgd.learn.losses import LOSSES
 from streamgd.learn.moments import Moments
 from streamgd.learn.recipe import Recipe
 from streamgd.run import sample as module
-from streamgd.run import survey_shares
+from streamgd.run import survey_shares, survey_targets
 from streamgd.run.config import Config
 from streamgd.run.sample import SAMPLE_ROWS, sample_runs
 from streamgd.run.survey import Survey, take_survey
@@ -614,6 +614,15 @@ def test_weights_that_cannot_be() -> None:
     for config, target in ((regression(), y), (classification(), labels(2))):
         with pytest.raises(DataError, match="weights are all zero"):
             take_survey(FakeSource([N], X, target, weight=np.zeros(N)), config)
+
+
+def test_labels_that_no_checkpoint_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(survey_targets, "_MOST_LETTERS", 10)
+    X, _, _ = rows()
+    names = np.array(["a" * 5, "b" * 5], object)[labels(2)]
+    take_survey(FakeSource([N], X, names), classification())
+    with pytest.raises(DataError, match="the 2 classes of the target 'y' have 12 letters together, and 10 are the"):
+        take_survey(FakeSource([N], X, names + "x"), classification())
 
 
 def test_targets_that_do_not_serve_the_task() -> None:

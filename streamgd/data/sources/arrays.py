@@ -124,8 +124,7 @@ def _as_array(values: Any, what: str) -> Array:
             f"{what} is a sparse matrix ({type(values).__name__}), which is not supported; "
             "convert it with .toarray() if it fits in memory"
         )
-    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
-        raise SchemaError(f"{what} has masked values; fill them first, e.g. with .filled(0.0)")
+    require_unmasked(values, what)
     try:
         return np.asarray(values)
     except (TypeError, ValueError) as err:
@@ -156,3 +155,9 @@ def _pack_objects(array: Array) -> Array:
     if values and all(isinstance(value, numbers.Number) and not isinstance(value, complex) for value in values):
         return array.astype(np.float64)
     return array
+
+
+def require_unmasked(values: Any, what: str) -> None:
+    """Refuse values of which some are masked: what lies behind the mask would be taken for them."""
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        raise SchemaError(f"{what} has masked values; fill them first, e.g. with .filled(0.0)")
