@@ -32,7 +32,7 @@ _MEANING = {
     "--target", callback=kinds.read_target, metavar="NAME", help="What the target is called here. [default: as trained]"
 )
 @kinds.features_option
-@click.option("--weight", metavar="NAME", help="Column or dataset of sample weights.  [default: that of the training]")
+@click.option("--weight", metavar="NAME", help="Column or dataset of sample weights. [default: as trained]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
     run_path: Path,
