@@ -819,3 +819,10 @@ def test_types_that_numpy_does_not_know(tmp_path: Path) -> None:
         Hdf5Source(tmp_path / "a.h5", target="q")
     with pytest.raises(SourceNotFoundError, match=r"there is no dataset 'z'; .* 'q' \(20,\) of an unknown type"):
         Hdf5Source(tmp_path / "a.h5", target="z")
+
+
+def test_tables_of_records_are_told(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["table"] = np.zeros(3, [("x", "f4"), ("y", "f4")])
+    with pytest.raises(SourceNotFoundError, match=r"holds 'table'.*Tables of records \(compound types\) are not read"):
+        Hdf5Source(tmp_path / "a.h5")

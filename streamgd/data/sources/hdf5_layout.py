@@ -239,7 +239,10 @@ def _find(file: h5py.File, path: str, name: str) -> h5py.Dataset:
         return found
     what = f"{name!r} is a group, not a dataset" if isinstance(found, h5py.Group) else f"there is no dataset {name!r}"
     there = list_datasets(file)
-    raise SourceNotFoundError(f"{path}: {what}; the file holds {', '.join(there) if there else 'no datasets'}")
+    hint = ""
+    if any("[(" in each for each in there):
+        hint = ". Tables of records (compound types) are not read: write their columns as datasets, or as Parquet"
+    raise SourceNotFoundError(f"{path}: {what}; the file holds {', '.join(there) if there else 'no datasets'}{hint}")
 
 
 def _describe(dataset: h5py.Dataset, name: str, path: str) -> DatasetInfo:
