@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from streamgd.data.sources.dask_clients import paused_workers, threads_of_workers
+from streamgd.data.sources.dask_clients import idle_workers, threads_of_workers
 from streamgd.errors import ClusterError, UnfitWorkerError
 from streamgd.run.asking import reports_of_workers
 from streamgd.run.epochs import Watcher
@@ -21,8 +21,8 @@ from streamgd.run.workers import WorkerReport, assign, unfit
 
 #: How often to look whether workers came or went, and, while there are none, whether one came.
 _LOOK_S, _POLL_S = 1.0, 0.25
-#: How often to look which workers are paused. One that is so twice in a row gets no lanes.
-_LOOK_PAUSED_S = 5.0
+#: How often to look which workers are idle. One that is so twice in a row gets no lanes.
+_LOOK_IDLE_S = 5.0
 #: Workers that do not answer are asked again after so many seconds.
 _ASK_AGAIN_S = 30.0
 #: A wait for workers is told after this, and then now and again.
@@ -57,9 +57,9 @@ class Members:
         self._lanes: dict[int, str] = {}
         self._silent: dict[str, float] = {}  # when workers did not answer
         self._trial = run.source if run.source.lies_in_files else None
-        self._paused: set[str] = set()  # for a while, by Dask
-        self._pausing: set[str] = set()  # at the last look
-        self._looked = self._looked_paused = float("-inf")
+        self._idle: dict[str, str] = {}  # for a while, and why
+        self._seen_idle: dict[str, str] = {}  # at the last look
+        self._looked = self._looked_idle = float("-inf")
         self._first = True
         self.look()
 
@@ -127,7 +127,7 @@ class Members:
         while not self._stop.is_set():
             threads = threads_of_workers(self._client)
             if threads is not None:
-                threads = self._without_paused(threads)
+                threads = self._without_idle(threads)
                 gone |= self._reports.keys() - threads.keys()
                 self._let_in(threads)
             self._looked = time.monotonic()
@@ -142,8 +142,8 @@ class Members:
                 raise self._nobody(waited, scheduler=threads is not None)
             if waited > _SAY_AFTER_S and (self._looked - said > _SAY_EVERY_S or said == began):
                 lacking = "the scheduler does not answer" if threads is None else "no workers: waiting for some"
-                if self._paused:
-                    lacking = "all workers are paused by Dask, for lack of memory: waiting for them"
+                if self._idle:
+                    lacking = f"no worker takes tasks ({self._why_idle()}): waiting for one"
                 self._watcher.message(f"{lacking}, up to {self._timeout_s:g} s")
                 said = self._looked
             if wanted is None and threads is not None:
@@ -157,26 +157,31 @@ class Members:
                 f"the scheduler did not answer for {waited:.0f} s: start the cluster again and resume the run"
             )
         found = "" if self._lost is None else f" (the last one that was asked: {self._lost})"
-        if self._paused:
-            found = f" that is not paused by Dask, for lack of memory (paused: {', '.join(sorted(self._paused))})"
+        if self._idle:
+            found = f" that takes tasks ({self._why_idle()})"
         return ClusterError(
             f"no worker for {waited:.0f} s{found}: start workers and resume the run, or allow a longer wait "
             "(workers_timeout_s, --workers-timeout)"
         )
 
-    def _without_paused(self, threads: Mapping[str, int]) -> dict[str, int]:
-        """Leave out workers that are paused for longer: they begin no task until they have memory again."""
+    def _without_idle(self, threads: Mapping[str, int]) -> dict[str, int]:
+        """Leave out workers that have begun no task for a while, and will not for some more."""
         now = time.monotonic()
-        if now - self._looked_paused >= _LOOK_PAUSED_S:
-            self._looked_paused = now
-            paused = paused_workers(self._client)
-            if paused is not None:
-                before, self._paused, self._pausing = self._paused, paused & self._pausing, paused
-                for address in sorted(self._paused - before):
+        if now - self._looked_idle >= _LOOK_IDLE_S:
+            self._looked_idle = now
+            idle = idle_workers(self._client)
+            if idle is not None:
+                before = self._idle
+                self._idle = {address: why for address, why in idle.items() if address in self._seen_idle}
+                self._seen_idle = idle
+                for address in sorted(self._idle.keys() - before.keys()):
                     self._watcher.message(
-                        f"worker {address} is paused by Dask, for lack of memory: it gets no lanes until it goes on"
+                        f"worker {address} is {self._idle[address]}: it gets no lanes until it goes on"
                     )
-        return {address: n for address, n in threads.items() if address not in self._paused}
+        return {address: n for address, n in threads.items() if address not in self._idle}
+
+    def _why_idle(self) -> str:
+        return ", ".join(f"{address} is {why}" for address, why in sorted(self._idle.items())[:4])
 
     def _let_in(self, threads: Mapping[str, int]) -> None:
         """Ask workers that are new, and forget those that are gone."""

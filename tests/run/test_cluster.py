@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from streamgd import errors
-from streamgd.data.sources import open_source
+from streamgd.data.sources import dask_clients, open_source
 from streamgd.data.sources.dask_clients import computing_on
 from streamgd.errors import ClusterError, DataError, OptionError, UnfitWorkerError
 from streamgd.learn import kernels
@@ -470,7 +470,7 @@ class TestFaults:
 
     def test_a_worker_that_is_paused_gets_no_lanes(self, folder, here, monkeypatch):
         """Its tasks would wait for as long as it is paused, and the run for them."""
-        monkeypatch.setattr(members, "_LOOK_PAUSED_S", 0.3)
+        monkeypatch.setattr(members, "_LOOK_IDLE_S", 0.3)
         with cluster(2) as (_, client):
             paused = min(client.nthreads())
             client.run(_pause, workers=[paused])
@@ -478,14 +478,36 @@ class TestFaults:
                 assert fit(folder, "hdf5", client=client, max_iter=60) == fit(folder, "hdf5", max_iter=60)
             client.run(_pause)
             with (
-                pytest.warns(UserWarning, match="all workers are paused by Dask"),
-                pytest.raises(ClusterError, match="all workers were paused by Dask, for lack of memory, for"),
+                pytest.warns(UserWarning, match=r"all workers are idle \(.* is paused by Dask"),
+                pytest.raises(
+                    ClusterError, match=r"all workers were idle \(tcp.* is paused by Dask.*\) for"
+                ),
             ):
                 estimator().fit(*load(folder, "dask"), client=client, workers_timeout_s=2.2)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                with pytest.raises(ClusterError, match=r"no worker for .* that is not paused by Dask"):
+                with pytest.raises(ClusterError, match=r"no worker for .* that takes tasks \(tcp.* is paused by Dask"):
                     estimator().fit(*load(folder, "hdf5"), client=client, workers_timeout_s=1)
+
+    def test_a_worker_that_falls_silent_has_its_lanes_taken_over(self, folder, monkeypatch):
+        """Long before Dask gives it up."""
+        monkeypatch.setattr(members, "_LOOK_IDLE_S", 0.3)
+        monkeypatch.setattr(dask_clients, "SILENT_S", 3.0)
+        monkeypatch.setattr(asking, "ANSWER_S", 1.0)
+        with cluster(0) as (made, client):
+            processes = Processes(made.scheduler_address, 2)
+            await_workers(client, 2)
+            pids = client.run(os.getpid)
+            silent = max(pids)
+            stopper = threading.Timer(2.0, os.kill, (pids[silent], signal.SIGSTOP))
+            stopper.start()
+            try:
+                with pytest.warns(UserWarning, match=f"worker {silent} is silent for .* s: it gets no lanes"):
+                    assert fit(folder, "hdf5", client=client, max_iter=300) == fit(folder, "hdf5", max_iter=300)
+            finally:
+                stopper.join()
+                os.kill(pids[silent], signal.SIGCONT)
+                processes.close()
 
     def test_workers_join_and_retire(self, folder):
         stop = threading.Event()

@@ -13,6 +13,8 @@ from streamgd.errors import ClusterError
 
 #: Seconds in which whoever is alive says so.
 ANSWER_S = 5.0
+#: Seconds without a heartbeat, of which a thousand workers send one each every 6 s, until one is taken for silent.
+SILENT_S = 60.0
 
 _chosen: ContextVar[Any] = ContextVar("streamgd_client", default=None)
 _timeout_s: ContextVar[float] = ContextVar("streamgd_workers_timeout", default=math.inf)
@@ -101,10 +103,20 @@ def threads_of_workers(client: Any) -> dict[str, int] | None:
         ) from err
 
 
-def paused_workers(client: Any) -> set[str] | None:
-    """Ask the scheduler for workers that take no tasks, for lack of memory; None if it does not answer."""
+def idle_workers(client: Any) -> dict[str, str] | None:
+    """Ask the scheduler for workers that begin no tasks, and why; None if it does not answer.
+
+    Those are paused for lack of memory, or have been silent for `SILENT_S` longer than the others.
+    """
     try:
-        found = client.sync(client.scheduler.identity, callback_timeout=ANSWER_S)
+        workers = client.sync(client.scheduler.identity, callback_timeout=ANSWER_S)["workers"]
     except Exception:  # whoever asks for the workers finds out what that means
         return None
-    return {address for address, worker in found["workers"].items() if worker.get("status") == "paused"}
+    latest = max((worker.get("last_seen", 0.0) for worker in workers.values()), default=0.0)
+    found = {}
+    for address, worker in workers.items():
+        if worker.get("status") == "paused":
+            found[address] = "paused by Dask, for lack of memory"
+        elif worker.get("last_seen", latest) < latest - SILENT_S:
+            found[address] = f"silent for {latest - worker['last_seen']:.0f} s"
+    return found

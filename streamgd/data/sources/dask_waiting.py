@@ -11,7 +11,7 @@ from concurrent.futures import CancelledError
 from contextvars import ContextVar
 from typing import Any
 
-from streamgd.data.sources.dask_clients import paused_workers, threads_of_workers, workers_timeout
+from streamgd.data.sources.dask_clients import idle_workers, threads_of_workers, workers_timeout
 from streamgd.data.window import Stopped
 from streamgd.errors import ClusterError
 
@@ -87,14 +87,14 @@ class _Patience:
             return
         self._looked = now
         threads = threads_of_workers(self._client)
-        paused = set() if not threads else paused_workers(self._client) or set()
-        if threads and threads.keys() - paused:
+        idle = {} if not threads else idle_workers(self._client) or {}
+        if threads and threads.keys() - idle.keys():
             self._since = 0.0
             return
         self._since = self._since or now
         waited = now - self._since
         if waited >= self._timeout_s:
-            lacking = "all workers were paused by Dask, for lack of memory," if paused else "no worker"
+            lacking = f"all workers were idle ({_why(idle)})" if idle else "no worker"
             raise ClusterError(
                 f"{lacking} for {waited:.0f} s: start workers and fit again, or allow a longer wait "
                 "(fit(..., workers_timeout_s=...))"
@@ -102,5 +102,9 @@ class _Patience:
         if waited >= _SAY_AFTER_S and not self._said:
             self._said = True
             end = "" if self._timeout_s == math.inf else f", up to {self._timeout_s:g} s"
-            lacking = "all workers are paused by Dask, for lack of memory" if paused else "no workers"
+            lacking = f"all workers are idle ({_why(idle)})" if idle else "no workers"
             warnings.warn(f"{lacking}: waiting for some{end}", stacklevel=2)
+
+
+def _why(idle: Mapping[str, str]) -> str:
+    return ", ".join(f"{address} is {why}" for address, why in sorted(idle.items())[:4])
