@@ -22,6 +22,7 @@ from streamgd.errors import CheckpointError, NonFiniteError, OptionError, Resume
 from streamgd.estimators import base
 from streamgd.learn import kernels
 from streamgd.run.folder import RunFolder
+from streamgd.run.rounds import RoundTraining
 from streamgd.run.runs import Run
 
 
@@ -431,3 +432,31 @@ def test_a_longer_fit_has_the_records_of_the_one_it_goes_on_with(tmp_path: Path)
     whole = records(tmp_path / "whole", 4)
     assert {record["epoch"] for record in whole} == {0, 1, 2, 3}
     assert records(tmp_path / "parts", 2, 4) == whole
+
+
+def test_a_round_that_is_interrupted_before_its_record_is_recorded(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(3000, 4))
+    y = X @ [1.0, 2.0, 3.0, 4.0]
+
+    def fit(folder, **options):
+        made = SGDRegressor(max_iter=2, tol=None, n_lanes=2, checkpoint_dir=folder, buffer="100kB")
+        return made.fit(X, y, **options)
+
+    def records(folder):
+        (path,) = folder.glob("*/metrics.jsonl")
+        return [(record["epoch"], record["window"]) for record in map(json.loads, path.read_text().splitlines())]
+
+    fit(tmp_path / "whole")
+    real, n = RoundTraining._record, iter(range(100))
+
+    def record(*arguments):
+        if next(n) == 4:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    monkeypatch.setattr(RoundTraining, "_record", record)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "cut")
+    fit(tmp_path / "cut", resume=True)
+    assert records(tmp_path / "cut") == records(tmp_path / "whole")

@@ -762,6 +762,28 @@ class TestSparsity:
         assert (fitted.coef_[0, 5:] == 0).mean() > 0.96
         assert (fitted.coef_[0, :4] != 0).all()
 
+    def test_on_features_as_they_are(self):
+        X, y = self.rows()
+        fitted = SGDRegressor(penalty="l1", alpha=0.3, standardize=False).fit(X, y)
+        assert (fitted.coef_[5:] == 0).mean() > 0.8
+
+    def test_coefficients_that_are_set_stay_about_there(self):
+        """What was known of their signs was of others."""
+        X, y = self.rows(2000)
+        fitted = SGDRegressor(penalty="l1", alpha=0.3).fit(X[:, :3], y)
+        for go_on in (fitted.partial_fit, fitted.set_params(warm_start=True, max_iter=1).fit):
+            fitted.coef_ = np.array([-1.0, -2.0, 0.5])
+            go_on(X[:256, :3], X[:256, :3] @ fitted.coef_)
+            np.testing.assert_allclose(fitted.coef_, [-1.0, -2.0, 0.5], atol=0.1)
+
+    def test_a_warm_start_goes_on(self):
+        X, y = self.rows(2000)
+        fitted = SGDRegressor(penalty="l1", alpha=0.1, warm_start=True, max_iter=20, tol=None).fit(X, y)
+        before = fitted.coef_.copy()
+        fitted.set_params(max_iter=1).fit(X, y)
+        assert ((fitted.coef_ == 0) == (before == 0)).mean() > 0.95
+        np.testing.assert_allclose(fitted.coef_, before, atol=0.02)
+
     def test_a_penalty_that_comes_and_goes(self):
         X, y = self.rows(2000)
         fitted = SGDRegressor().partial_fit(X, y)

@@ -138,7 +138,7 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-def curvature_of(loss: Loss, unit: NDArray[np.float64]) -> NDArray[np.float64]:
+def curvature_of(loss: Loss, unit: NDArray[np.float64], class_weights: NDArray[np.float64]) -> NDArray[np.float64]:
     """Say about how much the mean loss bends along a coefficient of a feature that is scaled to a variance of 1.
 
     Parameters
@@ -147,17 +147,21 @@ def curvature_of(loss: Loss, unit: NDArray[np.float64]) -> NDArray[np.float64]:
         The loss.
     unit : ndarray of shape (n_outputs,)
         In what predictions are measured: the targets' standard deviations, or 1.
+    class_weights : ndarray of shape (n_classes,) or (0,)
+        Weight of each class, its factor included, over the weight of all rows.
 
     Returns
     -------
     ndarray of shape (n_outputs,)
-        The most that the loss has anywhere (1/4 for log_loss); where it has edges in place of a bend, what they come to
-        over residuals as far apart as the unit.
+        For log_loss that of the best constant prediction, p (1 - p); for others the most that the loss has anywhere,
+        or, where it has edges in place of a bend, what they come to over residuals as far apart as the unit.
     """
+    total = class_weights.sum() if class_weights.size else 1.0
     if loss.code == c.LOG_LOSS:
-        return np.full(len(unit), 0.25)
+        p = class_weights[len(class_weights) - len(unit) :] / total  # of two classes there is one output
+        return np.asarray(total * p * (1.0 - p))
     shape = loss.shape(0.5)
-    return np.full(len(unit), shape.bend) if shape.bend > 0 else shape.steep / unit
+    return np.asarray(total * (np.full(len(unit), shape.bend) if shape.bend > 0 else shape.steep / unit))
 
 
 def get_loss(name: str, task: Task) -> Loss:

@@ -34,6 +34,9 @@ from streamgd.learn.options import is_number, require
 
 Floats = NDArray[np.float64]
 
+#: A threshold beyond all coefficients.
+_MOST = 1e300
+
 PENALTIES = (None, "l2", "l1", "elasticnet")
 
 
@@ -78,7 +81,8 @@ def settled(coef: Floats, subgradient: Floats, l1: float, curvature: Floats) -> 
     ndarray of shape (n_outputs, n_features)
         S(w̄ + l1·s̄/h, l1/h), never -0.0.
     """
-    threshold = l1 / curvature[:, None]
+    with np.errstate(over="ignore", divide="ignore"):
+        threshold = np.minimum(l1 / curvature[:, None], _MOST)  # infinity times zero were NaN
     moved = coef + threshold * subgradient
     left = np.maximum(np.abs(moved) - threshold, 0.0)
     # What keeps its sign throughout stays as it is, to the last bit.

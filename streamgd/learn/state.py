@@ -132,10 +132,18 @@ class State:
         return self.theta, self.average, self.slots, self.subgradient, self.scalars, self.counters
 
     def with_penalty(self, *, sparse: bool) -> State:
-        """Return the state for a penalty with or without an l1 part; shares its arrays."""
+        """Return the state for a penalty with or without an l1 part; shares its arrays.
+
+        Of coefficients that were there before the penalty it is taken that they keep their signs.
+        """
         if sparse == (len(self.subgradient) > 0):
             return self
-        return replace(self, subgradient=np.zeros_like(self.theta[: None if sparse else 0]))
+        return replace(self, subgradient=np.sign(self.theta[: None if sparse else 0]))
+
+    def begin_at(self, theta: Floats) -> None:
+        """Put other coefficients in the place of those that were learnt, and of all averages."""
+        self.theta[:], self.average[:] = theta, theta
+        self.subgradient[:] = np.sign(theta[: len(self.subgradient)])
 
     @property
     def epoch(self) -> int:
@@ -219,6 +227,7 @@ class State:
         filled, lengths = int(found["counters"][N_CARRY]), found.pop("lengths")
         for name in _CARRIED:
             found[name] = _grown(found[name], lengths[name], filled)
+        found.setdefault("subgradient", found["theta"][:0])  # which older versions did not have
         if isinstance(found["moments"], tuple):
             found["moments"] = np.zeros(found["moments"])
         self.__dict__.update(found)

@@ -81,8 +81,7 @@ class Trained:
         state = self._between_epochs().with_penalty(sparse=config.recipe.is_sparse)
         model = self.model()
         if not (np.array_equal(coef, model.coef) and np.array_equal(intercept, model.intercept)):
-            theta = self.survey.scaling.unfold(coef, intercept)
-            state.theta[:], state.average[:] = theta, theta
+            state.begin_at(self.survey.scaling.unfold(coef, intercept))
         config = replace(config, max_iter=state.epoch + 1, tol=None)
         state = _with_carry(state, config.batch_rows(source.n_rows), source)
         return Run(source, config, self.survey, plan_for(source, config), state, open_ended=True)
@@ -112,15 +111,13 @@ class Trained:
         """
         self._require_compatible(source, config)
         state = first_state(source, config, self.survey)
-        theta = self.survey.scaling.unfold(coef, intercept)
-        state.theta[:], state.average[:] = theta, theta
+        state.begin_at(self.survey.scaling.unfold(coef, intercept))
         if config.recipe.the_optimizer.code != kernels.SGD:
             before, model = self._between_epochs(), self.model()
             if np.array_equal(coef, model.coef) and np.array_equal(intercept, model.intercept):
                 state.theta[:], state.average[:] = before.theta, before.average
+                state.subgradient[:] = before.with_penalty(sparse=config.recipe.is_sparse).subgradient
             state.slots[:] = before.slots
-            if before.subgradient.shape == state.subgradient.shape:
-                state.subgradient[:] = before.subgradient
             state.scalars[_MEMORY] = before.scalars[_MEMORY]
             if config.recipe.schedule != "cosine":  # which has to begin at its beginning
                 state.counters[kernels.N_UPDATES] = before.counters[kernels.N_UPDATES]
@@ -128,7 +125,7 @@ class Trained:
 
     def _between_epochs(self) -> State:
         """Return a copy of the state in which no batch and no epoch is open."""
-        state = self.state.copy()
+        state = self.state.with_penalty(sparse=self.config.recipe.is_sparse).copy()
         if state.counters[kernels.EPOCH_ROWS] or state.counters[kernels.N_CARRY]:
             _leave_epoch(state, self)
         return state

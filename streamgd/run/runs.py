@@ -154,12 +154,14 @@ def model_of(config: Config, survey: Survey, state: State, is_vector: bool) -> L
     With averaging the coefficients are the averages. Under l1 they take one more proximal step; where features have not
     been scaled, so that nothing is known of the loss's curvature, they are zero where the last iterate is.
     """
-    recipe = config.recipe
+    recipe, state = config.recipe, state.with_penalty(sparse=config.recipe.is_sparse)
     averaged = recipe.average_kind != kernels.AVERAGE_NONE and state.counters[kernels.N_UPDATES] > 0
     theta = (state.average if averaged else state.theta).copy()
     if recipe.is_sparse and config.standardize:
         l1, l2 = strengths(recipe.penalty, recipe.alpha, recipe.l1_ratio)
-        curvature = curvature_of(recipe.the_loss, survey.output_scale()) + l2
+        factors = survey.class_factors if survey.class_factors.size else 1.0
+        classes = survey.class_weights * factors / max(survey.class_weights.sum(), np.finfo(float).tiny)
+        curvature = curvature_of(recipe.the_loss, survey.output_scale(), classes) + l2
         theta[:, :-1] = settled(theta[:, :-1], state.subgradient[:, :-1], l1, curvature)
     elif recipe.is_sparse:
         theta[:, :-1][state.theta[:, :-1] == 0] = 0.0

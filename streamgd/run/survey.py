@@ -1,8 +1,8 @@
 """What must be known before the first update: classes, the target's mean, the features' scale.
 
-Two short looks at the data, independent of windows, threads and lanes: a pass over the target and weight columns alone
-(`streamgd.run.survey_targets`), and one over a sample of rows (`streamgd.run.sample`). Moments do not depend on where
-blocks end, see `streamgd.learn.moments`.
+Two looks at the data, independent of windows, threads and lanes: a pass over the target and weight columns alone
+(`streamgd.run.survey_targets`), and one over a sample of rows (`streamgd.run.sample`), or over all if that is wanted.
+Moments do not depend on where blocks end, see `streamgd.learn.moments`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from streamgd.data.flat_files import iter_numbers
 from streamgd.data.sources.base import Source
+from streamgd.data.sources.dask_waiting import given_up
 from streamgd.data.targets import ClassCounter, TargetCodec
+from streamgd.data.window import Stopped
 from streamgd.errors import NonFiniteError
 from streamgd.learn.moments import Moments
 from streamgd.run.sample import read_runs, sampling_step
@@ -137,8 +139,10 @@ def look_at_features(
     ------
     NonFiniteError
         For NaN, infinity or null in a feature or weight.
+    Stopped
+        If somebody gave up.
     """
-    stops = np.cumsum(source.block_rows)
+    stops, left = np.cumsum(source.block_rows), given_up.get()
     runs = []
     for block in np.flatnonzero((stops > start) & (stops - source.block_rows < stop)).tolist():
         before = int(stops[block] - source.block_rows[block])
@@ -147,6 +151,8 @@ def look_at_features(
     for segment in _segments(read_runs(source, runs, buffer_bytes), segment_rows):
         moments = Moments(source.n_features)
         for first, X, weight in segment:
+            if left is not None and left.is_set():
+                raise Stopped
             require_finite(source, first, X, None)
             moments.add(X, checked_weights(source, first, weight))
         yield moments

@@ -202,3 +202,16 @@ def test_rows_that_lie_in_other_files(tmp_path: Path) -> None:
     pq.write_metadata(table.schema, tmp_path / "summary.parquet", gathered)
     with pytest.raises(DataError, match="lie in other files: open those, or their folder"):
         streamgd.open_source(tmp_path / "summary.parquet", "y")
+
+
+def test_files_are_let_go_by_what_is_kept_of_their_footers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "abc":
+        pq.write_table(table_of(100), tmp_path / f"{name}.parquet", row_group_size=10)
+    opened = parquet_footer.OpenFiles(("a",))
+    paths = [str(tmp_path / f"{name}.parquet") for name in "abc"]
+    digests = [read_footer(path).digest for path in paths]
+    first = opened.get(paths[0], digests[0])
+    monkeypatch.setattr(parquet_footer, "_OPEN_FOOTER_BYTES", int(2.5 * first.held_bytes))
+    for path, digest in zip(paths, digests, strict=True):
+        opened.get(path, digest)
+    assert list(opened._held) == paths[1:]

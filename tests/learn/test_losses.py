@@ -15,7 +15,7 @@ from streamgd.learn import kernels
 from streamgd.learn.kernels import losses
 from streamgd.learn.kernels.batch import fill
 from streamgd.learn.kernels.losses import LANES
-from streamgd.learn.losses import LOSSES, get_loss, outputs_of, start_intercept
+from streamgd.learn.losses import LOSSES, curvature_of, get_loss, outputs_of, start_intercept
 from streamgd.learn.recipe import Recipe
 from tests.learn.reference import loss_terms, softmax_terms
 from tests.learn.training import EMPTY, compiled
@@ -328,3 +328,21 @@ class TestMeanLoss:
         packed = Recipe().pack(n_classes=0, n_updates=1, mean_weight=1, moments=False)
         found = kernels.mean_loss(np.ones((3, 1)), np.zeros(3), np.ones((1, 1)), packed.codes, packed.params, EMPTY)
         assert found == 0.0
+
+
+@pytest.mark.parametrize(
+    ("loss", "unit", "classes", "expected"),
+    [
+        ("squared_error", [3.0, 0.1], [], [1.0, 1.0]),
+        ("squared_epsilon_insensitive", [3.0], [], [2.0]),
+        ("quantile", [4.0, 0.5], [], [0.25, 2.0]),
+        ("log_loss", [1.0], [0.9, 0.1], [0.09]),
+        ("log_loss", [1.0], [90.0, 10.0], [9.0]),  # of classes that count a hundred times
+        ("log_loss", [1.0] * 3, [0.5, 0.3, 0.2], [0.25, 0.21, 0.16]),
+        ("squared_hinge", [1.0], [0.5, 0.5], [2.0]),
+        ("hinge", [1.0], [1.0, 2.0], [3.0]),
+    ],
+)
+def test_how_much_losses_bend(loss, unit, classes, expected):
+    found = curvature_of(LOSSES[loss], np.array(unit), np.array(classes, np.float64))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)

@@ -71,3 +71,7 @@ class TestSettled:
         gradient = X.T @ (X @ average - y) / 400
         found = settled(average[None], -gradient[None] / alpha, alpha, np.ones(1))
         np.testing.assert_allclose(found[0], best, atol=1e-12)
+
+    def test_a_penalty_beyond_all_measure_leaves_zeros(self):
+        found = settled(np.array([[3.0, -2.0]]), np.array([[0.5, 0.0]]), 1.7e308, np.array([0.1]))
+        assert (found == 0).all()

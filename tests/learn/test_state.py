@@ -11,7 +11,7 @@ from safetensors.numpy import load, save
 from streamgd.learn import kernels
 from streamgd.learn.recipe import Recipe
 from streamgd.learn.state import State
-from tests.learn.training import begin, bits_of, feed, make_rows, pack
+from tests.learn.training import begin, bits_of, feed, make_rows, pack, train
 
 RECIPES = [
     Recipe(batch_size=16),
@@ -135,3 +135,21 @@ def test_moments_are_pickled():
     state = begin(Recipe(), make_rows(4, 2))
     state.moments[1, 0] = 2.0
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(state)).moments, state.moments)
+
+
+def test_states_of_before_there_were_subgradients():
+    """Their coefficients are taken to keep their signs, so that they stay as they were."""
+    rows = make_rows(100, 3)
+    state = train(Recipe(penalty="l1", alpha=0.01, batch_size=16), rows)
+    tensors = state.to_tensors()
+    del tensors["subgradient"]
+    old = State.from_tensors(tensors, batch_size=16, has_weight=False)
+    assert old.with_penalty(sparse=False) is old
+    assert (old.with_penalty(sparse=True).subgradient == np.sign(state.theta)).all()
+    attributes = state.__getstate__()
+    del attributes["subgradient"]
+    again = State.__new__(State)
+    again.__setstate__(attributes)
+    assert again.subgradient.shape == (0, 4)
+    with pytest.raises(ValueError, match="a state without subgradients, and an l1 penalty"):
+        feed(again, rows, pack(Recipe(penalty="l1", alpha=0.01, batch_size=16), rows))

@@ -299,6 +299,21 @@ class TestBits:
         X, y = da.from_array(X[y > 0], chunks=(tuple(cuts), -1)), da.from_array(y[y > 0], chunks=(tuple(cuts),))
         assert bits(some) == bits(estimator().fit(X, y))
 
+    def test_of_persisted_data_of_unknown_lengths(self, two, folder):
+        import dask.array as da
+        import dask.dataframe as dd
+
+        X, y = load(folder, "dask")
+        kept = y > 0
+        there = estimator().fit(X[kept].persist(), y[kept].persist(), client=two[1])
+        cuts = tuple(int(kept.blocks[i].sum()) for i in range(kept.numblocks[0]))
+        X, y = X.compute()[kept.compute()], y.compute()[kept.compute()]
+        assert bits(there) == bits(estimator().fit(da.from_array(X, (cuts, -1)), da.from_array(y, (cuts,))))
+        frame = dd.from_dask_array(da.from_array(X, (500, -1)), columns=list("abcde")).persist()
+        frame = frame[frame["a"] > 1]
+        some = estimator().fit(frame[["b", "c"]].to_dask_array().persist(), frame["a"].to_dask_array().persist())
+        assert some.n_features_in_ == 2
+
     def test_nothing_of_a_collection_is_computed_here(self, two, folder, tmp_path):
         """Not for the survey either, though the client is not the process's default."""
         X, y = load(folder, "dask")
@@ -479,9 +494,7 @@ class TestFaults:
             client.run(_pause)
             with (
                 pytest.warns(UserWarning, match=r"all workers are idle \(.* is paused by Dask"),
-                pytest.raises(
-                    ClusterError, match=r"all workers were idle \(tcp.* is paused by Dask.*\) for"
-                ),
+                pytest.raises(ClusterError, match=r"all workers were idle \(tcp.* is paused by Dask.*\) for"),
             ):
                 estimator().fit(*load(folder, "dask"), client=client, workers_timeout_s=2.2)
             with warnings.catch_warnings():
@@ -629,8 +642,8 @@ class TestSurvey:
         assert len(fetched) == 4
         assert all(fetched)
 
-    @pytest.mark.parametrize("way", ["none", "busy", "other versions", "lost", "unreadable"])
-    def test_the_client_does_what_workers_do_not(self, two, folder, monkeypatch, way, tmp_path, fetched):
+    @pytest.mark.parametrize("way", ["none", "busy", "other versions", "lost", "unreadable", "another file"])
+    def test_the_client_does_what_workers_do_not(self, two, folder, monkeypatch, way, tmp_path, fetched, request):
         client = two[1]
         blocked: list[Any] = []
         source = load(folder, "hdf5")[0]
@@ -640,15 +653,20 @@ class TestSurvey:
             monkeypatch.setattr(survey_shares, "_LEAST_PATIENCE_S", 0.1)
             blocked = client.map(time.sleep, [3, 3.1], priority=100)
         elif way == "other versions":
+            request.getfixturevalue("idle")
             here = versions()
             monkeypatch.setattr(survey_shares, "versions", lambda: here | {"numpy": "0.1"})
         elif way == "lost":
+            request.getfixturevalue("idle")
             monkeypatch.setattr(survey_shares, "look_there", _fails)
         else:
+            request.getfixturevalue("idle")
             (tmp_path / "rows.h5").write_bytes((folder / "rows.h5").read_bytes())
             source = open_source(tmp_path / "rows.h5", "y")
             list(source.iter_targets())  # from now on it is open here
             (tmp_path / "rows.h5").rename(tmp_path / "moved.h5")
+            if way == "another file":
+                make_data(tmp_path, n_rows=2 * N_ROWS)
         assert self.survey(source, client) == self.survey(source, None)
         assert not any(fetched)
         client.cancel(blocked, force=True)

@@ -95,7 +95,10 @@ class BlockGraph:
         tasks, keys, names = self._renamed(blocks, self._name)
         wanted = [f"rows-{block}-{self._name}" for block in blocks]
         first = [keys[block][0] for block in blocks]
-        tasks |= {key: (len, names.get(block, block)) for key, block in zip(wanted, first, strict=True)}
+        tasks |= {  # what is persisted has a future
+            key: (len, names[block] if block in names else self._persisted[block])
+            for key, block in zip(wanted, first, strict=True)
+        }
         return _handed_over(client, tasks, wanted)
 
     def lengths(self) -> list[int]:
@@ -247,4 +250,11 @@ def measure_lengths(collection: Any, what: str) -> list[int]:
     graph = BlockGraph([collection])
     logger.info("%s has blocks of unknown length: measuring all %d of them once", what, graph.n_blocks)
     client = active_client()
-    return graph.lengths() if client is None else list(gathered(client, graph.submit_lengths(client)))
+    if client is None:
+        return graph.lengths()
+    futures = graph.submit_lengths(client)
+    try:
+        return list(gathered(client, futures))
+    finally:
+        for future in futures:  # an error's traceback holds them, and with them their tasks on the cluster
+            future.release()

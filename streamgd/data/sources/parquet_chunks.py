@@ -39,18 +39,26 @@ class Footer:
         A hash of the footer's bytes.
     content : bytes
         These bytes.
-    n_groups : int
-        Row groups.
+    groups : list of int
+        Where each row group begins in them, and where the last one ends.
+    places : list of int
+        Where the list of row groups begins and ends.
     metadata : pyarrow.parquet.FileMetaData
-        What they say of the file, without its row groups: of these pyarrow keeps twenty times as many bytes as there
-        are here.
+        What the bytes say of the file, without its row groups: of these pyarrow keeps twenty times as many bytes as
+        there are here.
     """
 
     size: int
     digest: str
     content: bytes
-    n_groups: int
+    groups: NDArray[np.int64]
+    places: Sequence[int]
     metadata: Any
+
+    @property
+    def n_groups(self) -> int:
+        """Row groups."""
+        return len(self.groups) - 1
 
     @classmethod
     def read(cls, path: str, size: int, digest: str, content: bytes) -> Self:
@@ -63,17 +71,17 @@ class Footer:
         DataError
             If a signature behind them says that columns are encrypted: asking pyarrow about one would end the process.
         """
-        n_groups, places, _ = _found_groups(content, 0)
+        places, groups = _found_groups(content)
         if places[2] != len(content):
             raise DataError(
                 f"{path!r} has encrypted columns, which streamgd does not support; write it again without encryption"
             )
-        return cls(size, digest, content, n_groups, _parsed(content, places, b"\x0c"))
+        return cls(size, digest, content, groups, places, _parsed(content, places, b"\x0c"))
 
     def with_group(self, group: int) -> Any:
         """Return the pyarrow.parquet.FileMetaData of a file that has one row group alone."""
-        _, places, bounds = _found_groups(self.content, self.n_groups)
-        return _parsed(self.content, places, b"\x1c" + self.content[bounds[group] : bounds[group + 1]])
+        first, end = self.groups[group : group + 2].tolist()
+        return _parsed(self.content, self.places, b"\x1c" + self.content[first:end])
 
 
 @dataclass(frozen=True)
@@ -106,14 +114,16 @@ class Chunk:
     repeats: int = 0
 
 
-def _found_groups(content: bytes, n_groups: int) -> tuple[int, list[int], list[int]]:
-    """Return how many row groups there are, where their list and the footer lie, and each of the first ones."""
+def _found_groups(content: bytes) -> tuple[list[int], NDArray[np.int64]]:
+    """Find where the list of row groups and the footer lie, and each row group, which takes a byte at least."""
     stored = np.frombuffer(content, np.uint8)
-    at, places, bounds = stored.__array_interface__["data"][0], np.zeros(3, np.int64), np.zeros(n_groups + 1, np.int64)
+    at, places, bounds = stored.__array_interface__["data"][0], np.zeros(3, np.int64), np.zeros(0, np.int64)
     found = members.find_groups(at, at + len(stored), places, bounds)
     if found < 0:
         raise ValueError("its row groups make no sense")
-    return found, places.tolist(), bounds.tolist()
+    bounds = np.zeros(found + 1, np.int64)
+    members.find_groups(at, at + len(stored), places, bounds)
+    return places.tolist(), bounds
 
 
 def _parsed(content: bytes, places: Sequence[int], groups: bytes) -> Any:

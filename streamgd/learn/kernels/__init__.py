@@ -69,8 +69,11 @@ def consume(
     target_scale : ndarray of shape (n_outputs,)
         The target's standard deviations.
     """
+    from streamgd.learn.codes import PARAM_L1
     from streamgd.learn.kernels import batch, entries
 
+    if params[PARAM_L1] > 0 and state[3].shape != state[0].shape:
+        raise ValueError("a state without subgradients, and an l1 penalty")
     scratch = batch.scratch(len(state[0]), X.shape[1], len(carry[0]), X.itemsize)
     cursor = np.array([start, stop, close], np.int64)
     doubles, narrow = np.empty(scratch.n_doubles), np.empty(scratch.n_narrow, X.dtype)
