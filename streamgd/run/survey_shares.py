@@ -29,8 +29,8 @@ Look = Callable[[Source, int, int, int], Iterator[Found]]
 
 #: Rows that are added up by themselves. Another number makes other sums, in their last bits.
 SEGMENT_ROWS = 1 << 22
-#: With fewer segments the client is done sooner by itself.
-_LEAST_SEGMENTS = 4
+#: With fewer segments the client is done within a second, and sooner by itself.
+_LEAST_SEGMENTS = 32
 #: Each thread of the workers has so many shares.
 _SHARES = 2
 #: How long to wait for a share that a worker has begun with: so many times as long as the client took for one of its

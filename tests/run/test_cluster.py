@@ -589,6 +589,7 @@ class TestSurvey:
     @pytest.fixture(autouse=True)
     def short_segments(self, monkeypatch):
         monkeypatch.setattr(survey_shares, "SEGMENT_ROWS", 100)
+        monkeypatch.setattr(survey_shares, "_LEAST_SEGMENTS", 4)
 
     @pytest.fixture
     def fetched(self, monkeypatch):
