@@ -128,7 +128,8 @@ class Dispatch:
         self._ahead, self._attempt = None, self._attempt + 1
         if self._blocks is not None:
             self._blocks.clear()
-        if self._work.status not in ("pending", "finished"):  # the cluster was started afresh
+        # The cluster was started afresh; or who has the work may be silent, and with it what others would fetch.
+        if self._work.status not in ("pending", "finished") or self._members.fit is not None:
             self._hand_over_work()
 
     def close(self) -> None:

@@ -70,7 +70,7 @@ class Members:
     @property
     def fit(self) -> list[str] | None:
         """The workers that may take part, if not all may."""
-        return sorted(self._reports) if self._refused or self._silent else None
+        return sorted(self._reports) if self._refused or self._silent or self._idle else None
 
     @property
     def first(self) -> str:
