@@ -22,13 +22,12 @@ from streamgd.run.flights import (
     WorkerWork,
     begin_reading,
     deliver,
-    keep,
     merge_flight,
     play_short,
     send_rows,
     take_turns,
 )
-from streamgd.run.graph import Graph, Key
+from streamgd.run.graph import Graph, Key, keep
 from streamgd.run.members import Members
 from streamgd.run.pace import Pace, Stretch
 from streamgd.run.runs import Run

@@ -125,11 +125,6 @@ class Flown(_InOnePiece):
 Beginning: TypeAlias = State | Sequence[Flown] | Sequence[Taken]
 
 
-def keep(value: Any) -> Any:
-    """Hold a value where tasks can find it; should it be lost, the scheduler has it still."""
-    return value
-
-
 def deliver(
     work: LaneWork,
     span: Span,

@@ -66,6 +66,11 @@ class Graph:
         return futures
 
 
+def keep(value: Any) -> Any:
+    """Hold a value where tasks can find it; should it be lost, the scheduler has it still."""
+    return value
+
+
 _quiet = threading.Lock()
 _n_quiet = 0
 _loud: Any = None

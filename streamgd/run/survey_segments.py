@@ -135,6 +135,11 @@ def look_at_features(
     buffer_bytes : int
         The run's buffer, of which reading side by side takes a part.
 
+    Yields
+    ------
+    Moments
+        Of each segment.
+
     Raises
     ------
     NonFiniteError
@@ -142,12 +147,8 @@ def look_at_features(
     Stopped
         If somebody gave up.
     """
-    stops, left = np.cumsum(source.block_rows), given_up.get()
-    runs = []
-    for block in np.flatnonzero((stops > start) & (stops - source.block_rows < stop)).tolist():
-        before = int(stops[block] - source.block_rows[block])
-        first, end = max(start - before, 0), min(int(source.block_rows[block]), stop - before)
-        runs.append((block, first, end - first))
+    left = given_up.get()
+    runs = [(block, first, end - first) for block, first, end in source.blocks_of(start, stop)]
     for segment in _segments(read_runs(source, runs, buffer_bytes), segment_rows):
         moments = Moments(source.n_features)
         for first, X, weight in segment:

@@ -16,11 +16,9 @@ from collections.abc import Callable, Generator, Iterator
 from itertools import pairwise
 from typing import Any, TypeVar
 
-import numpy as np
-
 from streamgd.data.sources.base import Source
 from streamgd.data.sources.dask_clients import chosen_client, threads_of_workers
-from streamgd.run.graph import Graph
+from streamgd.run.graph import Graph, keep
 from streamgd.run.versions import differing_versions, versions
 
 Found = TypeVar("Found")
@@ -73,7 +71,7 @@ class _Shares:
         cuts = [SEGMENT_ROWS * (n_segments * i // n_shares) for i in range(n_shares)] + [source.n_rows]
         self._bounds = list(pairwise(cuts))
         name, graph = uuid.uuid4().hex[:12], Graph(client, None)
-        work = graph.add(f"survey-source-{name}", None, n_shares, _keep, source)
+        work = graph.add(f"survey-source-{name}", None, n_shares, keep, source)
         keys = [
             graph.add((f"survey-rows-{name}", start), None, number, look_there, work, look, start, stop, SEGMENT_ROWS)
             for number, (start, stop) in enumerate(self._bounds)
@@ -104,18 +102,12 @@ class _Shares:
                 future.release()
 
 
-def _keep(value: Any) -> Any:
-    return value
-
-
 def look_there(
     source: Source, look: Look[Found], start: int, stop: int, segment_rows: int
 ) -> tuple[dict[str, str], list[Found]] | None:
     """Look at some rows on a worker; None if it cannot, for whatever reason."""
-    stops = np.cumsum(source.block_rows)
-    first, last = np.searchsorted(stops, [start, stop - 1], side="right").tolist()
     try:
-        source.check_unchanged(range(first, last + 1))
+        source.check_unchanged([block for block, _, _ in source.blocks_of(start, stop)])
         return versions(), list(look(source, start, stop, segment_rows))
     except Exception:  # the client finds it too, or the workers are refused before training
         return None

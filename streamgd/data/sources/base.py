@@ -352,6 +352,15 @@ class Source(abc.ABC):
         n_outputs = 1 if self.target is None else self.target.n_outputs
         return max(1, min(most, _TARGET_PIECE_BYTES // (8 * n_outputs)))
 
+    def blocks_of(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """List (block, first, end) of the rows from `start` up to `stop`: which of each block's own rows they are."""
+        stops = np.cumsum(self.block_rows)
+        starts = stops - self.block_rows
+        return [
+            (block, max(0, start - int(starts[block])), min(int(self.block_rows[block]), stop - int(starts[block])))
+            for block in np.flatnonzero((stops > start) & (starts < stop)).tolist()
+        ]
+
     @property
     def held_bytes(self) -> int:
         """Bytes of rows that this object holds in memory, and that go with it to other processes."""

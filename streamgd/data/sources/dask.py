@@ -236,14 +236,13 @@ class DaskSource(Source):
         """Compute target and weights alone, a block at a time."""
         if self.target is None and not self.has_weight:
             return
-        stop = self.n_rows if stop is None else stop
-        stops = np.cumsum(self.block_rows)
-        blocks = np.flatnonzero((stops > start) & (stops - self.block_rows < stop)).tolist()
-        for block, (_, y, weight) in self._targets(blocks):
-            before = int(stops[block] - self.block_rows[block])
-            first, end = max(start - before, 0), min(int(self.block_rows[block]), stop - before)  # of this block
+        wanted = self.blocks_of(start, self.n_rows if stop is None else stop)
+        for (_, first, end), (_, (_, y, weight)) in zip(
+            wanted, self._targets([block for block, _, _ in wanted]), strict=True
+        ):
             some_y = None if y is None else y.read(first, end)
-            yield before + first, some_y, None if weight is None else weight.read(first, end)
+            yield start, some_y, None if weight is None else weight.read(first, end)
+            start += end - first
 
     def _targets(self, blocks: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """Compute target and weights of some blocks: on a cluster, those of many for one answer of it."""

@@ -176,17 +176,13 @@ class ParquetSource(Source):
         """Read the target and weight columns alone."""
         if self.target is None and not self.has_weight:
             return
-        stop, before = self.n_rows if stop is None else stop, 0
         most = self.target_piece_rows(_TARGET_ROWS)
-        for block, n_rows in enumerate(self.block_rows.tolist()):
-            done, end = max(0, start - before), min(n_rows, stop - before)  # of this row group
-            if done < end:
-                with open_rows(self, block, done, most, (), self._scratch) as reader:
-                    while done < end:
-                        n, piece = reader.read_some(min(most, end - done))
-                        yield before + done, piece.y, piece.weight
-                        done += n
-            before += n_rows
+        for block, done, end in self.blocks_of(start, self.n_rows if stop is None else stop):
+            with open_rows(self, block, done, most, (), self._scratch) as reader:
+                while done < end:
+                    n, piece = reader.read_some(min(most, end - done))
+                    yield start, piece.y, piece.weight
+                    done, start = done + n, start + n
 
     def stamp(self) -> dict[str, Any]:
         """Look at the files; see `Source.stamp`."""
