@@ -17,17 +17,21 @@ from typing import Any
 import h5py
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
 from streamgd.cli import main
 from streamgd.commands import parameters as kinds
+from streamgd.data.layout import format_bytes
 from streamgd.learn.losses import LOSSES
 from streamgd.learn.optimizers import OPTIMIZERS
 from streamgd.learn.penalties import PENALTIES
 from streamgd.learn.schedules import SCHEDULES
+from streamgd.learn.state import State
 from streamgd.run import checkpoint, loop, runs
 from streamgd.run.folder import RunFolder
+from streamgd.run.worker_memory import PROCESS_BYTES
 
 N_ROWS = 3000
 COEF = np.array([1.0, -2.0, 0.5])
@@ -750,6 +754,28 @@ def test_several_outputs_are_several_columns(sg: Callable[..., Said], tmp_path: 
     assert "r2 " in sg("evaluate", run, data).out
 
 
+def test_the_end_of_a_name_says_what_predictions_are_written_as(
+    sg: Callable[..., Said], tmp_path: Path, parquet: Path
+) -> None:
+    X, y = make_rows(600)
+    labels = np.where(y > np.median(y), 'a "b", c', "none")
+    data = write_parquet(tmp_path / "data.parquet", X, labels)
+    run = tmp_path / "run"
+    train_on(sg, data, run)
+    for options in ([], ["--proba"]):
+        for name in ("p.parquet", "p.csv", "p.PQ"):
+            assert sg("predict", run, data, "--output", tmp_path / name, *options).status == 0
+        expected = pq.read_table(tmp_path / "p.parquet")
+        assert pq.read_table(tmp_path / "p.PQ") == expected
+        assert pyarrow.csv.read_csv(tmp_path / "p.csv") == expected  # to the last bit
+    before = sorted(tmp_path.iterdir())
+    for name in ("p", "p.xlsx", "p.parquet.gz"):
+        said = sg("predict", run, data, "--output", tmp_path / name)
+        assert said.status == 2
+        assert f"{tmp_path / name}: expected a name that ends in .parquet (or .pq) or .csv" in said.err
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_predictions_are_there_whole_or_not_at_all(
     sg: Callable[..., Said], parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -920,6 +946,32 @@ def test_inspect_lists_datasets(sg: Callable[..., Said], h5: Path) -> None:
     assert said.status == 2
     assert "'X' (3000, 3) float32" in said.out
     assert "there is no dataset 'Z'" in said.err
+
+
+def test_inspect_counts_what_is_kept_beside_the_rows(sg: Callable[..., Said], tmp_path: Path) -> None:
+    """Coefficients of the features, and of every lane: what a worker needs, and is refused for, if it lacks it."""
+    n_features, n_lanes = 100_000, 4
+    X = np.random.default_rng(0).standard_normal((64, n_features), np.float32)
+    data = write_hdf5(tmp_path / "wide.h5", X, X[:, 0])
+    said = sg("inspect", data, "--target", "y", "--lanes", n_lanes, "--buffer", "1GB")
+    assert said.status == 0, said.err
+    state_bytes = State.start(
+        intercept=np.zeros(1),
+        n_features=n_features,
+        n_targets=1,
+        n_slots=1,
+        batch_size=0,
+        row_dtype=X.dtype,
+        has_weight=False,
+    ).n_bytes
+    assert f"beside it {format_bytes(state_bytes)} of coefficients" in said.out
+    base = PROCESS_BYTES + (n_lanes + 2) * state_bytes
+    assert f"a worker of a cluster takes {format_bytes(base)}, and" in said.out
+    run = tmp_path / "run"
+    said = sg("train", data, "--target", "y", "--epochs", 1, "--run", run)
+    assert f"beside it {format_bytes(state_bytes)} of" in said.err
+    small = write_hdf5(tmp_path / "small.h5", X[:, :5], X[:, 0])
+    assert "beside it" not in sg("inspect", small, "--target", "y").out
 
 
 def test_inspect_advises_smaller_row_groups(sg: Callable[..., Said], tmp_path: Path) -> None:

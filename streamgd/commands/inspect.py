@@ -38,7 +38,7 @@ def inspect(data: tuple[str, ...], **given: Any) -> None:
     from streamgd.learn.recipe import Recipe
     from streamgd.run.config import Config
     from streamgd.run.inspection import about_blocks, about_cache, about_data, about_lanes, about_plan
-    from streamgd.run.runs import plan_for
+    from streamgd.run.runs import least_state_bytes, plan_for
 
     target = kinds.split_names((given["target"],)) if given["target"] else None
     features, weight = kinds.split_names(given["features"]), given["weight"]
@@ -60,8 +60,9 @@ def inspect(data: tuple[str, ...], **given: Any) -> None:
         recipe=Recipe(batch_size=given["batch_size"]), buffer_bytes=parse_bytes(given["buffer"]), n_lanes=given["lanes"]
     )
     layout = plan_for(source, config)
-    lanes = about_lanes(config.n_lanes, config.batch_rows(source.n_rows), layout, source)
-    for line in (*about_plan(source, layout), *lanes, *about_cache(source)):
+    state_bytes = least_state_bytes(source, config)
+    lanes = about_lanes(config.n_lanes, config.batch_rows(source.n_rows), layout, source, state_bytes)
+    for line in (*about_plan(source, layout, state_bytes), *lanes, *about_cache(source)):
         click.echo(line)
 
 

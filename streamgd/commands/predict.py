@@ -1,4 +1,4 @@
-"""``streamgd predict``: a run's model applied to data, the result a Parquet file."""
+"""``streamgd predict``: a run's model applied to data, the result a Parquet or CSV file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 from streamgd.commands import parameters as kinds
 
 
-@click.command(short_help="Predict for each row, into a Parquet file.")
+@click.command(short_help="Predict for each row, into a Parquet or CSV file.")
 @click.argument("run_path", metavar="RUN", type=click.Path(path_type=Path))
 @kinds.data_argument
 @click.option(
@@ -18,7 +18,7 @@ from streamgd.commands import parameters as kinds
     required=True,
     metavar="FILE.parquet",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Where the predictions go, one row for each row of DATA.",
+    help="Where the predictions go, one row for each row of DATA; FILE.csv writes CSV.",
 )
 @click.option("--proba", is_flag=True, help="Write the probability of each class.")
 @kinds.features_option

@@ -166,6 +166,11 @@ class State:
         """Move the cursor to the start of the next window, in one step that an interrupt cannot split."""
         self.counters[:3] = (self.counters[EPOCH], self.counters[WINDOW] + 1, 0)
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its arrays, as they travel and are saved."""
+        return sum(array.nbytes for array in self.to_tensors().values())
+
     def to_tensors(self) -> dict[str, NDArray[Any]]:
         """Return every array by name, the open batch cut to its filled rows."""
         filled = int(self.counters[N_CARRY])

@@ -66,6 +66,7 @@ class ClusterCrew(Crew):
     def __init__(self, run: Run, client: Any, options: RunOptions, watcher: Watcher, stop: threading.Event) -> None:
         require_client(client)
         self._client, self._stop = client, stop
+        self._n_lanes = run.config.n_lanes
         self._closed = False
         self._awaited: tuple[Any, threading.Event] | None = None
         self._next: Flight | None = None
@@ -75,6 +76,7 @@ class ClusterCrew(Crew):
         self._members = Members(run, client, options.workers_timeout_s, watcher, stop)
         self._dispatch = Dispatch(run, client, self._members)
         self._pace = self._dispatch.pace
+        self._tell_idle_threads()
 
     @property
     def workers(self) -> int | None:
@@ -131,6 +133,16 @@ class ClusterCrew(Crew):
             finally:
                 drop(flight)
         return None
+
+    def _tell_idle_threads(self) -> None:
+        """Say that threads will have nothing to do: with a single lane, whoever made a cluster hardly meant that."""
+        n_lanes, n_threads = self._n_lanes, self._members.n_threads
+        if n_lanes < n_threads:
+            tell = self._watcher.message if n_lanes == 1 else self._watcher.note
+            tell(
+                f"{n_lanes} of the {n_threads:,} threads of the cluster will train, one for each lane: raise n_lanes "
+                "(--lanes), which is part of what defines the model, to use more"
+            )
 
     def _say_if_long(self, waited: float) -> None:
         """Say once that the first rounds take long: nothing else tells workers that are at work from busy ones."""

@@ -14,14 +14,15 @@ from streamgd.data.targets import TargetCodec
 from streamgd.learn import kernels
 from streamgd.learn.recipe import Recipe
 from streamgd.run.config import AUTO_UPDATES, Config, RunOptions
-from streamgd.run.lane_rows import more_windows
 from streamgd.run.runs import Run
 from streamgd.run.survey import Survey
-from streamgd.run.worker_memory import PROCESS_BYTES
+from streamgd.run.worker_memory import WorkerMemory
 
 #: Names and classes that are listed; of the rest, the number.
 _LISTED = 8
 _INDENT = 12
+#: Bytes of a state that are told.
+_WORTH_TELLING = 1_000_000
 
 
 def decisions(run: Run, folder: Path, options: RunOptions, reasons: dict[str, str]) -> list[str]:
@@ -41,13 +42,14 @@ def decisions(run: Run, folder: Path, options: RunOptions, reasons: dict[str, st
     source = run.source
     assert source.target is not None
     resumed = [] if run.state.cursor == (0, 0, 0) else [entry("resuming", standing(run))]
+    state_bytes = run.state.n_bytes
     return [
         *resumed,
         *about_data(source),
         *_about_target(run, reasons.get("task", "")),
         *_about_learning(run),
-        *about_plan(source, run.layout),
-        *about_lanes(run.config.n_lanes, run.batch_rows, run.layout, run.source),
+        *about_plan(source, run.layout, state_bytes),
+        *about_lanes(run.config.n_lanes, run.batch_rows, run.layout, source, state_bytes),
         entry("run", f"{folder}, with a checkpoint every {options.checkpoint_every_s:g} s"),
     ]
 
@@ -130,7 +132,7 @@ def _epochs(config: Config, n_epochs: int) -> str:
     return f"at most {n_epochs:,}{why}, fewer if the loss stops falling for {config.n_iter_no_change} of them"
 
 
-def about_plan(source: Source, layout: Layout) -> list[str]:
+def about_plan(source: Source, layout: Layout, state_bytes: int) -> list[str]:
     """Say where memory goes, and how well rows will be mixed."""
     n_windows = -(-source.n_rows // layout.window_rows)
     windows = 3 if layout.resident else 2
@@ -143,6 +145,7 @@ def about_plan(source: Source, layout: Layout) -> list[str]:
             f"{plural(layout.n_open, 'open block')} ({format_bytes(layout.open_bytes)}), "
             f"decoding ({format_bytes(layout.piece_bytes)}), open batch ({format_bytes(layout.carry_bytes)})",
         ),
+        *about_state(state_bytes),
         entry("windows", f"{n_windows:,} an epoch, slices of up to {plural(layout.slice_rows, 'row')}"),
     ]
     if layout.resident:
@@ -159,16 +162,26 @@ def about_plan(source: Source, layout: Layout) -> list[str]:
     return lines
 
 
-def about_lanes(n_lanes: int, batch_rows: int, layout: Layout, source: Source) -> list[str]:
+def about_state(state_bytes: int) -> list[str]:
+    """Say what coefficients and optimizer take, where that is worth a line: the buffer is for rows."""
+    if state_bytes < _WORTH_TELLING:
+        return []
+    return [entry("", f"beside it {format_bytes(state_bytes)} of coefficients and what the optimizer keeps")]
+
+
+def about_lanes(n_lanes: int, batch_rows: int, layout: Layout, source: Source, state_bytes: int) -> list[str]:
     """Say what several lanes take, of the whole plan and on a worker."""
     if n_lanes == 1:
         return []
-    most = layout.planned_bytes + more_windows(layout, source) * layout.window_bytes
-    each, ahead, all_lanes = map(format_bytes, (layout.planned_bytes, most, n_lanes * most))
+    memory = WorkerMemory.planned(layout, source, state_bytes, n_lanes)
+    most = layout.planned_bytes + memory.more_windows * layout.window_bytes
+    base = memory.needed(0, 0)
+    together = n_lanes * (most + state_bytes)
+    each, ahead, all_lanes = map(format_bytes, (memory.needed(1, 1) - base, most, together))
     return [
         entry("lanes", f"{n_lanes:,} with batches of {batch_rows:,}; memory, windows and mixing are of each lane"),
         entry("", f"memory of all lanes together: up to {all_lanes}"),
-        entry("", f"a worker of a cluster takes {format_bytes(PROCESS_BYTES)}, and {each} for each of its threads"),
+        entry("", f"a worker of a cluster takes {format_bytes(base)}, and {each} for each of its threads"),
         entry("", f"at least; up to {ahead} for each of its lanes are used to read ahead, as its limit allows"),
     ]
 

@@ -68,6 +68,11 @@ class Members:
         return len(self._reports)
 
     @property
+    def n_threads(self) -> int:
+        """How many threads they have."""
+        return sum(report.n_threads for report in self._reports.values())
+
+    @property
     def fit(self) -> list[str] | None:
         """The workers that may take part, if not all may."""
         return sorted(self._reports) if self._refused or self._silent or self._idle else None

@@ -1,4 +1,4 @@
-"""Predictions of a fitted model over a source, written as a Parquet file that is there whole or not at all."""
+"""Predictions of a fitted model over a source, written as a file that is there whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from streamgd.data.sources.base import Source
-from streamgd.errors import StreamgdError
+from streamgd.errors import OptionError, StreamgdError
 from streamgd.learn.model import LinearModel
 from streamgd.run.scoring import predict_source
 
 #: Rows of a row group of the result: many enough to compress well, few enough to hold.
 _GROUP_ROWS = 1 << 17
+#: What writes each kind of file, by the end of its name.
+_WRITERS: dict[str, Any] = {".parquet": pq.ParquetWriter, ".pq": pq.ParquetWriter, ".csv": csv.CSVWriter}
 
 
 def write_predictions(model: LinearModel, source: Source, path: Path, *, proba: bool = False) -> int:
@@ -32,7 +35,8 @@ def write_predictions(model: LinearModel, source: Source, path: Path, *, proba: 
     source : Source
         Rows; a target is not needed.
     path : Path
-        The file. One that is there is replaced once the new one is complete.
+        The file, whose name says what it is: ``.parquet`` or ``.pq``, or ``.csv`` with a line of names first. One that
+        is there is replaced once the new one is complete.
     proba : bool, default=False
         Whether to write the probability of each class instead of the likeliest class.
 
@@ -44,7 +48,7 @@ def write_predictions(model: LinearModel, source: Source, path: Path, *, proba: 
     Raises
     ------
     OptionError
-        If `proba` is asked of a model without probabilities; before the file is made.
+        If the name ends otherwise, or `proba` is asked of a model without probabilities; before the file is made.
     SchemaError
         If the number of features is not the model's; before the file is made.
     NonFiniteError
@@ -57,13 +61,18 @@ def write_predictions(model: LinearModel, source: Source, path: Path, *, proba: 
     The column is ``prediction``, in the labels' own type for classes; for several outputs the columns are
     ``prediction_0``, ``prediction_1``, …; with `proba` there is ``probability_<label>`` for each class.
     """
+    kind = _WRITERS.get(path.suffix.lower())
+    if kind is None:
+        raise OptionError(
+            f"{path}: expected a name that ends in .parquet (or .pq) or .csv, which says what kind of file to write"
+        )
     pieces = predict_source(model, source, "predict_proba" if proba else "predict")
     schema = _schema(model, proba)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     n_rows = 0
     try:
         with temporary.open("wb") as file:
-            with pq.ParquetWriter(file, schema) as writer:
+            with kind(file, schema) as writer:
                 for group in _grouped(pieces):
                     columns = [group] if group.ndim == 1 else list(group.T)
                     arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]

@@ -248,11 +248,21 @@ def _of_lane(layout: Layout, source: Source, n_lanes: int) -> Layout:
 
 def first_state(source: Source, config: Config, survey: Survey) -> State:
     """Return the state before the first row."""
+    return _state_from(survey.start, survey.codec.n_outputs, source, config)
+
+
+def least_state_bytes(source: Source, config: Config) -> int:
+    """Count the bytes of a state before classes are counted: as if there were two."""
+    n_outputs = 1 if source.target is None else source.target.n_outputs
+    return _state_from(np.zeros(n_outputs), n_outputs, source, config).n_bytes
+
+
+def _state_from(intercept: NDArray[np.float64], n_targets: int, source: Source, config: Config) -> State:
     recipe = config.recipe
     return State.start(
-        intercept=survey.start,
+        intercept=intercept,
         n_features=source.n_features,
-        n_targets=survey.codec.n_outputs,
+        n_targets=n_targets,
         n_slots=recipe.the_optimizer.n_slots,
         sparse=recipe.is_sparse,
         batch_size=config.batch_rows(source.n_rows),

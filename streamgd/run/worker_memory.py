@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-from streamgd.data.layout import format_bytes
+from streamgd.data.layout import Layout, format_bytes
+from streamgd.data.sources.base import Source
 from streamgd.run.lane_rows import LEAST_WINDOWS, more_windows
 from streamgd.run.runs import Run
 
@@ -41,14 +42,18 @@ class WorkerMemory:
     @classmethod
     def of(cls, run: Run) -> Self:
         """Return that of a run."""
-        layout, source = run.layout, run.source
+        return cls.planned(run.layout, run.source, run.state.n_bytes, run.config.n_lanes)
+
+    @classmethod
+    def planned(cls, layout: Layout, source: Source, state_bytes: int, n_lanes: int) -> Self:
+        """Return that of a run to come."""
         return cls(
             source.held_bytes,
-            sum(array.nbytes for array in run.state.to_tensors().values()),
+            state_bytes,
             layout.planned_bytes + (2 * layout.open_bytes + layout.buffer_bytes if source.holds_block else 0),
             layout.window_bytes,
             more_windows(layout, source),
-            run.config.n_lanes,
+            n_lanes,
         )
 
     def needed(self, n_threads: int, n_lanes: int) -> int:
