@@ -37,6 +37,8 @@ _FETCH_RATE, _FETCH_S = 10e6, 2.0
 _SAY_AFTER_S = 30.0
 #: Times that a round is played again before what keeps it from ending is taken to be for good.
 _MOST_ATTEMPTS = 5
+#: Flights behind the one that is awaited where each is a single round, for lack of room for more blocks; else one.
+_CHAINED_BLOCKS = 2
 #: Times that workers may leave over the same round before it is taken to be what ends them.
 _MOST_LOSSES = 20
 
@@ -69,7 +71,7 @@ class ClusterCrew(Crew):
         self._n_lanes = run.config.n_lanes
         self._closed = False
         self._awaited: tuple[Any, threading.Event] | None = None
-        self._next: Flight | None = None
+        self._next: deque[Flight] = deque()  # what was handed over behind what is awaited
         self._flown_from: State | None = None
         self._played: deque[Round] = deque()  # rounds that came with others before them
         self._round_s, self._said, self._watcher = 0.0, False, watcher
@@ -96,19 +98,17 @@ class ClusterCrew(Crew):
         self._played.clear()
         while not stop.is_set():
             began = time.monotonic()
-            flight, self._next = self._next, None
-            if flight is None or self._flown_from is not start:
-                drop(flight)
+            if self._flown_from is not start:
+                self._drop_next()
+            if self._next:
+                flight = self._next.popleft()
+            else:
                 flight = self._dispatch.hand_over(start, packed, span.epoch, span.row, behind=None)
             try:
                 self._look()
                 if stop.is_set():
                     return None  # perhaps without a worker: nobody is waited for then
-                stretch, rows = flight.stretch, flight.stretch.rows
-                if self._pace.may_chain(stretch, flight.chained):
-                    self._next = self._dispatch.hand_over(flight.last, packed, rows.epoch, rows.end, behind=flight)
-                elif self._dispatch.computes:
-                    self._dispatch.deliver_ahead(rows.epoch, rows.end)
+                self._hand_over_next(flight, packed)
                 while not self._finished(flight.merged):
                     if stop.is_set():
                         return None
@@ -116,7 +116,7 @@ class ClusterCrew(Crew):
                     self._say_if_long(time.monotonic() - began)
                 self._played.extend(self._result(flight))
                 took_s = time.monotonic() - began
-                self._pace.ended(stretch, flight.chained, self._played, took_s)
+                self._pace.ended(flight.stretch, flight.chained, self._played, took_s)
                 self._round_s = took_s / len(self._played)
                 return self._hand_out()
             except _Again as again:
@@ -133,6 +133,18 @@ class ClusterCrew(Crew):
             finally:
                 drop(flight)
         return None
+
+    def _hand_over_next(self, flight: Flight, packed: Packed) -> None:
+        """Hand over what comes behind a flight, so that no worker waits for the client."""
+        last, most = (self._next[-1] if self._next else flight), _CHAINED_BLOCKS if self._dispatch.computes else 1
+        while self._pace.may_chain(last.stretch, last.chained):
+            if len(self._next) >= most:
+                return
+            rows = last.stretch.rows
+            last = self._dispatch.hand_over(last.last, packed, rows.epoch, rows.end, behind=last)
+            self._next.append(last)
+        if self._dispatch.computes:
+            self._dispatch.deliver_ahead(last.stretch.rows.epoch, last.stretch.rows.end)
 
     def _tell_idle_threads(self) -> None:
         """Say that threads will have nothing to do: with a single lane, whoever made a cluster hardly meant that."""
@@ -171,8 +183,8 @@ class ClusterCrew(Crew):
         return found
 
     def _drop_next(self) -> None:
-        flight, self._next = self._next, None
-        drop(flight)
+        while self._next:
+            drop(self._next.pop())
 
     # --- what comes back ---
     def _finished(self, future: Any) -> bool:

@@ -1,8 +1,8 @@
 """The blocks of a Dask collection on their way to the lanes.
 
 The blocks of the rounds that are handed over at once are computed on workers, near the lanes that need them, and go
-from worker to worker; the client holds their futures, those of these rounds and the next. So no more of the
-collection is in memory than two of the longest turns need.
+from worker to worker; the client holds the futures of those that were handed over last. At most three of the longest
+turns are under way, behind one another: so no more of the collection is in memory than these need.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import threading
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from streamgd.learn.recipe import Packed
 from streamgd.run.asking import tell_workers
@@ -66,6 +66,14 @@ class Flight:
     chained: int
 
 
+class _Ahead(NamedTuple):
+    """Rounds that come next, the lanes of each task and where, and futures of the tasks' blocks, of collections."""
+
+    stretch: Stretch
+    groups: list[tuple[list[int], str]]
+    deliveries: list[Any]
+
+
 class Dispatch:
     """Hands rounds over, and knows what of them is under way.
 
@@ -108,7 +116,7 @@ class Dispatch:
             bounded=self._blocks is not None,
         )
         self._flights = self._attempt = 0
-        self._ahead: tuple[Stretch, list[Any]] | None = None  # what comes next, and futures of its blocks
+        self._ahead: _Ahead | None = None
         self._lane_work = WorkerWork(run, source)
         self._hand_over_work()
 
@@ -142,11 +150,7 @@ class Dispatch:
         del self._work
 
     def _stretch(self, epoch: int, row: int) -> Stretch:
-        """Say which rounds to hand over next: those that blocks were delivered for, if any were."""
-        if self._ahead is not None:
-            rows = self._ahead[0].rows
-            if (rows.epoch, rows.row) == (epoch, row):
-                return self._ahead[0]
+        """Say which rounds to hand over next."""
         members = self._members
         sent = self._sends and bool(self._others()) and members.has_room_to_send
         return self.pace.next(epoch, row, len(members.groups()), room=members.has_room, sent=sent)
@@ -159,10 +163,7 @@ class Dispatch:
 
     def hand_over(self, start: Any, packed: Packed, epoch: int, row: int, *, behind: Flight | None) -> Flight:
         """Hand the tasks of rounds to the scheduler, to begin from a state or from what came of the rounds before."""
-        stretch = self._stretch(epoch, row)
-        groups = self._groups(stretch)
-        deliveries = self._delivered(stretch, groups)
-        self._ahead = None  # the flight holds its own
+        stretch, groups, deliveries = self._with_blocks(epoch, row)
         self._flights += 1
         name = f"{self._name}-{self._flights}"
         graph = Graph(self._client, self._members.fit)
@@ -258,8 +259,19 @@ class Dispatch:
         assert self._blocks is not None
         following = self._blocks.next_turn(epoch, row)
         if following is not None:
-            stretch = self._stretch(*following)
-            self._ahead = stretch, self._delivered(stretch, self._groups(stretch))
+            self._ahead = self._with_blocks(*following)
+
+    def _with_blocks(self, epoch: int, row: int) -> _Ahead:
+        """Say which rounds come next and where, and have their blocks come, if they were not delivered ahead."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and (ahead.stretch.rows.epoch, ahead.stretch.rows.row) == (epoch, row):
+            groups = self._groups(ahead.stretch)
+            if groups == ahead.groups:
+                return ahead
+            return _Ahead(ahead.stretch, groups, self._delivered(ahead.stretch, groups))
+        stretch = self._stretch(epoch, row)
+        groups = self._groups(stretch)
+        return _Ahead(stretch, groups, self._delivered(stretch, groups))
 
     def _delivered(self, stretch: Stretch, groups: Sequence[tuple[list[int], str]]) -> list[Any]:
         """Bring blocks of a Dask collection to the lanes that need them, and have these fill windows meanwhile.

@@ -15,6 +15,9 @@ from streamgd.data.sources.base import Source
 from streamgd.data.window import Stopped
 from streamgd.run.lane_rows import LEAST_WINDOWS, Delivery, LanePlans, LaneReader, RowInputs
 
+#: Turns of a lane for which blocks may wait until it has those before them.
+_MOST_EARLY = 3
+
 
 class Readers:
     """The readers of one process, by lane, and the threads that they share."""
@@ -23,7 +26,7 @@ class Readers:
         self._lock = threading.Lock()
         self._idle: OrderedDict[int, LaneReader] = OrderedDict()
         self._used: Counter[int] = Counter()  # lanes whose readers are in use
-        self._early: dict[int, Delivery] = {}  # what came while a lane's reader was in use
+        self._early: dict[int, list[Delivery]] = {}  # what came before lanes can read on over it
         self._pool: ThreadPoolExecutor | None = None
         self._files: FlatFiles | None = None
         self._closed = False
@@ -79,13 +82,16 @@ class Readers:
         try:
             if found is not None:
                 if found.goes_on_at(epoch, row) and (delivery is None or found.deliver(delivery)):
+                    self._go_on(found)
                     return found
                 found.close()
             files = self._files_of(inputs.source) if delivery is None else None
             pool = self.pool(n_threads)
-            return LaneReader(
+            made = LaneReader(
                 plans, inputs, pool, lane, epoch, row, n_windows=n_windows, delivery=delivery, files=files
             )
+            self._go_on(made)
+            return made
         except BaseException:
             self._note_left(lane)
             raise
@@ -98,6 +104,8 @@ class Readers:
     def discard(self, reader: LaneReader) -> None:
         """Close a reader in place of giving it back."""
         self._note_left(reader.lane)
+        with self._lock:
+            self._early.pop(reader.lane, None)
         reader.close()
 
     def _note_left(self, lane: int) -> None:
@@ -108,19 +116,31 @@ class Readers:
         """Take out the readers that are too many, those first that were used least recently; under the lock."""
         leaving = []
         while self._idle and (self._closed or len(self._idle) + self._used.total() > most):
-            leaving.append(self._idle.popitem(last=False)[1])
+            lane, reader = self._idle.popitem(last=False)
+            self._early.pop(lane, None)
+            leaving.append(reader)
         return leaving
 
     def expect(self, lane: int, delivery: Delivery) -> None:
-        """Have a lane read on over blocks for its turn after the next one; if it cannot, that turn will."""
+        """Have a lane that is read here read on over blocks for a turn to come, as soon as it has those before it."""
         with self._lock:
             reader = self._idle.get(lane)
-            if self._closed:
+            if self._closed or (reader is None and self._used[lane] == 0):
                 return
+            self._early.setdefault(lane, []).append(delivery)
             if reader is not None:
-                reader.deliver(delivery)
-            elif self._used[lane] > 0:
-                self._early[lane] = delivery
+                self._read_on(reader)
+
+    def _go_on(self, reader: LaneReader) -> None:
+        """Have a reader that nobody else uses read on over what came early."""
+        with self._lock:
+            self._read_on(reader)
+
+    def _read_on(self, reader: LaneReader) -> None:
+        early = sorted(self._early.pop(reader.lane, []), key=lambda each: (each.span.epoch, each.span.row))
+        left = [delivery for delivery in early if not reader.deliver(delivery)]
+        if left and not self._closed:
+            self._early[reader.lane] = left[:_MOST_EARLY]
 
     def _files_of(self, source: Source) -> FlatFiles | None:
         """Return the files that all lanes read from: one each, and many lanes would run out of descriptors."""
@@ -135,9 +155,8 @@ class Readers:
         reader.let_go()
         with self._lock:
             self._used[reader.lane] -= 1
-            early = self._early.pop(reader.lane, None)
-            if early is not None and not self._closed:
-                reader.deliver(early)
+            if not self._closed:
+                self._read_on(reader)
             old = self._idle.pop(reader.lane, None)
             self._idle[reader.lane] = reader
             leaving = self._beyond(most)

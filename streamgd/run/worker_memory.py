@@ -25,7 +25,7 @@ class WorkerMemory:
     state_bytes : int
         Of one state.
     lane_bytes : int
-        What reading a lane takes: its plan, and the blocks of Dask collections for two turns.
+        What reading a lane takes: its plan, and the blocks of Dask collections for three turns.
     window_bytes, more_windows : int
         Of a window, and how many a lane can fill beyond those of its plan.
     n_lanes : int
@@ -50,7 +50,7 @@ class WorkerMemory:
         return cls(
             source.held_bytes,
             state_bytes,
-            layout.planned_bytes + (2 * layout.open_bytes + layout.buffer_bytes if source.holds_block else 0),
+            layout.planned_bytes + (2 * layout.open_bytes + 3 * layout.buffer_bytes // 2 if source.holds_block else 0),
             layout.window_bytes,
             more_windows(layout, source),
             n_lanes,

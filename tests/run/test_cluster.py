@@ -873,8 +873,8 @@ def test_what_is_dropped_takes_nothing_of_others_with_it(two, folder, here, monk
     finished, seen = cluster_module.ClusterCrew._finished, []
 
     def interrupted(self: Any, future: Any) -> bool:
-        if not seen and self._next is not None and self._next.chained > 1 and future.status == "pending":
-            seen.append(self._next)
+        if not seen and self._next and self._next[-1].chained > 1 and future.status == "pending":
+            seen.append(self._next[-1])
             raise error
         return finished(self, future)
 

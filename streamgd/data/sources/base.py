@@ -347,10 +347,10 @@ class Source(abc.ABC):
         """Say where the rows lie, for this process; None unless `is_flat`."""
         return None
 
-    def target_piece_rows(self, most: int) -> int:
-        """Return the rows of a piece that `iter_targets` reads: so many, and fewer where there are many targets."""
+    def target_piece_rows(self, most: int, n_bytes: int = _TARGET_PIECE_BYTES) -> int:
+        """Return the rows of a piece that `iter_targets` reads: so many, and fewer where they take more bytes."""
         n_outputs = 1 if self.target is None else self.target.n_outputs
-        return max(1, min(most, _TARGET_PIECE_BYTES // (8 * n_outputs)))
+        return max(1, min(most, n_bytes // (8 * n_outputs)))
 
     def blocks_of(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """List (block, first, end) of the rows from `start` up to `stop`: which of each block's own rows they are."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,14 +26,16 @@ from streamgd.data.sources.dask_waiting import gathered
 from streamgd.data.window import Stopped
 from streamgd.errors import ClusterError, DataError, EmptySourceError, SchemaError, SourceNotFoundError, StreamgdError
 
+T = TypeVar("T")
+
 #: Bytes a Python object (a string, mostly) is taken to cost, for the memory plan.
 _OBJECT_BYTES = 64
 #: Rows of the first block, and of the last block's target, that the fingerprint covers.
 _HASHED_ROWS = 1024
 #: Up to so many blocks the fingerprint lists their lengths.
 _LISTED_BLOCKS = 64
-#: Targets of so many rows come from the cluster at once, and of so many blocks.
-_TARGET_ROWS, _TARGET_BLOCKS = 500_000, 200
+#: Targets of so many rows, bytes and blocks come from the cluster at once.
+_TARGET_ROWS, _TARGET_BYTES, _TARGET_BLOCKS = 1_000_000, 8_000_000, 200
 #: First rows of blocks come by themselves where they are this part of the blocks at most; so many bytes at once.
 _FEW, _HEADS_BYTES = 4, 8_000_000
 #: Blocks from this size on are worth a hint.
@@ -208,19 +210,17 @@ class DaskSource(Source):
             return
         graph, row_bytes = self._graph(targets_only=False), max(1, self.stored_bytes // self.n_rows)
         at_once = max(1, _HEADS_BYTES // (row_bytes * max(n for _, n in heads)))
-        for first in range(0, len(heads), at_once):
-            group = list(heads[first : first + at_once])
-            futures = graph.submit_all(client, self._numbers[[block for block, _ in group]].tolist())
-            try:
-                numbers = [(int(self._numbers[block]), n) for block, n in group]
-                found = gathered(client, [client.submit(_first_rows, futures[number], n) for number, n in numbers])
-            except (ClusterError, Stopped):
-                raise
-            except Exception:  # which block it is, and why, comes out block by block
+        groups = [list(heads[first : first + at_once]) for first in range(0, len(heads), at_once)]
+
+        def submit(group: Sequence[tuple[int, int]]) -> dict[int, list[Any]]:
+            return graph.submit_heads(client, {int(self._numbers[block]): n for block, n in group})
+
+        for group, found in _gathered_ahead(client, groups, submit):
+            if found is None:
                 yield from super().open_heads(group, piece_rows=piece_rows)
                 continue
-            del futures
-            for (block, n), parts in zip(group, found, strict=True):
+            for block, n in group:
+                (parts,) = found[int(self._numbers[block])]
                 X, y, weight = self._checked(block, parts, targets_only=False, n_rows=n)
                 assert X is not None
                 yield _Reader(self, X, y, weight, 0)
@@ -252,33 +252,21 @@ class DaskSource(Source):
                 yield block, self._compute(block, targets_only=True)
             return
         graph = self._graph(targets_only=True)
-        groups = self._target_groups(blocks)
-        under_way = [graph.submit_all(client, self._numbers[groups[0]].tolist())]
-        try:
-            for group, following in zip(groups, [*groups[1:], None], strict=True):
-                if following is not None:
-                    under_way.append(graph.submit_all(client, self._numbers[following].tolist()))
-                try:
-                    found = gathered(client, under_way[0])
-                except (ClusterError, Stopped):
-                    raise
-                except Exception:
-                    found = {}  # which block it is, and why, comes out block by block
-                for block in group:
-                    number = int(self._numbers[block])
-                    if number in found:
-                        yield block, self._checked(block, found[number], targets_only=True)
-                    else:
-                        yield block, self._compute(block, targets_only=True)
-                del under_way[0]
-        finally:
-            for future in (f for group in under_way for futures in group.values() for f in futures):
-                future.release()  # an error's traceback holds them, and with them their tasks on the cluster
+
+        def submit(group: Sequence[int]) -> dict[int, list[Any]]:
+            return graph.submit_all(client, self._numbers[group].tolist())
+
+        for group, found in _gathered_ahead(client, self._target_groups(blocks), submit):
+            for block in group:
+                if found is None:
+                    yield block, self._compute(block, targets_only=True)
+                else:
+                    yield block, self._checked(block, found[int(self._numbers[block])], targets_only=True)
 
     def _target_groups(self, blocks: Sequence[int]) -> list[list[int]]:
         """Divide blocks into runs whose targets may be in memory together."""
         groups: list[list[int]] = [[]]
-        n_rows, most = 0, self.target_piece_rows(_TARGET_ROWS)
+        n_rows, most = 0, self.target_piece_rows(_TARGET_ROWS, _TARGET_BYTES)
         for block, rows in zip(blocks, self.block_rows[list(blocks)].tolist(), strict=True):
             if groups[-1] and (n_rows + rows > most or len(groups[-1]) == _TARGET_BLOCKS):
                 groups.append([])
@@ -495,9 +483,41 @@ class _Reader(BlockReader):
             self._source.count_open(-1)
 
 
-def _first_rows(parts: Sequence[Any], n_rows: int) -> list[Any]:
-    """Cut a computed block on the worker that has it."""
-    return [part.iloc[:n_rows] if hasattr(part, "iloc") else part[:n_rows] for part in parts]
+def _gathered_ahead(
+    client: Any, groups: Sequence[T], submit: Callable[[T], dict[int, list[Any]]]
+) -> Iterator[tuple[T, dict[int, list[Any]] | None]]:
+    """Fetch what groups of blocks come to, the next one computed meanwhile.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Of the cluster.
+    groups : sequence
+        At least one.
+    submit : callable
+        Begins with a group; returns the futures of each block.
+
+    Yields
+    ------
+    group, found
+        None if a task failed: which block's it is, and why, comes out block by block.
+    """
+    under_way = [submit(groups[0])]
+    try:
+        for group, following in zip(groups, [*groups[1:], None], strict=True):
+            if following is not None:
+                under_way.append(submit(following))
+            try:
+                found = gathered(client, under_way[0])
+            except (ClusterError, Stopped):
+                raise
+            except Exception:
+                found = None
+            yield group, found
+            del under_way[0]
+    finally:
+        for future in (each for some in under_way for futures in some.values() for each in futures):
+            future.release()  # an error's traceback holds them, and with them their tasks on the cluster
 
 
 def _add(digest: Any, arrays: Sequence[Array]) -> None:

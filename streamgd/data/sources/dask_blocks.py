@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
@@ -89,6 +89,16 @@ class BlockGraph:
             for block, some in keys.items()
         }
 
+    def submit_heads(self, client: Any, n_rows: Mapping[int, int]) -> dict[int, list[Any]]:
+        """Begin computing the first rows of blocks, so many of each; return the future of each, in a list."""
+        tasks, keys, names = self._renamed(list(n_rows), self._name)
+        heads = {block: f"head-{block}-{n}-{self._name}" for block, n in n_rows.items()}
+        for block, some in keys.items():
+            parts = [names[key] if key in names else self._persisted[key] for key in some]
+            tasks[heads[block]] = (_first_rows, parts, n_rows[block])
+        futures = _handed_over(client, tasks, list(heads.values()))
+        return {block: [future] for block, future in zip(heads, futures, strict=True)}
+
     def submit_lengths(self, client: Any) -> list[Any]:
         """Begin counting the rows of every block, of the first collection; return the futures."""
         blocks = range(self.n_blocks)
@@ -150,6 +160,11 @@ class BlockGraph:
                 tasks[key] = self._tasks[key]
                 left += _dask.core.keys_in_tasks(self._known, [self._tasks[key]], as_list=True)
         return tasks, keys, list(persisted)
+
+
+def _first_rows(parts: Sequence[Any], n_rows: int) -> list[Any]:
+    """Cut a computed block on the worker that has it."""
+    return [part.iloc[:n_rows] if hasattr(part, "iloc") else part[:n_rows] for part in parts]
 
 
 def _handed_over(client: Any, tasks: dict[Any, Any], wanted: list[Any], **where: Any) -> list[Any]:
