@@ -894,6 +894,21 @@ def test_what_is_dropped_takes_nothing_of_others_with_it(two, folder, here, monk
     assert not task_states(two[1])
 
 
+@pytest.mark.parametrize(("kind", "most"), [("hdf5", 1), ("dask", 2)])
+def test_a_few_flights_are_under_way(two, folder, monkeypatch, kind, most):
+    """Of a collection, for which each is a single round, one more: no worker waits for the client."""
+    hand_over(monkeypatch, CHAINED)
+    behind, handed_over = [], cluster_module.ClusterCrew._hand_over_next
+
+    def noted(self: Any, *args: Any) -> None:
+        handed_over(self, *args)
+        behind.append(len(self._next))
+
+    monkeypatch.setattr(cluster_module.ClusterCrew, "_hand_over_next", noted)
+    assert fit(folder, kind, client=two[1], max_iter=4) == fit(folder, kind, max_iter=4)
+    assert max(behind) == most
+
+
 def crew(source: Any, client: Any, options: Any, watcher: Any, stop: threading.Event | None = None) -> Any:
     from streamgd.run.cluster import ClusterCrew
     from streamgd.run.config import Config

@@ -74,12 +74,40 @@ def test_blocks_that_come_while_a_reader_is_in_use_are_there_when_it_is_given_ba
     work.readers.close()
 
 
-def test_blocks_with_others_missing_before_them_are_left_alone(run):
+def test_blocks_wait_for_those_before_them(run):
+    """Dask runs the tasks that deliver in any order."""
     blocks, work, packed = computed(run), work_of(run), run.packed(moments=False)
+    spans = [Span(0, 640, 900), Span(0, 900, 1000), Span(0, 1000, 1500)]
     take_turn(work, run.state, packed, 0, Span(0, 0, 640), Delivery(Span(0, 0, 640), blocks))
     reader = reader_of(work, 0)
+    for span in (spans[2], spans[1]):
+        work.readers.expect(0, Delivery(span, blocks))
+        assert reader._until == 640
+    work.readers.expect(0, Delivery(spans[0], blocks))
+    assert reader._until == min(1500, reader.lane_rows)
+    assert not work.readers._early
+    work.readers.close()
+
+
+def test_blocks_that_came_early_are_there_once_a_turn_has_brought_those_before_them(run):
+    blocks, work, packed = computed(run), work_of(run), run.packed(moments=False)
+    take_turn(work, run.state, packed, 0, Span(0, 0, 640), Delivery(Span(0, 0, 640), blocks))
     work.readers.expect(0, Delivery(Span(0, 900, 1500), blocks))
-    assert reader._until == 640
+    take_turn(work, run.state, packed, 0, Span(0, 640, 900), Delivery(Span(0, 640, 900), blocks))
+    assert reader_of(work, 0)._until == min(1500, reader_of(work, 0).lane_rows)
+    work.readers.close()
+
+
+def test_blocks_that_wait_are_few_and_go_with_the_reader(run):
+    blocks, work, packed = computed(run), work_of(run), run.packed(moments=False)
+    work.readers.expect(0, Delivery(Span(0, 640, 900), blocks))  # nobody reads here
+    assert not work.readers._early
+    take_turn(work, run.state, packed, 0, Span(0, 0, 640), Delivery(Span(0, 0, 640), blocks))
+    for row in (1400, 1300, 1200, 1100, 1000):
+        work.readers.expect(0, Delivery(Span(0, row, row + 100), blocks))
+    assert [each.span.row for each in work.readers._early[0]] == [1000, 1100, 1200]
+    work.readers.discard(work.readers.take(work.plans, work.inputs, 0, 0, 640, n_threads=1, most=2))
+    assert not work.readers._early
     work.readers.close()
 
 
