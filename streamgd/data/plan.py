@@ -53,6 +53,7 @@ __all__ = [
     "mixing",
     "parse_bytes",
     "plan_layout",
+    "rows_of_lanes",
 ]
 
 
@@ -192,20 +193,9 @@ class EpochPlan:
         if shuffle and len(blocks) > 1 and (n_lanes > 1 or int(self.block_rows.sum()) > layout.window_rows):
             _permute(blocks, self.seed, epoch, 0)
         if n_lanes > 1:
-            blocks = blocks[self._dealt(n_lanes)[blocks] == lane]
+            blocks = blocks[_dealt(self.block_rows, n_lanes, self.seed, shuffle=shuffle)[blocks] == lane]
         self.blocks = blocks
         self.n_rows = int(self.block_rows[blocks].sum())
-
-    def _dealt(self, n_lanes: int) -> NDArray[np.int32]:
-        """Return the lane of each block."""
-        from streamgd.data.compiled.slices import deal_blocks
-
-        order = np.arange(len(self.block_rows), dtype=np.int32)
-        if self.shuffle:
-            _permute(order, self.seed, 0)
-        lanes = np.empty_like(order)
-        lanes[order] = deal_blocks(order, self.block_rows, n_lanes)
-        return lanes
 
     @cached_property
     def n_windows(self) -> int:
@@ -326,6 +316,24 @@ def checksum_of(block_rows: NDArray[np.int64]) -> int:
 
     rows = np.ascontiguousarray(block_rows, np.int64)
     return int(sum_identities(np.arange(len(rows), dtype=np.int64), rows))
+
+
+def rows_of_lanes(block_rows: NDArray[np.int64], n_lanes: int, seed: int, *, shuffle: bool) -> NDArray[np.int64]:
+    """Count the rows of each lane's epochs; see `EpochPlan`."""
+    lanes = _dealt(np.ascontiguousarray(block_rows, np.int64), n_lanes, checked_seed(seed), shuffle=shuffle)
+    return np.bincount(lanes, block_rows, n_lanes).astype(np.int64)
+
+
+def _dealt(block_rows: NDArray[np.int64], n_lanes: int, seed: int, *, shuffle: bool) -> NDArray[np.int32]:
+    """Return the lane of each block."""
+    from streamgd.data.compiled.slices import deal_blocks
+
+    order = np.arange(len(block_rows), dtype=np.int32)
+    if shuffle:
+        _permute(order, seed, 0)
+    lanes = np.empty_like(order)
+    lanes[order] = deal_blocks(order, block_rows, n_lanes)
+    return lanes
 
 
 def _permute(out: NDArray[np.int32], seed: int, *spawn_key: int) -> None:

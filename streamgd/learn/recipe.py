@@ -232,3 +232,9 @@ class Packed:
 
     codes: NDArray[np.int64]
     params: NDArray[np.float64]
+
+    def without_moments(self) -> Packed:
+        """Return it for epochs after the first, in which the features' moments are not added up."""
+        codes = self.codes.copy()
+        codes[c.CODE_MOMENTS] = 0
+        return Packed(codes, self.params)

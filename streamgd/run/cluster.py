@@ -137,14 +137,15 @@ class ClusterCrew(Crew):
     def _hand_over_next(self, flight: Flight, packed: Packed) -> None:
         """Hand over what comes behind a flight, so that no worker waits for the client."""
         last, most = (self._next[-1] if self._next else flight), _CHAINED_BLOCKS if self._dispatch.computes else 1
-        while self._pace.may_chain(last.stretch, last.chained):
-            if len(self._next) >= most:
+        while len(self._next) < most and (following := self._dispatch.following(last)) is not None:
+            if not self._pace.may_chain(last.chained):
+                if self._dispatch.computes:
+                    self._dispatch.deliver_ahead(*following)
                 return
-            rows = last.stretch.rows
-            last = self._dispatch.hand_over(last.last, packed, rows.epoch, rows.end, behind=last)
+            epoch, row = following
+            now = packed if epoch == flight.stretch.rows.epoch else packed.without_moments()
+            last = self._dispatch.hand_over(last.last, now, epoch, row, behind=last)
             self._next.append(last)
-        if self._dispatch.computes:
-            self._dispatch.deliver_ahead(last.stretch.rows.epoch, last.stretch.rows.end)
 
     def _tell_idle_threads(self) -> None:
         """Say that threads will have nothing to do: with a single lane, whoever made a cluster hardly meant that."""

@@ -26,12 +26,13 @@ class DeliveredBlocks:
         Over a `DaskSource`.
     client : distributed.Client
         Of the cluster.
+    plans : LanePlans
+        Which blocks the lanes' rows lie in.
     """
 
-    def __init__(self, run: Run, client: Any) -> None:
+    def __init__(self, run: Run, client: Any, plans: LanePlans) -> None:
         self._collection: Any = run.source
-        self._client = client
-        self._plans = LanePlans.of(run)
+        self._client, self._plans = client, plans
         self._epochs: dict[tuple[int, int], EpochPlan] = {}
         self._futures: dict[int, list[Any]] = {}
         self._name, self._attempt = uuid.uuid4().hex[:12], 0
@@ -60,12 +61,6 @@ class DeliveredBlocks:
         # Rounds that were handed over before hold futures of their own.
         self._futures = {block: futures for block, futures in self._futures.items() if block in kept}
         return {lane: self._computed(blocks, workers or [lanes[lane]]) for lane, blocks in wanted.items()}
-
-    def next_turn(self, epoch: int, row: int) -> tuple[int, int] | None:
-        """Return where the turn after one that ends at a row begins: perhaps in the next epoch, if there is one."""
-        if all(row >= self._plan(epoch, lane).n_rows for lane in range(self._plans.n_lanes)):
-            epoch, row = epoch + 1, 0
-        return (epoch, row) if epoch < self._plans.n_epochs else None
 
     def clear(self) -> None:
         """Release what was computed; what is asked for from now on are other tasks."""

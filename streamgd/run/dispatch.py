@@ -28,6 +28,7 @@ from streamgd.run.flights import (
     take_turns,
 )
 from streamgd.run.graph import Graph, Key, keep
+from streamgd.run.lane_rows import LanePlans
 from streamgd.run.members import Members
 from streamgd.run.pace import Pace, Stretch
 from streamgd.run.runs import Run
@@ -102,8 +103,10 @@ class Dispatch:
         self._name = uuid.uuid4().hex[:12]
         source: Any = run.source
         self._blocks: DeliveredBlocks | None = None
+        self._plans = LanePlans.of(run)
+        self._most_rows = self._plans.most_rows()
         if source.kind == "dask":
-            self._blocks = DeliveredBlocks(run, client)
+            self._blocks = DeliveredBlocks(run, client, self._plans)
             source = source.detached()
         self._sends = source.decodes_slowly
         self.pace = Pace(
@@ -254,12 +257,14 @@ class Dispatch:
         """Return the lanes of all workers but the one that plays by itself what is not shared."""
         return [(lanes, address) for lanes, address in self._members.groups() if address != self._members.first]
 
+    def following(self, flight: Flight) -> tuple[int, int] | None:
+        """Return the epoch and row where the flight behind one begins; None if there is none."""
+        rows = flight.stretch.rows
+        return self._plans.following(rows.epoch, rows.end, self._most_rows)
+
     def deliver_ahead(self, epoch: int, row: int) -> None:
-        """Have the lanes read on where the next round cannot be handed over yet."""
-        assert self._blocks is not None
-        following = self._blocks.next_turn(epoch, row)
-        if following is not None:
-            self._ahead = self._with_blocks(*following)
+        """Have the lanes read on over rounds that cannot be handed over yet."""
+        self._ahead = self._with_blocks(epoch, row)
 
     def _with_blocks(self, epoch: int, row: int) -> _Ahead:
         """Say which rounds come next and where, and have their blocks come, if they were not delivered ahead."""

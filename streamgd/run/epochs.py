@@ -145,8 +145,8 @@ class Training(abc.ABC):
         if self._checks_scale and state.epoch == 0:
             for text in self._misjudged():
                 self.watcher.message(text)
-        self._packed.codes[kernels.CODE_MOMENTS] = 0
-        closed = _closed_epoch(state, run.config, self._tol)
+        self._packed = self._packed.without_moments()
+        closed = closed_epoch(state, run.config, self._tol)
         # The record comes first: an epoch that is interrupted before it is closed will be recorded again, while one
         # that was closed will not.
         if self.folder is not None:
@@ -219,10 +219,19 @@ class Training(abc.ABC):
         self.watcher.saved(self.run)
 
 
-def _closed_epoch(state: State, config: Config, tol: float | None) -> dict[str, Any]:
+def closed_epoch(state: State, config: Config, tol: float | None) -> dict[str, Any]:
     """Return what changes in the state when an epoch is closed: its loss is noted, the cursor goes to the next epoch.
 
     All of it is to take effect in one step, so that an interrupt finds the epoch open or closed.
+
+    Parameters
+    ----------
+    state : State
+        All rows of its epoch are trained; stays as it is.
+    config : Config
+        The run's.
+    tol : float or None
+        In units of the loss, see `Config.absolute_tol`.
     """
     scalars, counters = state.scalars.copy(), state.counters.copy()
     weight = scalars[kernels.WEIGHT_SUM]

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from streamgd.data.sources.base import Source
 from streamgd.learn import kernels
 from streamgd.learn.recipe import Packed
 from streamgd.learn.state import State
+from streamgd.run.epochs import closed_epoch
 from streamgd.run.lane_rows import Delivery
 from streamgd.run.lanes import LaneWork, open_reader, read_ahead, take_turn
 from streamgd.run.rounds import Part, Round, joined, merge_parts, play_rounds
@@ -47,6 +48,7 @@ class WorkerWork(LaneWork):
 
     def __init__(self, run: Run, source: Source) -> None:
         super().__init__(run, source, n_threads=1, most_readers=1)
+        self._config, self._tol = run.config, run.config.absolute_tol(run.survey.null_loss)
         self._versions, self._memory = versions(), WorkerMemory.of(run)
 
     def make_ready(self) -> None:
@@ -67,6 +69,16 @@ class WorkerWork(LaneWork):
         self.n_threads = int(worker.state.nthreads)
         self.most_readers = self._memory.lanes_kept(self.n_threads, limit)
         self.n_windows = self._memory.windows_kept(self.n_threads, self.most_readers, limit)
+
+    def begin(self, beginning: Beginning, packed: Packed, epoch: int) -> tuple[State, Round | None]:
+        """Return the state that rounds of an epoch begin from, and the round that it came from if that was merged here.
+
+        The epoch before is closed here as the client closes it, so that nobody waits for the client.
+        """
+        state, before = _begun(beginning, packed)
+        if state.epoch < epoch and state.counters[kernels.STATUS] == kernels.OK:
+            state = replace(state, **closed_epoch(state, self._config, self._tol))
+        return state, before
 
 
 class _InOnePiece:
@@ -188,7 +200,7 @@ def take_turns(
 ) -> Taken:
     """Take the turns of some lanes, neighbours joined as soon as they are there."""
     work.make_ready()
-    start, before = _begun(beginning, packed)
+    start, before = work.begin(beginning, packed, span.epoch)
     part = Part.nothing(lanes)
     if start.counters[kernels.STATUS] == kernels.OK:  # or there is nothing to go on from
         part = Part.nothing([])
@@ -211,7 +223,8 @@ def play_short(
     """Play several short rounds on one worker, of lanes that leave it then, or whose rows others have sent."""
     work.make_ready()
     rows = [each for some in sent for each in some]
-    return Flown(play_rounds(work, _begun(beginning, packed)[0], packed, spans, delivered, leaving, rows))
+    start, _ = work.begin(beginning, packed, spans[0].epoch)
+    return Flown(play_rounds(work, start, packed, spans, delivered, leaving, rows))
 
 
 def merge_flight(firsts: Sequence[Taken], last: Sequence[Taken], packed: Packed) -> Flown:

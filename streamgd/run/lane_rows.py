@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamgd.data.flat_files import FlatFiles
-from streamgd.data.plan import EpochPlan, Layout, WindowPlan
+from streamgd.data.plan import EpochPlan, Layout, WindowPlan, rows_of_lanes
 from streamgd.data.sources.base import Source
 from streamgd.data.targets import TargetCodec
 from streamgd.data.window import Stopped, Window
@@ -71,6 +71,19 @@ class LanePlans:
         """Return those of a run."""
         config = run.config
         return cls(run.source.block_rows, run.layout, config.seed, config.shuffle, config.n_lanes, run.n_epochs)
+
+    def most_rows(self) -> int:
+        """Count the rows of the lane that has most of them, in every epoch."""
+        return int(rows_of_lanes(self.block_rows, self.n_lanes, self.seed, shuffle=self.shuffle).max())
+
+    def following(self, epoch: int, row: int, most_rows: int) -> tuple[int, int] | None:
+        """Return where the turn after one that ends at a row begins, perhaps in the next epoch; None if there is none.
+
+        `most_rows` is what the method of that name returned.
+        """
+        if row >= most_rows:
+            epoch, row = epoch + 1, 0
+        return (epoch, row) if epoch < self.n_epochs else None
 
     def epoch(self, epoch: int, lane: int) -> EpochPlan:
         """Return the plan of a lane's epoch."""

@@ -122,14 +122,13 @@ class Pace:
         """Whether groups get what every other one found, rather than what one task makes of it."""
         return n_groups <= _FEW_GROUPS
 
-    def may_chain(self, stretch: Stretch, chained: int) -> bool:
+    def may_chain(self, chained: int) -> bool:
         """Whether to hand over what comes next before this has ended, so that nothing waits for the client.
 
         Not when rounds are long, or many have been chained already: what is lost with a worker is computed again from
-        the last state that the client has. And not beyond an epoch, which the client closes.
+        the last state that the client has.
         """
-        over = stretch.rows.end >= self._turns.lane_rows
-        return self._last_s < _LONG_S and chained < _MOST_CHAINED and not over
+        return self._last_s < _LONG_S and chained < _MOST_CHAINED
 
     def ended(self, stretch: Stretch, chained: int, rounds: Sequence[Round], took_s: float) -> None:
         """Learn from what has ended, how long that took."""

@@ -132,16 +132,13 @@ class TestChaining:
     STRETCH = Stretch([Span(0, 0, 1000)], together=False)
 
     def test_what_comes_next_is_handed_over_meanwhile(self):
-        assert pace_of().may_chain(self.STRETCH, 0)
-
-    def test_not_beyond_an_epoch(self):
-        assert not pace_of().may_chain(Stretch([Span(0, 0, LANE_ROWS)], together=False), 0)
+        assert pace_of().may_chain(0)
 
     def test_not_too_many(self):
-        assert not pace_of().may_chain(self.STRETCH, pace._MOST_CHAINED)
+        assert not pace_of().may_chain(pace._MOST_CHAINED)
 
     @pytest.mark.parametrize(("seconds", "may"), [(0.5, True), (1.5, False)])
     def test_not_when_much_would_be_lost(self, seconds, may):
         pacing = pace_of()
         flown(pacing, self.STRETCH, seconds)
-        assert pacing.may_chain(self.STRETCH, 0) is may
+        assert pacing.may_chain(0) is may
