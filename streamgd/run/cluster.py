@@ -5,8 +5,9 @@ rounds are handed over at once, with one task that tells the client what came of
 (`streamgd.run.dispatch`). Rounds that one worker plays sooner by itself, as the first ones are, make one task together
 (`streamgd.run.pace`). Each task is pure and has a key of its own, made of the run, the epoch, the round and the lanes,
 so Dask may run it anywhere, again or late. The client keeps the state of the last round that it was told of, from which
-rounds that are lost with a worker are played again; the next flight is handed over while one is under way, so that no
-worker waits for the client. Nothing that happens on the cluster can change what comes of it.
+rounds that are lost with a worker are played again; the next flight is handed over while one is under way, also into
+the next epoch, which workers close as the client does, so that no worker waits for the client. Nothing that happens on
+the cluster can change what comes of it.
 """
 
 from __future__ import annotations
