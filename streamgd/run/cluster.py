@@ -38,8 +38,8 @@ _FETCH_RATE, _FETCH_S = 10e6, 2.0
 _SAY_AFTER_S = 30.0
 #: Times that a round is played again before what keeps it from ending is taken to be for good.
 _MOST_ATTEMPTS = 5
-#: Flights behind the one that is awaited where each is a single round, for lack of room for more blocks; else one.
-_CHAINED_BLOCKS = 2
+#: Flights behind the one that is awaited. Those over collections are short, for lack of room for more blocks.
+_FLIGHTS_BEHIND, _FLIGHTS_BEHIND_BLOCKS = 1, 2
 #: Times that workers may leave over the same round before it is taken to be what ends them.
 _MOST_LOSSES = 20
 
@@ -77,9 +77,9 @@ class ClusterCrew(Crew):
         self._played: deque[Round] = deque()  # rounds that came with others before them
         self._round_s, self._said, self._watcher = 0.0, False, watcher
         self._members = Members(run, client, options.workers_timeout_s, watcher, stop)
+        self._tell_idle_threads()
         self._dispatch = Dispatch(run, client, self._members)
         self._pace = self._dispatch.pace
-        self._tell_idle_threads()
 
     @property
     def workers(self) -> int | None:
@@ -137,7 +137,8 @@ class ClusterCrew(Crew):
 
     def _hand_over_next(self, flight: Flight, packed: Packed) -> None:
         """Hand over what comes behind a flight, so that no worker waits for the client."""
-        last, most = (self._next[-1] if self._next else flight), _CHAINED_BLOCKS if self._dispatch.computes else 1
+        last = self._next[-1] if self._next else flight
+        most = _FLIGHTS_BEHIND_BLOCKS if self._dispatch.computes else _FLIGHTS_BEHIND
         while len(self._next) < most and (following := self._dispatch.following(last)) is not None:
             if not self._pace.may_chain(last.chained):
                 if self._dispatch.computes:
@@ -154,8 +155,8 @@ class ClusterCrew(Crew):
         if n_lanes < n_threads:
             tell = self._watcher.message if n_lanes == 1 else self._watcher.note
             tell(
-                f"{n_lanes} of the {n_threads:,} threads of the cluster will train, one for each lane: raise n_lanes "
-                "(--lanes), which is part of what defines the model, to use more"
+                f"n_lanes={n_lanes}: only {n_lanes} of the cluster's {n_threads:,} threads will train. More lanes "
+                "(n_lanes, --lanes), which are part of what defines the model, use more of them"
             )
 
     def _say_if_long(self, waited: float) -> None:

@@ -91,7 +91,7 @@ class Pace:
         self._turns = turns
         self._sent_bytes = sent_bytes
         self._n_lanes, self._row_bytes, self._state_bytes = n_lanes, row_bytes, state_bytes
-        self._bounded = bounded
+        self._most_rows = turns.most_rows if bounded else sys.maxsize
         self._last_s = 0.0  # of what was handed over last
         self._row_s, self._alone_s = 0.0, 0.0  # for a row of each lane: shared, and where one worker plays alone
         self._shared = False
@@ -141,13 +141,14 @@ class Pace:
         """Return short rounds, as many as a worker has room for, and whether the next round is not short."""
         spans: list[Span] = []
         most, n_bytes = min(_MOST_TOGETHER, _STATES_BYTES // self._state_bytes), 0
+        first = row
         while row < self._turns.lane_rows or not spans:
             span = self._turns.at(epoch, row)
             size = span.n_rows * self._n_lanes * self._row_bytes
             n_bytes += size
             if not self._is_short(span.n_rows, size, n_groups):
                 return spans, True
-            if n_bytes > most_bytes or len(spans) >= most:
+            if n_bytes > most_bytes or len(spans) >= most or span.end - first > self._most_rows:
                 break
             spans.append(span)
             row = span.end
@@ -165,7 +166,7 @@ class Pace:
         if not self._row_s or not self.few(n_groups):
             return spans
         most = min(_MOST_IN_FLIGHT, _STATES_BYTES // (2 * self._state_bytes))
-        most_rows = min(self._turns.most_rows if self._bounded else sys.maxsize, int(_FLIGHT_S / self._row_s))
+        most_rows = min(self._most_rows, int(_FLIGHT_S / self._row_s))
         while len(spans) < most and spans[-1].end < self._turns.lane_rows:
             span = self._turns.at(epoch, spans[-1].end)
             if span.end - row > most_rows:

@@ -94,6 +94,8 @@ class Readers:
             return made
         except BaseException:
             self._note_left(lane)
+            with self._lock:
+                self._early.pop(lane, None)
             raise
 
     def has(self, lane: int) -> bool:
@@ -127,7 +129,7 @@ class Readers:
             reader = self._idle.get(lane)
             if self._closed or (reader is None and self._used[lane] == 0):
                 return
-            self._early.setdefault(lane, []).append(delivery)
+            self._early[lane] = [*self._early.get(lane, []), delivery][-_MOST_EARLY:]
             if reader is not None:
                 self._read_on(reader)
 
@@ -140,7 +142,7 @@ class Readers:
         early = sorted(self._early.pop(reader.lane, []), key=lambda each: (each.span.epoch, each.span.row))
         left = [delivery for delivery in early if not reader.deliver(delivery)]
         if left and not self._closed:
-            self._early[reader.lane] = left[:_MOST_EARLY]
+            self._early[reader.lane] = left
 
     def _files_of(self, source: Source) -> FlatFiles | None:
         """Return the files that all lanes read from: one each, and many lanes would run out of descriptors."""

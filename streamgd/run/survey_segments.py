@@ -6,7 +6,8 @@ depends on the rows alone: not on blocks, nor on who looked at which segments (`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -82,21 +83,22 @@ def look_at_values(source: Source, start: int, stop: int, segment_rows: int) -> 
     step = sampling_step(source.n_rows, n_targets)
     codec, what = TargetCodec(classes=None, n_outputs=n_targets), f"target {source.target.name!r}"
     pieces = iter_numbers(source, codec, start, stop) or source.iter_targets(start, stop)
-    for segment in _segments(pieces, segment_rows):
-        moments = Moments(n_targets)
-        sample, sample_weight = [], []
-        for first, y, weight in segment:
-            values = codec.encode(y)
-            if weight is not None:  # moments do not show what is wrong where it is zero
-                require_finite(source, first, values, what)
-            weights = checked_weights(source, first, weight)
-            moments.add(values, weights)
-            if not moments.finite:
-                require_finite(source, first, values, what)
-            sampled = values[-first % step :: step]
-            sample.append(sampled.copy())
-            sample_weight.append(weights[-first % step :: step].copy() if weights.size else np.ones(len(sampled)))
-        yield Values(moments, np.concatenate(sample), np.concatenate(sample_weight))
+    with _segments(pieces, segment_rows) as segments:
+        for segment in segments:
+            moments = Moments(n_targets)
+            sample, sample_weight = [], []
+            for first, y, weight in segment:
+                values = codec.encode(y)
+                if weight is not None:  # moments do not show what is wrong where it is zero
+                    require_finite(source, first, values, what)
+                weights = checked_weights(source, first, weight)
+                moments.add(values, weights)
+                if not moments.finite:
+                    require_finite(source, first, values, what)
+                sampled = values[-first % step :: step]
+                sample.append(sampled.copy())
+                sample_weight.append(weights[-first % step :: step].copy() if weights.size else np.ones(len(sampled)))
+            yield Values(moments, np.concatenate(sample), np.concatenate(sample_weight))
 
 
 def look_at_labels(source: Source, start: int, stop: int, segment_rows: int) -> Iterator[Labels]:
@@ -110,19 +112,20 @@ def look_at_labels(source: Source, start: int, stop: int, segment_rows: int) -> 
         For labels that cannot be classes.
     """
     assert source.target is not None
-    for segment in _segments(source.iter_targets(start, stop), segment_rows):
-        counter, total = ClassCounter(), 0.0
-        for first, y, weight in segment:
-            weights = checked_weights(source, first, weight)
-            bad = counter.add(y, weights if weights.size else None)
-            if bad is not None:
-                raise NonFiniteError(
-                    f"{source.locate_row(first + bad)}: the target {source.target.name!r} is missing (NaN or null): "
-                    "drop such rows, or give them a class of their own"
-                )
-            # Added one after the other, so that the sum does not depend on where pieces end.
-            total = float(np.cumsum(np.concatenate([[total], weights]))[-1]) if weights.size else total + len(y)
-        yield Labels(counter, total)
+    with _segments(source.iter_targets(start, stop), segment_rows) as segments:
+        for segment in segments:
+            counter, total = ClassCounter(), 0.0
+            for first, y, weight in segment:
+                weights = checked_weights(source, first, weight)
+                bad = counter.add(y, weights if weights.size else None)
+                if bad is not None:
+                    raise NonFiniteError(
+                        f"{source.locate_row(first + bad)}: the target {source.target.name!r} is missing (NaN or "
+                        "null): drop such rows, or give them a class of their own"
+                    )
+                # Added one after the other, so that the sum does not depend on where pieces end.
+                total = float(np.cumsum(np.concatenate([[total], weights]))[-1]) if weights.size else total + len(y)
+            yield Labels(counter, total)
 
 
 def look_at_features(
@@ -149,18 +152,25 @@ def look_at_features(
     """
     left = given_up.get()
     runs = [(block, first, end - first) for block, first, end in source.blocks_of(start, stop)]
-    for segment in _segments(read_runs(source, runs, buffer_bytes), segment_rows):
-        moments = Moments(source.n_features)
-        for first, X, weight in segment:
-            if left is not None and left.is_set():
-                raise Stopped
-            require_finite(source, first, X, None)
-            moments.add(X, checked_weights(source, first, weight))
-        yield moments
+    with _segments(read_runs(source, runs, buffer_bytes), segment_rows) as segments:
+        for segment in segments:
+            moments = Moments(source.n_features)
+            for first, X, weight in segment:
+                if left is not None and left.is_set():
+                    raise Stopped
+                require_finite(source, first, X, None)
+                moments.add(X, checked_weights(source, first, weight))
+            yield moments
 
 
-def _segments(pieces: Iterable[tuple[int, Any, Any]], segment_rows: int) -> Iterator[Iterator[tuple[int, Any, Any]]]:
-    """Yield the pieces of each segment, cut where segments end."""
+@contextlib.contextmanager
+def _segments(
+    pieces: Iterator[tuple[int, Any, Any]], segment_rows: int
+) -> Iterator[Iterator[Iterator[tuple[int, Any, Any]]]]:
+    """Give the pieces of each segment, cut where segments end.
+
+    Pieces are closed at the end: an error's traceback holds them, and with them what they have under way.
+    """
 
     def cut() -> Iterator[tuple[int, tuple[int, Any, Any]]]:
         for first, values, weight in pieces:
@@ -171,5 +181,8 @@ def _segments(pieces: Iterable[tuple[int, Any, Any]], segment_rows: int) -> Iter
                 yield segment, (first + done, values[done:end], None if weight is None else weight[done:end])
                 done = end
 
-    for _, segment in groupby(cut(), key=itemgetter(0)):
-        yield (piece for _, piece in segment)
+    try:
+        yield ((piece for _, piece in segment) for _, segment in groupby(cut(), key=itemgetter(0)))
+    finally:
+        if isinstance(pieces, Generator):
+            pieces.close()

@@ -25,7 +25,7 @@ import pytest
 from streamgd import errors
 from streamgd.data.sources import dask_clients, open_source
 from streamgd.data.sources.dask_clients import computing_on
-from streamgd.errors import ClusterError, DataError, OptionError, UnfitWorkerError
+from streamgd.errors import ClusterError, DataError, NonFiniteError, OptionError, UnfitWorkerError
 from streamgd.learn import kernels
 from streamgd.learn.recipe import Recipe
 from streamgd.run import asking, dispatch, members, pace, survey_shares, worker_memory, workers
@@ -258,7 +258,11 @@ class TestBits:
         assert fit(folder, "hdf5", optimizer, two[1]) == here("hdf5", optimizer)
 
     def test_of_a_single_lane(self, two, folder):
-        with pytest.warns(UserWarning, match="1 of the 2 threads of the cluster will train"):
+        said = "n_lanes=1: only 1 of the cluster's 2 threads will train"
+        with pytest.raises(UserWarning, match=said):  # warnings are errors here
+            fit(folder, "hdf5", client=two[1], n_lanes=1)
+        assert not task_states(two[1])
+        with pytest.warns(UserWarning, match=said):
             found = fit(folder, "hdf5", client=two[1], n_lanes=1)
         assert found == fit(folder, "hdf5", n_lanes=1)
 
@@ -763,6 +767,14 @@ class TestErrors:
             source.open_block(17)
         assert not task_states(two[1])
         assert kept.value.__cause__ is not None
+
+    def test_targets_that_cannot_be_used_leave_nothing_on_the_cluster(self, two, folder):
+        X, y = load(folder, "dask")
+        y = y.map_blocks(lambda block: np.where(block > 0, block, np.nan), dtype=y.dtype)
+        with pytest.raises(NonFiniteError, match="Dask block 0, row") as kept:
+            estimator().fit(X, y, client=two[1])
+        assert not task_states(two[1])
+        assert kept.value is not None
 
     def test_a_worker_that_never_answers_is_named(self, folder, monkeypatch):
         def full(source: Any, dask_worker: Any = None) -> Any:

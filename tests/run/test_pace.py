@@ -128,6 +128,16 @@ def test_blocks_of_collections_bound_a_flight():
     assert bounded.next(0, 500_000, 2, room=False).rows.n_rows <= 8_000
 
 
+def test_blocks_of_collections_bound_what_one_worker_plays():
+    """All lanes' blocks go there, for as many turns as are under way."""
+    turns = Turns(64, 8_000, LANE_ROWS, grow=True)
+    free, bounded = (pace_of(turns, bounded=each).next(0, 60_000, 2, room=True) for each in (False, True))
+    assert free.together
+    assert free.rows.n_rows > 8_000
+    assert bounded.together
+    assert bounded.rows.n_rows <= 8_000
+
+
 class TestChaining:
     STRETCH = Stretch([Span(0, 0, 1000)], together=False)
 
