@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
+import streamgd
 from streamgd.cli import main
 from streamgd.commands import parameters as kinds
 from streamgd.data.layout import format_bytes
@@ -740,6 +742,52 @@ def test_labels_keep_their_type(sg: Callable[..., Said], tmp_path: Path, labels:
     shares = np.stack([column.to_numpy() for column in table.columns], axis=1)
     np.testing.assert_allclose(shares.sum(axis=1), 1.0)
     assert np.mean(np.asarray(labels)[shares.argmax(axis=1)] == target) > 0.8
+
+
+def test_labels_keep_all_of_their_text(sg: Callable[..., Said], tmp_path: Path) -> None:
+    """Also behind a NUL, where Arrow takes NumPy's text to end."""
+    X, y = make_rows(600)
+    labels = np.array(["a\0b", "a", "a\0c"])[np.searchsorted(np.quantile(y, [1 / 3, 2 / 3]), y)]
+    data = write_parquet(tmp_path / "data.parquet", X, labels.tolist())
+    train_on(sg, data, tmp_path / "run", "--task", "classification")
+    assert sg("predict", tmp_path / "run", data, "--output", tmp_path / "p.parquet").status == 0
+    found = np.array(pq.read_table(tmp_path / "p.parquet")["prediction"].to_pylist())
+    assert np.mean(found == labels) > 0.8
+    X = np.column_stack([X.astype(float)])
+    model = streamgd.SGDClassifier(random_state=0).fit(X, labels)
+    assert model.classes_.tolist() == ["a", "a\0b", "a\0c"]
+    assert model.score(X, labels) > 0.8
+
+
+def test_decimals_can_be_planned_and_cached(sg: Callable[..., Said], tmp_path: Path) -> None:
+    X, y = make_rows(300)
+    price = pa.array([Decimal(i) / 4 for i in range(300)], pa.decimal128(10, 2))
+    data = write_parquet(tmp_path / "data.parquet", X, y, price=price)
+    said = sg("inspect", data, "--target", "y")
+    assert said.status == 0, said.err
+    assert "--cache DIR would take" in said.out
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    said = sg("train", data, "--target", "y", "--epochs", 1, "--run", run, "--cache", cache)
+    assert said.status == 0, said.err
+
+
+def test_targets_may_be_named_one_by_one(sg: Callable[..., Said], tmp_path: Path) -> None:
+    X, y = make_rows()
+    data = write_parquet(tmp_path / "data.parquet", X, y, z=-y)
+    for names in (["--target", "y,z"], ["--target", "y", "--target", "z"]):
+        run = tmp_path / f"run{len(names)}"
+        assert sg("train", data, *names, "--epochs", "2", "--run", run).status == 0
+        assert json.loads((run / "config.json").read_text())["target"] == ["y", "z"]
+
+
+@pytest.mark.parametrize("kind", [streamgd.SGDRegressor, streamgd.SGDClassifier])
+def test_defaults_are_those_of_the_estimators(sg: Callable[..., Said], tmp_path: Path, kind: Any) -> None:
+    X, y = make_rows(300)
+    task = kind._task
+    data = write_parquet(tmp_path / "data.parquet", X, y > 0 if task == "classification" else y)
+    assert sg("train", data, "--target", "y", "--task", task, "--seed", "0", "--run", tmp_path / "run").status == 0
+    found = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert found == kind(random_state=0)._config(0).to_json()
 
 
 def test_several_outputs_are_several_columns(sg: Callable[..., Said], tmp_path: Path) -> None:

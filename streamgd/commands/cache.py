@@ -18,6 +18,7 @@ from streamgd.commands import parameters as kinds
 @click.argument("folder", metavar="DIR", type=kinds.Folder())
 @click.option(
     "--target",
+    multiple=True,
     callback=kinds.read_target,
     required=True,
     metavar="NAME",

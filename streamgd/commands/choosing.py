@@ -54,6 +54,8 @@ def choose(source: Source, given: dict[str, Any]) -> tuple[Config, dict[str, str
         source.target, task=given["task"], loss=given["loss"], weighs_classes=given["class_weight"] is not None
     )
     chosen = {name: given[name] for name in _FROM_OPTIONS if given[name] is not None}
+    if task == "classification":
+        chosen.setdefault("power_t", 0.5)  # as `streamgd.SGDClassifier` has it
     recipe = Recipe(
         task=task,
         loss=given["loss"] or ("squared_error" if task == "regression" else "log_loss"),

@@ -29,7 +29,11 @@ _MEANING = {
 @click.argument("run_path", metavar="RUN", type=click.Path(path_type=Path))
 @kinds.data_argument
 @click.option(
-    "--target", callback=kinds.read_target, metavar="NAME", help="What the target is called here. [default: as trained]"
+    "--target",
+    multiple=True,
+    callback=kinds.read_target,
+    metavar="NAME",
+    help="What the target is called here. [default: as trained]",
 )
 @kinds.features_option
 @click.option("--weight", metavar="NAME", help="Column or dataset of sample weights. [default: as trained]")

@@ -20,6 +20,7 @@ _LISTED = 30
 @kinds.data_argument
 @click.option(
     "--target",
+    multiple=True,
     callback=kinds.read_target,
     metavar="NAME",
     help="Target column or dataset, if it is known; several columns with commas.",

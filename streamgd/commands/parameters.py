@@ -90,11 +90,12 @@ def split_names(given: tuple[str, ...]) -> list[str] | None:
     return [name for name in names if name] or None
 
 
-def read_target(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """Refuse a target that names nothing."""
-    if value is not None and split_names((value,)) is None:
-        raise click.BadParameter(f"{value!r} names no column")
-    return value
+def read_target(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> str | None:
+    """Join the names of targets, given in one option or in several; refuse those that name nothing."""
+    for names in value:
+        if split_names((names,)) is None:
+            raise click.BadParameter(f"{names!r} names no column")
+    return ",".join(value) or None
 
 
 class Folder(click.Path):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @click.option("--run", "run_path", required=True, type=click.Path(path_type=Path), help="Folder for the new run.")
 @click.option(
     "--target",
+    multiple=True,
     callback=kinds.read_target,
     required=True,
     metavar="NAME",
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     callback=kinds.number_or(float, "auto"),
     help="First learning rate. [default: auto]",
 )
-@click.option("--power-t", type=float, help="Exponent of invscaling. [default: 0.25]")
+@click.option("--power-t", type=float, help="Exponent of invscaling. [default: 0.25, 0.5 for classes]")
 @click.option("--momentum", type=float, help="Momentum of sgd. [default: 0]")
 @click.option("--nesterov", is_flag=True, default=None, help="Nesterov's form of momentum.")
 @click.option("--average/--no-average", default=None, help="Average the coefficients. [default: as the optimizer does]")
@@ -120,7 +121,13 @@ def train(stop: StopRequest, /, data: tuple[str, ...], run_path: Path, **given: 
     # What does not fit is refused before the folder is made.
     plan_for(source, config)
     refuse_cache(config, cached=options.cache is not None, on_cluster=given["scheduler"] is not None)
-    with _cluster(given["scheduler"], options) as client, RunFolder(run_path) as folder:
+    with contextlib.ExitStack() as held:
+        client = held.enter_context(_cluster(given["scheduler"], options))
+        if client is not None:
+            from streamgd.run.members import refuse_unfit
+
+            refuse_unfit(client, source, config)
+        folder = held.enter_context(RunFolder(run_path))
         try:
             view.say([f"surveying {source.name}: target, and a sample of the features"])
             run = begin(folder, source, config, cache=options.cache)

@@ -292,7 +292,7 @@ def stored_dtype(source: Source) -> np.dtype[Any]:
     """Return the type that holds every feature of a source exactly, whatever rows are trained in."""
     try:
         stored = [np.dtype(name) for name in set(source.feature_dtypes)]
-    except TypeError:  # decimals and the like, which are read as float64
+    except (TypeError, ValueError):  # decimals and the like, which are read as float64
         return np.dtype(np.float64)
     return choose_row_dtype(stored, "auto")
 

@@ -196,7 +196,8 @@ def factorize(y: Any) -> tuple[NDArray[np.intp], list[Any]]:
         import pyarrow as pa
 
         try:
-            return _factorize_arrow(pa.array(y, from_pandas=True))
+            # Arrow takes NumPy's text to end at its first NUL, Python's not.
+            return _factorize_arrow(pa.array(y.tolist() if y.dtype.kind == "U" else y, from_pandas=True))
         except (pa.ArrowException, UnicodeEncodeError):
             return _factorize_objects(y.tolist())
     values, inverse = np.unique(y, return_inverse=True)

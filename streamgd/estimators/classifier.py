@@ -80,8 +80,10 @@ class SGDClassifier(ClassifierMixin, SGDEstimator):  # type: ignore[misc]
     class_weight : dict, "balanced" or None, default=None
         Factor on the weight of the rows of each class, by label; 1 for labels that are not named. Labels that the
         target does not have are an error, unless all that it has are named. ``"balanced"`` is
-        n_rows / (n_classes * rows of the class), as of the first call. With one-versus-rest a row has the factor of
-        its own class in every one of the models; scikit-learn applies it only in the model of that class.
+        n_rows / (n_classes * rows of the class), as of the first call; rows count by their sample weights, so that a
+        weight is as good as so many rows, where scikit-learn counts rows whatever their weight. With one-versus-rest a
+        row has the factor of its own class in every one of the models; scikit-learn applies it only in the model of
+        that class.
     momentum : float, default=0.0
         Momentum of ``optimizer="sgd"``, from 0 to below 1.
     nesterov : bool, default=False

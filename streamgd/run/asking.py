@@ -13,6 +13,7 @@ from typing import Any
 
 from streamgd.data.sources.base import Source
 from streamgd.data.sources.dask_clients import ANSWER_S
+from streamgd.errors import ClusterError
 from streamgd.run.workers import WorkerReport, describe
 
 #: Seconds in which a worker imports what it needs, and opens files.
@@ -32,14 +33,26 @@ def reports_of_workers(
         Files to open on trial.
     addresses : sequence of str
         Whom to ask.
+
+    Raises
+    ------
+    ClusterError
+        If the scheduler is gone, or the client closed.
     """
-    alive, silent = client.sync(_who_answers, client, addresses)
-    if not alive:
-        return {}, silent
+    alive: list[str] = []
+    silent: set[str] = set()
     try:
+        alive, silent = client.sync(_who_answers, client, addresses)
+        if not alive:
+            return {}, silent
         reports = client.run(describe, source, workers=alive, on_error="return", callback_timeout=_REPORT_S)
     except TimeoutError:  # somebody stopped meanwhile
         return {}, silent | set(alive)
+    except Exception as err:  # what a worker raises it returns
+        raise ClusterError(
+            f"the workers cannot be asked ({type(err).__name__}: {err}): the scheduler is gone, or the client was "
+            "closed. Start the cluster again, and fit again or resume the run"
+        ) from err
     return dict(reports), silent
 
 

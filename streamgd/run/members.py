@@ -11,11 +11,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from streamgd.data.sources.base import Source
 from streamgd.data.sources.dask_clients import idle_workers, threads_of_workers
 from streamgd.errors import ClusterError, UnfitWorkerError
 from streamgd.run.asking import reports_of_workers
+from streamgd.run.config import Config
 from streamgd.run.epochs import Watcher
-from streamgd.run.runs import Run
+from streamgd.run.runs import Run, least_state_bytes, plan_for
 from streamgd.run.worker_memory import WorkerMemory
 from streamgd.run.workers import WorkerReport, assign, unfit
 
@@ -216,7 +218,7 @@ class Members:
             if report is None or isinstance(report, OSError):
                 self._lost = f"{address}: {type(report).__name__}: {report}" if report is not None else self._lost
                 continue  # gone again, as it seems; else it is asked once more
-            why = unfit(address, report, self._run)
+            why = unfit(address, report, self._memory)
             if why is None:
                 assert isinstance(report, WorkerReport)
                 self._reports[address] = report
@@ -225,6 +227,37 @@ class Members:
             else:
                 self._refused.add(address)
                 self._watcher.message(f"{why}. The run goes on without it")
+
+
+def refuse_unfit(client: Any, source: Source, config: Config) -> None:
+    """Refuse workers that lack memory or have other versions, before the survey, which computes blocks on them.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Of the cluster. If it has no workers yet, they are looked at when they come.
+    source : Source
+        What is to be trained on.
+    config : Config
+        How.
+
+    Raises
+    ------
+    UnfitWorkerError
+        If a worker cannot take part.
+    ClusterError
+        If the scheduler is gone.
+    """
+    threads = threads_of_workers(client)
+    if not threads:
+        return
+    layout, state_bytes = plan_for(source, config), least_state_bytes(source, config)
+    memory = WorkerMemory.planned(layout, source, state_bytes, config.n_lanes)
+    reports, _ = reports_of_workers(client, None, sorted(threads))
+    for address, report in sorted(reports.items()):
+        why = None if isinstance(report, OSError) else unfit(address, report, memory)
+        if why is not None:
+            raise UnfitWorkerError(why)
 
 
 def _nothing() -> None:

@@ -75,7 +75,7 @@ def write_predictions(model: LinearModel, source: Source, path: Path, *, proba: 
             with kind(file, schema) as writer:
                 for group in _grouped(pieces):
                     columns = [group] if group.ndim == 1 else list(group.T)
-                    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+                    arrays = [_as_arrow(column, field.type) for column, field in zip(columns, schema, strict=True)]
                     writer.write_batch(pa.record_batch(arrays, schema=schema))
                     n_rows += len(group)
             file.flush()
@@ -88,6 +88,11 @@ def write_predictions(model: LinearModel, source: Source, path: Path, *, proba: 
             raise OSError(err.errno, f"cannot write the predictions: {err.strerror or err}", str(path)) from err
         raise
     return n_rows
+
+
+def _as_arrow(column: NDArray[Any], kind: pa.DataType) -> pa.Array:
+    # Arrow takes NumPy's text to end at its first NUL, Python's not.
+    return pa.array(column.tolist() if column.dtype.kind == "U" else column, kind)
 
 
 def _schema(model: LinearModel, proba: bool) -> pa.Schema:

@@ -15,9 +15,8 @@ import numpy as np
 
 from streamgd.data.layout import format_bytes
 from streamgd.data.sources.base import Source
-from streamgd.run.runs import Run
 from streamgd.run.versions import differing_versions, versions
-from streamgd.run.worker_memory import WorkerMemory
+from streamgd.run.worker_memory import PROCESS_BYTES, WorkerMemory
 
 #: Blocks that each worker opens on trial.
 _TRIALS = 8
@@ -70,12 +69,19 @@ def describe(source: Source | None, dask_worker: Any = None) -> WorkerReport:
 
 
 def usable_memory(worker: Any) -> int:
-    """Return the bytes that a Dask worker may take before it is paused, and ended if it takes more; 0 for no limit."""
+    """Return the bytes that a worker may take before Dask moves what it holds to disk, or pauses it; 0 for no limit.
+
+    Moving takes as much memory again, so that a worker that begins with it may be ended by its nanny.
+    """
     manager = worker.memory_manager
-    return int((manager.memory_limit or 0) * (manager.memory_pause_fraction or 1))
+    limit = manager.memory_limit or 0
+    of_process = min(manager.memory_pause_fraction or 1, manager.memory_spill_fraction or 1)
+    # What Dask counts by itself is what tasks left, which is never more than all but the process.
+    of_tasks = limit * manager.memory_target_fraction + PROCESS_BYTES if manager.memory_target_fraction else limit
+    return int(min(limit * of_process, of_tasks))
 
 
-def unfit(address: str, report: WorkerReport | BaseException, run: Run) -> str | None:
+def unfit(address: str, report: WorkerReport | BaseException, memory: WorkerMemory) -> str | None:
     """Say why a worker cannot take part in a run; None if it can.
 
     Parameters
@@ -84,8 +90,8 @@ def unfit(address: str, report: WorkerReport | BaseException, run: Run) -> str |
         The worker.
     report : WorkerReport or exception
         What `describe` gave there, or raised.
-    run : Run
-        What it would train.
+    memory : WorkerMemory
+        What the run takes.
     """
     if isinstance(report, BaseException):
         return (
@@ -103,14 +109,13 @@ def unfit(address: str, report: WorkerReport | BaseException, run: Run) -> str |
             f"worker {address} cannot read the data: {report.unreadable}. Workers open files themselves: put the same "
             "ones where every worker sees them under the same path"
         )
-    memory = WorkerMemory.of(run)
     needed = memory.needed(report.n_threads, report.n_threads)
     if report.memory_limit and needed > report.memory_limit:
         return (
             f"worker {address} may take {format_bytes(report.memory_limit)} before it reaches the part of its memory "
-            f"limit where Dask pauses it; with {report.n_threads} thread(s) it would need {format_bytes(needed)}: "
-            f"{memory.explained(report.n_threads, report.n_threads)}. Give it more memory or fewer threads, or "
-            "choose a smaller buffer"
+            f"limit where Dask moves data to disk or pauses it; with {report.n_threads} thread(s) it would need "
+            f"{format_bytes(needed)}: {memory.explained(report.n_threads, report.n_threads)}. Give it more memory or "
+            "fewer threads, or choose a smaller buffer"
         )
     return None
 

@@ -28,7 +28,7 @@ from streamgd.data.sources.dask_clients import computing_on
 from streamgd.errors import ClusterError, DataError, NonFiniteError, OptionError, UnfitWorkerError
 from streamgd.learn import kernels
 from streamgd.learn.recipe import Recipe
-from streamgd.run import asking, dispatch, members, pace, survey_shares, worker_memory, workers
+from streamgd.run import asking, dispatch, members, pace, runs, survey_shares, worker_memory, workers
 from streamgd.run import cluster as cluster_module
 from streamgd.run.checkpoint import CheckpointFolder
 from streamgd.run.config import Config, RunOptions
@@ -846,10 +846,28 @@ class TestErrors:
             fit(folder, "hdf5", client=closed, checkpoint_dir=tmp_path / "runs")
         assert not (tmp_path / "runs").exists()
 
-    def test_too_little_memory(self, two, folder, monkeypatch):
+    @pytest.mark.parametrize("kind", ["hdf5", "dask"])
+    def test_too_little_memory(self, two, folder, monkeypatch, kind):
+        """Before the survey, which takes a while and computes blocks."""
         monkeypatch.setattr(worker_memory, "PROCESS_BYTES", 10**15)
-        with pytest.raises(ClusterError, match="of its memory limit where Dask pauses it"):
-            fit(folder, "hdf5", client=two[1])
+        monkeypatch.setattr(runs, "take_survey", None)
+        with pytest.raises(ClusterError, match="of its memory limit where Dask moves data to disk or pauses it"):
+            fit(folder, kind, client=two[1])
+
+    def test_the_client_is_closed_while_workers_are_asked(self):
+        """For some seconds, where they import what they need."""
+
+        def ask_on(client: Any, addresses: list[str]) -> None:
+            while True:
+                asking.reports_of_workers(client, None, addresses)
+
+        with cluster(1) as (_, client):
+            addresses = list(client.nthreads())
+            closing = threading.Timer(0.5, client.close)
+            closing.start()
+            with pytest.raises(ClusterError, match=r"the workers cannot be asked \(.*resume the run"):
+                ask_on(client, addresses)
+            closing.join()
 
     def test_other_versions(self, two, folder, monkeypatch):
         here = workers.versions()

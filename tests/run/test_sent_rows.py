@@ -100,7 +100,9 @@ def test_a_lane_that_is_over_sends_nothing(run: Run, works: Any) -> None:
 
 def test_readers_stay_where_their_lanes_are(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who reads for a worker that cannot has no room for its readers."""
-    memory = SimpleNamespace(memory_limit=0, memory_pause_fraction=0.8)
+    memory = SimpleNamespace(
+        memory_limit=0, memory_target_fraction=0.6, memory_spill_fraction=0.7, memory_pause_fraction=0.8
+    )
     worker = SimpleNamespace(address="a", state=SimpleNamespace(nthreads=1), memory_manager=memory)
     monkeypatch.setattr("distributed.get_worker", lambda: worker)
     work = WorkerWork(run, run.source)

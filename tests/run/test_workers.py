@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from streamgd.run import worker_memory
 from streamgd.run.members import Members
 from streamgd.run.versions import differing_versions, versions
 from streamgd.run.worker_memory import WorkerMemory
@@ -24,30 +25,38 @@ def run():
 
 class TestUnfit:
     def test_a_worker_like_the_client_is_fit(self, run):
-        assert unfit("tcp://a:1", FIT, run) is None
+        assert unfit("tcp://a:1", FIT, WorkerMemory.of(run)) is None
 
     @pytest.mark.parametrize("name", ["streamgd", "numba", "numpy"])
     def test_other_versions(self, run, name):
         report = replace(FIT, versions=FIT.versions | {name: "0.0.1"})
-        assert f"{name} 0.0.1 there, {versions()[name]} here" in unfit("tcp://a:1", report, run)
+        assert f"{name} 0.0.1 there, {versions()[name]} here" in unfit("tcp://a:1", report, WorkerMemory.of(run))
 
     def test_another_python_will_do(self, run):
-        assert unfit("tcp://a:1", replace(FIT, versions=FIT.versions | {"python": "3.99", "cpu": "x"}), run) is None
+        assert (
+            unfit(
+                "tcp://a:1", replace(FIT, versions=FIT.versions | {"python": "3.99", "cpu": "x"}), WorkerMemory.of(run)
+            )
+            is None
+        )
 
     def test_no_streamgd(self, run):
-        why = unfit("tcp://a:1", ModuleNotFoundError("No module named 'streamgd'"), run)
+        why = unfit("tcp://a:1", ModuleNotFoundError("No module named 'streamgd'"), WorkerMemory.of(run))
         assert "worker tcp://a:1 cannot run streamgd" in why
         assert "No module named 'streamgd'" in why
 
     def test_data_that_is_not_there(self, run):
-        why = unfit("tcp://a:1", replace(FIT, unreadable="SourceNotFoundError: /x.h5"), run)
+        why = unfit("tcp://a:1", replace(FIT, unreadable="SourceNotFoundError: /x.h5"), WorkerMemory.of(run))
         assert "tcp://a:1" in why
         assert "/x.h5" in why
 
     def test_too_little_memory_for_its_threads(self, run):
-        needed = WorkerMemory.of(run).needed(2, 2)
-        assert unfit("tcp://a:1", replace(FIT, n_threads=2, memory_limit=needed), run) is None
-        assert "memory limit" in unfit("tcp://a:1", replace(FIT, n_threads=2, memory_limit=needed - 1), run)
+        memory = WorkerMemory.of(run)
+        needed = memory.needed(2, 2)
+        assert unfit("tcp://a:1", replace(FIT, n_threads=2, memory_limit=needed), memory) is None
+        assert "memory limit" in unfit(
+            "tcp://a:1", replace(FIT, n_threads=2, memory_limit=needed - 1), WorkerMemory.of(run)
+        )
 
 
 def test_read_ahead_takes_what_the_limit_leaves(run):
@@ -86,9 +95,20 @@ def test_more_windows_take_what_lanes_leave(run):
     assert memory.windows_kept(1, 3, memory.needed(1, 3) - 1) == 2
 
 
-@pytest.mark.parametrize(("limit", "pause", "usable"), [(1000, 0.8, 800), (1000, False, 1000), (None, 0.8, 0)])
-def test_a_worker_may_take_what_it_is_not_paused_at(limit, pause, usable):
-    manager = SimpleNamespace(memory_limit=limit, memory_pause_fraction=pause)
+@pytest.mark.parametrize(
+    ("limit", "target", "spill", "pause", "usable"),
+    [
+        (1e9, 0.6, 0.7, 0.8, 0.7e9),  # Dask's defaults: it moves data to disk first
+        (10e9, 0.6, 0.7, 0.8, 6e9 + worker_memory.PROCESS_BYTES),  # and earlier still what it knows of
+        (1e9, False, False, 0.8, 0.8e9),
+        (1e9, False, False, False, 1e9),
+        (None, 0.6, 0.7, 0.8, 0),
+    ],
+)
+def test_a_worker_may_take_what_moves_nothing_and_does_not_pause_it(limit, target, spill, pause, usable):
+    manager = SimpleNamespace(
+        memory_limit=limit, memory_target_fraction=target, memory_spill_fraction=spill, memory_pause_fraction=pause
+    )
     assert usable_memory(SimpleNamespace(memory_manager=manager)) == usable
 
 
