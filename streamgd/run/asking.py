@@ -41,18 +41,22 @@ def reports_of_workers(
     """
     alive: list[str] = []
     silent: set[str] = set()
+    reports: dict[str, WorkerReport | BaseException] = {}
+    lost: BaseException | None = None
     try:
         alive, silent = client.sync(_who_answers, client, addresses)
-        if not alive:
-            return {}, silent
-        reports = client.run(describe, source, workers=alive, on_error="return", callback_timeout=_REPORT_S)
+        if alive:
+            reports = client.run(describe, source, workers=alive, on_error="return", callback_timeout=_REPORT_S)
     except TimeoutError:  # somebody stopped meanwhile
         return {}, silent | set(alive)
     except Exception as err:  # what a worker raises it returns
+        lost = err
+    if lost is not None or client.status in ("closing", "closed"):
+        why = f" ({type(lost).__name__}: {lost})" if lost is not None else ""
         raise ClusterError(
-            f"the workers cannot be asked ({type(err).__name__}: {err}): the scheduler is gone, or the client was "
-            "closed. Start the cluster again, and fit again or resume the run"
-        ) from err
+            f"the workers cannot be asked{why}: the scheduler is gone, or the client was closed. Start the cluster "
+            "again, and fit again or resume the run"
+        ) from lost
     return dict(reports), silent
 
 

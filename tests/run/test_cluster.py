@@ -496,7 +496,7 @@ class TestFaults:
             paused = min(client.nthreads())
             client.run(_pause, workers=[paused])
             with pytest.warns(UserWarning, match=f"worker {paused} is paused by Dask, for lack of memory: it gets no"):
-                assert fit(folder, "hdf5", client=client, max_iter=60) == fit(folder, "hdf5", max_iter=60)
+                assert fit(folder, "hdf5", client=client, max_iter=300) == fit(folder, "hdf5", max_iter=300)
             client.run(_pause)
             with (
                 pytest.warns(UserWarning, match=r"all workers are idle \(.* is paused by Dask"),
@@ -865,7 +865,7 @@ class TestErrors:
             addresses = list(client.nthreads())
             closing = threading.Timer(0.5, client.close)
             closing.start()
-            with pytest.raises(ClusterError, match=r"the workers cannot be asked \(.*resume the run"):
+            with pytest.raises(ClusterError, match=r"the workers cannot be asked.*resume the run"):
                 ask_on(client, addresses)
             closing.join()
 
