@@ -100,7 +100,7 @@ class SGDEstimator(BaseEstimator):  # type: ignore[misc]
             start = None
             if trained is not None:
                 start = trained.warm_start(source, config, np.atleast_2d(self.coef_), self.intercept_)
-            if client is not None:
+            if client is not None and not resume:  # perhaps there is nothing left to do
                 from streamgd.run.members import refuse_unfit
 
                 refuse_unfit(client, source, config)

@@ -50,6 +50,8 @@ def reports_of_workers(
     except TimeoutError:  # somebody stopped meanwhile
         return {}, silent | set(alive)
     except Exception as err:  # what a worker raises it returns
+        if not isinstance(err, OSError) and client.status == "running":
+            raise
         lost = err
     if lost is not None or client.status in ("closing", "closed"):
         why = f" ({type(lost).__name__}: {lost})" if lost is not None else ""

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 from streamgd.errors import ClusterError, DataError, OptionError, StreamgdError
@@ -38,7 +39,8 @@ _FETCH_RATE, _FETCH_S = 10e6, 2.0
 _SAY_AFTER_S = 30.0
 #: Times that a round is played again before what keeps it from ending is taken to be for good.
 _MOST_ATTEMPTS = 5
-#: Flights behind the one that is awaited. Those over collections are short, for lack of room for more blocks.
+#: Flights behind the one that is awaited. Those over collections are short, for lack of room for more blocks, and over
+#: before the client hears of the one before them; so there are two.
 _FLIGHTS_BEHIND, _FLIGHTS_BEHIND_BLOCKS = 1, 2
 #: Times that workers may leave over the same round before it is taken to be what ends them.
 _MOST_LOSSES = 20
@@ -249,7 +251,8 @@ class ClusterCrew(Crew):
                 break
             try:
                 found: list[Round] = flight.merged.result(timeout=patience_s).rounds
-                return found
+                # A worker in this process has the same objects still, of which the client changes its own.
+                return [replace(each, state=replace(each.state)) for each in found]
             except TimeoutError as err:
                 if flight.merged.status == "error":  # it is the task's own
                     raise _Failed(str(err)) from err

@@ -7,12 +7,14 @@ for milliseconds of arithmetic that every worker does for itself. All of it is p
 
 from __future__ import annotations
 
+import contextlib
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from streamgd.data.sources.base import Source
+from streamgd.data.window import Stopped
 from streamgd.learn import kernels
 from streamgd.learn.recipe import Packed
 from streamgd.learn.state import State
@@ -73,7 +75,8 @@ class WorkerWork(LaneWork):
     def begin(self, beginning: Beginning, packed: Packed, epoch: int) -> tuple[State, Round | None]:
         """Return the state that rounds of an epoch begin from, and the round that it came from if that was merged here.
 
-        The epoch before is closed here as the client closes it, so that nobody waits for the client.
+        The epoch before is closed here as the client closes it, so that nobody waits for the client. The recipe is that
+        of the new epoch; to merge, it says the same.
         """
         state, before = _begun(beginning, packed)
         if state.epoch < epoch and state.counters[kernels.STATUS] == kernels.OK:
@@ -111,7 +114,7 @@ class Taken(_InOnePiece):
     start : State or None
         Where they began; the group of lane 0 alone has it, so that it travels once.
     before : Round or None
-        The round whose merge is `start`, if it was merged for this; with `start`.
+        The round whose merge is `start`, its epoch closed if it ended there, if it was merged for this; with `start`.
     """
 
     part: Part
@@ -137,6 +140,16 @@ class Flown(_InOnePiece):
 Beginning: TypeAlias = State | Sequence[Flown] | Sequence[Taken]
 
 
+@contextlib.contextmanager
+def _unless_over(work: LaneWork) -> Iterator[None]:
+    """Leave off without an error if the run has ended meanwhile: what is under way then, nobody waits for."""
+    try:
+        yield
+    except Stopped:
+        if not work.readers.stopping:
+            raise
+
+
 def deliver(
     work: LaneWork,
     span: Span,
@@ -157,8 +170,9 @@ def deliver(
 def begin_reading(work: WorkerWork, lanes: Sequence[int], epoch: int, row: int) -> None:
     """Have lanes that come to this worker read what they begin with; that this may be too late is all the same."""
     work.make_ready()
-    for lane in lanes:
-        read_ahead(work, lane, epoch, row)
+    with _unless_over(work):
+        for lane in lanes:
+            read_ahead(work, lane, epoch, row)
 
 
 def send_rows(work: WorkerWork, lanes: Sequence[int], home: str, span: Span, after: Any) -> list[SentRows]:
@@ -173,20 +187,21 @@ def send_rows(work: WorkerWork, lanes: Sequence[int], home: str, span: Span, aft
     work.make_ready()
     found = []
     at_home = get_worker().address == home
-    if at_home:  # the first windows of all are filled before any lane's second
+    with _unless_over(work):
+        if at_home:  # the first windows of all are filled before any lane's second
+            for lane in lanes:
+                read_ahead(work, lane, span.epoch, span.row)
         for lane in lanes:
-            read_ahead(work, lane, span.epoch, span.row)
-    for lane in lanes:
-        reader = open_reader(work, lane, span.epoch, span.row, None)
-        try:
-            found.append(SentRows.read(reader, span.n_rows))
-        except BaseException:
-            work.readers.discard(reader)
-            raise
-        if at_home:
-            work.readers.give_back(reader, work.most_readers)
-        else:  # a worker that plays alone has no room for them beside the rows
-            work.readers.discard(reader)
+            reader = open_reader(work, lane, span.epoch, span.row, None)
+            try:
+                found.append(SentRows.read(reader, span.n_rows))
+            except BaseException:
+                work.readers.discard(reader)
+                raise
+            if at_home:
+                work.readers.give_back(reader, work.most_readers)
+            else:  # a worker that plays alone has no room for them beside the rows
+                work.readers.discard(reader)
     return found
 
 
@@ -202,11 +217,13 @@ def take_turns(
     work.make_ready()
     start, before = work.begin(beginning, packed, span.epoch)
     part = Part.nothing(lanes)
-    if start.counters[kernels.STATUS] == kernels.OK:  # or there is nothing to go on from
-        part = Part.nothing([])
-        for lane in lanes:
-            turn = take_turn(work, start, packed, lane, span, None if delivered is None else delivered[lane])
-            part = joined([part, Part.of(lane, turn)], work.plans.n_lanes)
+    with _unless_over(work):
+        if start.counters[kernels.STATUS] == kernels.OK:  # or there is nothing to go on from
+            found = Part.nothing([])
+            for lane in lanes:
+                turn = take_turn(work, start, packed, lane, span, None if delivered is None else delivered[lane])
+                found = joined([found, Part.of(lane, turn)], work.plans.n_lanes)
+            part = found
     first = 0 in lanes
     return Taken(part, span.end, start if first else None, before if first else None)
 
@@ -224,7 +241,10 @@ def play_short(
     work.make_ready()
     rows = [each for some in sent for each in some]
     start, _ = work.begin(beginning, packed, spans[0].epoch)
-    return Flown(play_rounds(work, start, packed, spans, delivered, leaving, rows))
+    found = [Round(start, True, 0, 0.0)]
+    with _unless_over(work):
+        found = play_rounds(work, start, packed, spans, delivered, leaving, rows)
+    return Flown(found)
 
 
 def merge_flight(firsts: Sequence[Taken], last: Sequence[Taken], packed: Packed) -> Flown:

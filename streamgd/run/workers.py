@@ -109,13 +109,14 @@ def unfit(address: str, report: WorkerReport | BaseException, memory: WorkerMemo
             f"worker {address} cannot read the data: {report.unreadable}. Workers open files themselves: put the same "
             "ones where every worker sees them under the same path"
         )
-    needed = memory.needed(report.n_threads, report.n_threads)
+    n = min(report.n_threads, memory.n_lanes)  # lanes at once
+    needed = memory.needed(n, n)
     if report.memory_limit and needed > report.memory_limit:
         return (
             f"worker {address} may take {format_bytes(report.memory_limit)} before it reaches the part of its memory "
             f"limit where Dask moves data to disk or pauses it; with {report.n_threads} thread(s) it would need "
-            f"{format_bytes(needed)}: {memory.explained(report.n_threads, report.n_threads)}. Give it more memory or "
-            "fewer threads, or choose a smaller buffer"
+            f"{format_bytes(needed)}: {memory.explained(n, n)}. Give it more memory or fewer threads, or choose a "
+            "smaller buffer"
         )
     return None
 

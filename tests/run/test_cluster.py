@@ -28,7 +28,7 @@ from streamgd.data.sources.dask_clients import computing_on
 from streamgd.errors import ClusterError, DataError, NonFiniteError, OptionError, UnfitWorkerError
 from streamgd.learn import kernels
 from streamgd.learn.recipe import Recipe
-from streamgd.run import asking, dispatch, members, pace, runs, survey_shares, worker_memory, workers
+from streamgd.run import asking, dispatch, flights, members, pace, runs, survey_shares, worker_memory, workers
 from streamgd.run import cluster as cluster_module
 from streamgd.run.checkpoint import CheckpointFolder
 from streamgd.run.config import Config, RunOptions
@@ -962,6 +962,38 @@ def test_rounds_go_on_into_the_next_epoch(two, folder, monkeypatch, kind, optimi
     assert there == fit(folder, kind, optimizer, max_iter=30, **options)
     assert sum(went_on) >= 3
     assert not task_states(two[1])
+
+
+def test_workers_in_this_process_close_epochs_of_their_own(folder, monkeypatch):
+    """Objects are not copied on their way from there; what the client changes of a state must not be theirs."""
+    hand_over(monkeypatch, CHAINED)
+    changed, closed_epoch = [], flights.closed_epoch
+
+    def slowly(state: Any, *rest: Any) -> Any:
+        before = state.epoch, len(state.loss_curve)
+        time.sleep(0.05)
+        changed.append((state.epoch, len(state.loss_curve)) != before)
+        return closed_epoch(state, *rest)
+
+    monkeypatch.setattr(flights, "closed_epoch", slowly)
+    with cluster(1, processes=False, host=None) as (_, client):
+        there = fit(folder, "hdf5", client=client, max_iter=6, n_lanes=1)
+        assert client.scheduler.address.startswith("inproc")
+    assert there == fit(folder, "hdf5", max_iter=6, n_lanes=1)
+    assert len(changed) >= 3
+    assert not any(changed)
+
+
+def test_a_run_that_converges_leaves_no_errors_on_workers(two, folder, monkeypatch):
+    """What is under way then, into the next epoch, leaves off."""
+    hand_over(monkeypatch, CHAINED)
+    for n_lanes in (1, 4):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fit(folder, "hdf5", client=two[1], n_lanes=n_lanes, max_iter=50, tol=1e9, n_iter_no_change=1)
+    time.sleep(0.3)
+    logs = [text for said in two[1].get_worker_logs().values() for _, text in said]
+    assert not [text for text in logs if "Compute Failed" in text]
 
 
 def crew(source: Any, client: Any, options: Any, watcher: Any, stop: threading.Event | None = None) -> Any:

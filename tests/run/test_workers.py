@@ -54,9 +54,10 @@ class TestUnfit:
         memory = WorkerMemory.of(run)
         needed = memory.needed(2, 2)
         assert unfit("tcp://a:1", replace(FIT, n_threads=2, memory_limit=needed), memory) is None
-        assert "memory limit" in unfit(
-            "tcp://a:1", replace(FIT, n_threads=2, memory_limit=needed - 1), WorkerMemory.of(run)
-        )
+        why = unfit("tcp://a:1", replace(FIT, n_threads=2, memory_limit=needed - 1), memory)
+        assert "memory limit" in why
+        most = memory.needed(4, 4)  # there are no more lanes
+        assert unfit("tcp://a:1", replace(FIT, n_threads=64, memory_limit=most), memory) is None
 
 
 def test_read_ahead_takes_what_the_limit_leaves(run):
