@@ -777,7 +777,7 @@ def test_targets_may_be_named_one_by_one(sg: Callable[..., Said], tmp_path: Path
     for names in (["--target", "y,z"], ["--target", "y", "--target", "z"]):
         run = tmp_path / f"run{len(names)}"
         assert sg("train", data, *names, "--epochs", "2", "--run", run).status == 0
-        assert json.loads((run / "config.json").read_text())["target"] == ["y", "z"]
+        assert json.loads((run / "config.json").read_text())["target"]["name"] == "y, z"
 
 
 @pytest.mark.parametrize("kind", [streamgd.SGDRegressor, streamgd.SGDClassifier])

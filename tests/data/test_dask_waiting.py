@@ -14,6 +14,7 @@ import pytest
 from streamgd import SGDRegressor
 from streamgd.data.sources import dask_waiting
 from streamgd.errors import ClusterError
+from streamgd.run import asking
 from tests.clustering import cluster
 
 X = np.random.default_rng(0).normal(size=(2000, 3))
@@ -86,6 +87,7 @@ def test_an_interrupt_ends_it() -> None:
 
 def test_a_client_that_is_closed() -> None:
     with cluster(1) as (_, client):
+        asking.reports_of_workers(client, None, list(client.nthreads()))  # then they have imported what they need
         threading.Timer(0.5, client.close).start()
         with pytest.raises(ClusterError, match="what the cluster was computing is lost"):
             fit(client, slow=True)

@@ -993,7 +993,7 @@ def test_a_run_that_converges_leaves_no_errors_on_workers(two, folder, monkeypat
             fit(folder, "hdf5", client=two[1], n_lanes=n_lanes, max_iter=50, tol=1e9, n_iter_no_change=1)
     time.sleep(0.3)
     logs = [text for said in two[1].get_worker_logs().values() for _, text in said]
-    assert not [text for text in logs if "Compute Failed" in text]
+    assert not [text for text in logs if "Stopped" in text]
 
 
 def crew(source: Any, client: Any, options: Any, watcher: Any, stop: threading.Event | None = None) -> Any:
