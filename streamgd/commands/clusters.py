@@ -40,7 +40,7 @@ def connected(address: str | None) -> Iterator[Any]:
     try:
         asyncio.run(_reach(address))
         client: Any = Client(address, timeout=_CONNECT_S, set_as_default=False)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, TypeError, RuntimeError, MemoryError) as err:  # of lengths that are none, the last
+    except (OSError, ValueError, TypeError, RuntimeError, MemoryError) as err:  # the last: a greeting read as a length
         why = f"nobody answered within {_CONNECT_S} s" if isinstance(err, TimeoutError) else str(err)
         raise ClusterError(
             f"no scheduler at {address!r} ({type(err).__name__}: {why}): start one with `dask scheduler`, and workers "

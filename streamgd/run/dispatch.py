@@ -269,13 +269,12 @@ class Dispatch:
     def _with_blocks(self, epoch: int, row: int) -> _Ahead:
         """Say which rounds come next and where, and have their blocks come, if they were not delivered ahead."""
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and (ahead.stretch.rows.epoch, ahead.stretch.rows.row) == (epoch, row):
-            groups = self._groups(ahead.stretch)
-            if groups == ahead.groups:
-                return ahead
-            return _Ahead(ahead.stretch, groups, self._delivered(ahead.stretch, groups))
-        stretch = self._stretch(epoch, row)
+        if ahead is not None and (ahead.stretch.rows.epoch, ahead.stretch.rows.row) != (epoch, row):
+            ahead = None
+        stretch = self._stretch(epoch, row) if ahead is None else ahead.stretch
         groups = self._groups(stretch)
+        if ahead is not None and groups == ahead.groups:  # else lanes have gone elsewhere
+            return ahead
         return _Ahead(stretch, groups, self._delivered(stretch, groups))
 
     def _delivered(self, stretch: Stretch, groups: Sequence[tuple[list[int], str]]) -> list[Any]:
