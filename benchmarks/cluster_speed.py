@@ -1,11 +1,12 @@
 """How fast is a cluster of two single-threaded workers, and what does a round cost?
 
-``workers``: rows/s over gzip-compressed HDF5, one worker against two, in turn: of the whole fit, of the second epoch,
-and of the last. ``dask-ml``: rows/s beside dask-ml's ``Incremental(SGDRegressor)`` on the same persisted Dask array and
-workers. ``round``: milliseconds of rounds with little work, eight lanes, none of them made one task with others, for a
-small state and one of 1 MB; and of the same ones here.
+``workers``: rows/s of whole fits over gzip-compressed HDF5, one worker against two, in turn, each in a cluster of its
+own: one that idles beside the other would take 4 % of a core. ``dask-ml``: rows/s of whole fits, of one epoch and of
+several, beside dask-ml's ``Incremental(SGDRegressor)`` on the same persisted Dask array and the same workers; each pair
+has a new array, about half of which lies where no lane needs it. ``round``: milliseconds of rounds with little work,
+eight lanes, none of them made one task with others, for a small state and one of 1 MB; and of the same ones here.
 
-    python benchmarks/cluster_speed.py [workers] [dask-ml] [round] [--rows 1000000] [--epochs 3] [--repeats 5]
+    python benchmarks/cluster_speed.py [workers] [dask-ml] [round] [--rows 8000000] [--epochs 5] [--repeats 5]
 """
 
 from __future__ import annotations
@@ -35,35 +36,36 @@ from tests.clustering import cluster
 N_FEATURES = 28
 
 
-class Laps(Watcher):
-    """Notes the time of each epoch's end, and of each round."""
+class Rounds(Watcher):
+    """Notes the seconds of each round."""
 
     def __init__(self) -> None:
-        self.epochs = [time.perf_counter()]
-        self.rounds: list[float] = []
+        self.seconds: list[float] = []
 
     def advanced(self, run: Any, stream: Any) -> None:
-        self.rounds.append(stream.round_s)
-
-    def epoch_ended(self, run: Any, loss: float) -> None:
-        self.epochs.append(time.perf_counter())
+        self.seconds.append(stream.round_s)
 
 
-def laps_of(source: Any, client: Any, n_lanes: int, n_epochs: int = 2, batch_size: int = 256) -> Laps:
-    config = Config(Recipe(batch_size=batch_size), max_iter=n_epochs, tol=None, n_lanes=n_lanes)
-    laps = Laps()
-    train(prepare(source, config), client=client, watcher=laps)
-    return laps
+def rounds_of(source: Any, client: Any, n_lanes: int, n_epochs: int = 1) -> list[float]:
+    """Fit; return the seconds of each round."""
+    rounds = Rounds()
+    config = Config(Recipe(batch_size=256), max_iter=n_epochs, tol=None, n_lanes=n_lanes)
+    train(prepare(source, config), client=client, watcher=rounds)
+    return rounds.seconds
 
 
-def rates(source: Any, client: Any, n_epochs: int) -> tuple[float, float, float]:
-    """Measure rows/s of the whole fit, of the second epoch (in the first one turns are short), and of the last."""
-    laps = laps_of(source, client, 4, n_epochs).epochs
-    return (
-        n_epochs * source.n_rows / (laps[-1] - laps[0]),
-        source.n_rows / (laps[2] - laps[1]),
-        source.n_rows / (laps[-1] - laps[-2]),
-    )
+def rate(source: Any, client: Any, n_epochs: int) -> float:
+    """Return the rows/s of a whole fit in four lanes."""
+    began = time.perf_counter()
+    rounds_of(source, client, 4, n_epochs)
+    return n_epochs * source.n_rows / (time.perf_counter() - began)
+
+
+def told(one: list[float], two: list[float]) -> str:
+    """Say how many times as fast the second is, pair by pair."""
+    ratios = sorted(b / a for a, b in zip(one, two, strict=True))
+    medians = statistics.median(one), statistics.median(two)
+    return f"{medians[1] / medians[0]:.2f} times; pairs {', '.join(f'{ratio:.2f}' for ratio in ratios)}"
 
 
 def compare_workers(folder: Path, n_rows: int, n_epochs: int, repeats: int) -> None:
@@ -75,51 +77,45 @@ def compare_workers(folder: Path, n_rows: int, n_epochs: int, repeats: int) -> N
             X[first : first + (1 << 17)] = rng.standard_normal((min(1 << 17, n_rows - first), N_FEATURES), np.float32)
         file.create_dataset("y", data=rng.standard_normal(n_rows))
     source = streamgd.open_source(path, "y")
-    found: dict[int, list[tuple[float, float, float]]] = {1: [], 2: []}
-    with cluster(1) as (_, one), cluster(2) as (_, two):
-        for client in (one, two):
-            rates(source, client, 2)  # compiles
-        for _ in range(repeats):
-            for n, client in ((1, one), (2, two)):
-                found[n].append(rates(source, client, n_epochs))
-    print(f"gzip HDF5, {n_rows:,} rows, {n_epochs} epochs")
-    for k, what in enumerate(("whole fit", "second epoch", "last epoch")):
-        one_s, two_s = ([rate[k] for rate in found[n]] for n in (1, 2))
-        a, b = statistics.median(one_s), statistics.median(two_s)
-        ratios = sorted(y / x for x, y in zip(one_s, two_s, strict=True))
-        print(
-            f"{what:13s} 1 worker {a / 1e6:.2f} M rows/s, 2 workers {b / 1e6:.2f}: ratio of medians {b / a:.2f}; of "
-            f"pairs {', '.join(f'{ratio:.2f}' for ratio in ratios)}"
-        )
+    found: dict[tuple[int, int], list[float]] = {}
+    for _ in range(repeats):
+        for n_workers in (1, 2):
+            with cluster(n_workers) as (_, client):
+                rate(source, client, 1)  # imports and compiles
+                for epochs in (1, n_epochs):
+                    found.setdefault((n_workers, epochs), []).append(rate(source, client, epochs))
+    print(f"gzip HDF5, {n_rows:,} rows, whole fits, two workers against one")
+    for epochs in (1, n_epochs):
+        one, two = found[1, epochs], found[2, epochs]
+        seconds = epochs * n_rows / statistics.median(one)
+        print(f"{epochs} epochs, {seconds:.1f} s with one worker: {told(one, two)}")
 
 
-def compare_dask_ml(n_rows: int, repeats: int) -> None:
+def compare_dask_ml(n_rows: int, n_epochs: int, repeats: int) -> None:
     import dask.array as da
     from dask_ml.wrappers import Incremental
     from distributed import wait
     from sklearn.linear_model import SGDRegressor
 
+    ours: dict[int, list[float]] = {1: [], n_epochs: []}
+    theirs: dict[int, list[float]] = {1: [], n_epochs: []}
     with cluster(2) as (_, client), client.as_current():
-        rng = da.random.default_rng(0)
-        X = rng.standard_normal((n_rows, N_FEATURES), chunks=(50_000, N_FEATURES)).astype(np.float32)
-        X, y = client.persist([X, X @ np.ones(N_FEATURES, np.float32)])
-        wait([X, y])
-        source = training_source(streamgd.SGDRegressor(), X, y, None, reset=True, labels=False)
-        ours, theirs, whole = [], [], []
-        rates(source, client, 2)
-        for _ in range(repeats):
-            began = time.perf_counter()
-            Incremental(SGDRegressor(), assume_equal_chunks=True).fit(X, y)
-            theirs.append(n_rows / (time.perf_counter() - began))
-            began = time.perf_counter()
-            laps = laps_of(source, client, 4, 3)
-            whole.append(3 * n_rows / (time.perf_counter() - began))
-            ours.append(n_rows / (laps.epochs[2] - laps.epochs[1]))
-    a, b, c = statistics.median(ours), statistics.median(theirs), statistics.median(whole)
-    print(f"persisted Dask array, {n_rows:,} rows, two workers: Incremental(SGDRegressor) {b / 1e6:.2f} M rows/s")
-    for what, rate, all_of in (("second epoch", a, ours), ("three epochs with survey", c, whole)):
-        times = [x / y for x, y in zip(all_of, theirs, strict=True)]
-        print(f"{what} {rate / 1e6:.2f} M rows/s: {rate / b:.2f} times, of pairs {min(times):.2f} to {max(times):.2f}")
+        for repeat in range(repeats + 1):
+            for epochs in ours:
+                rng = da.random.default_rng([repeat, epochs])
+                X = rng.standard_normal((n_rows, N_FEATURES), chunks=(50_000, N_FEATURES)).astype(np.float32)
+                X, y = client.persist([X, X @ np.ones(N_FEATURES, np.float32)])
+                wait([X, y])
+                source = training_source(streamgd.SGDRegressor(), X, y, None, reset=True, labels=False)
+                mine = rate(source, client, epochs)
+                began = time.perf_counter()
+                Incremental(SGDRegressor(), assume_equal_chunks=True).fit(X, y)
+                if repeat:  # the first ones import and compile
+                    ours[epochs].append(mine)
+                    theirs[epochs].append(n_rows / (time.perf_counter() - began))
+    print(f"persisted Dask array, {n_rows:,} rows, two workers, whole fits, streamgd against Incremental(SGDRegressor)")
+    for epochs, rates in ours.items():
+        print(f"{epochs} epochs, {statistics.median(rates) / 1e6:.2f} M rows/s: {told(theirs[epochs], rates)}")
 
 
 def measure_rounds(folder: Path, repeats: int) -> None:
@@ -137,10 +133,10 @@ def measure_rounds(folder: Path, repeats: int) -> None:
         here: list[float] = []
         pace._SHORT_BYTES, pace._SHARED_S = 0, -1.0
         with cluster(2) as (_, client):
-            laps_of(source, client, 8, 1)
+            rounds_of(source, client, 8)
             for _ in range(repeats):
-                rounds += laps_of(source, client, 8, 1).rounds
-                here += laps_of(source, None, 8, 1).rounds
+                rounds += rounds_of(source, client, 8)
+                here += rounds_of(source, None, 8)
         state = 3 * 8 * (n_features + 1)
         print(
             f"round of 8 lanes, state {state / 1e3:,.0f} kB: median {1e3 * statistics.median(rounds):.1f} ms, ", end=""
@@ -155,15 +151,15 @@ def measure_rounds(folder: Path, repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="*", default=["workers", "dask-ml", "round"])
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=8_000_000)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if "workers" in options.what:
             compare_workers(Path(folder), options.rows, options.epochs, options.repeats)
         if "dask-ml" in options.what:
-            compare_dask_ml(options.rows, options.repeats)
+            compare_dask_ml(options.rows, options.epochs, options.repeats)
         if "round" in options.what:
             measure_rounds(Path(folder), options.repeats)
 
