@@ -3,8 +3,9 @@
 ``workers``: rows/s of whole fits over gzip-compressed HDF5, one worker against two, in turn, each in a cluster of its
 own: one that idles beside the other would take 4 % of a core. ``dask-ml``: rows/s of whole fits, of one epoch and of
 several, beside dask-ml's ``Incremental(SGDRegressor)`` on the same persisted Dask array and the same workers; each pair
-has a new array, about half of which lies where no lane needs it. ``round``: milliseconds of rounds with little work,
-eight lanes, none of them made one task with others, for a small state and one of 1 MB; and of the same ones here.
+has a new array, about half of which lies where no lane needs it, and who is first alternates. ``round``: milliseconds
+of rounds with little work, eight lanes, none of them made one task with others, for a small state and one of 1 MB; and
+of the same ones here.
 
     python benchmarks/cluster_speed.py [workers] [dask-ml] [round] [--rows 8000000] [--epochs 5] [--repeats 5]
 """
@@ -34,6 +35,7 @@ from streamgd.run.runs import prepare
 from tests.clustering import cluster
 
 N_FEATURES = 28
+WHAT = ["workers", "dask-ml", "round"]
 
 
 class Rounds(Watcher):
@@ -61,11 +63,15 @@ def rate(source: Any, client: Any, n_epochs: int) -> float:
     return n_epochs * source.n_rows / (time.perf_counter() - began)
 
 
-def told(one: list[float], two: list[float]) -> str:
-    """Say how many times as fast the second is, pair by pair."""
-    ratios = sorted(b / a for a, b in zip(one, two, strict=True))
-    medians = statistics.median(one), statistics.median(two)
-    return f"{medians[1] / medians[0]:.2f} times; pairs {', '.join(f'{ratio:.2f}' for ratio in ratios)}"
+def told(n_epochs: int, slow: tuple[str, list[float]], fast: tuple[str, list[float]]) -> str:
+    """Say how many times as fast the second is as the first: the ratio of medians, and that of each pair."""
+    ratios = sorted(b / a for a, b in zip(slow[1], fast[1], strict=True))
+    (slow_rate, fast_rate), n = (statistics.median(rates) for _, rates in (slow, fast)), len(ratios)
+    return (
+        f"epochs: {n_epochs}; M rows/s: {slow[0]} {slow_rate / 1e6:.2f}, {fast[0]} {fast_rate / 1e6:.2f}; "
+        f"times as fast: {fast_rate / slow_rate:.2f}, median of {n} pairs {statistics.median(ratios):.2f} "
+        f"({', '.join(f'{ratio:.2f}' for ratio in ratios)})"
+    )
 
 
 def compare_workers(folder: Path, n_rows: int, n_epochs: int, repeats: int) -> None:
@@ -78,17 +84,15 @@ def compare_workers(folder: Path, n_rows: int, n_epochs: int, repeats: int) -> N
         file.create_dataset("y", data=rng.standard_normal(n_rows))
     source = streamgd.open_source(path, "y")
     found: dict[tuple[int, int], list[float]] = {}
-    for _ in range(repeats):
-        for n_workers in (1, 2):
+    for repeat in range(repeats):
+        for n_workers in (1, 2) if repeat % 2 else (2, 1):
             with cluster(n_workers) as (_, client):
                 rate(source, client, 1)  # imports and compiles
-                for epochs in (1, n_epochs):
+                for epochs in sorted({1, n_epochs}):
                     found.setdefault((n_workers, epochs), []).append(rate(source, client, epochs))
-    print(f"gzip HDF5, {n_rows:,} rows, whole fits, two workers against one")
-    for epochs in (1, n_epochs):
-        one, two = found[1, epochs], found[2, epochs]
-        seconds = epochs * n_rows / statistics.median(one)
-        print(f"{epochs} epochs, {seconds:.1f} s with one worker: {told(one, two)}")
+    print(f"gzip HDF5, {n_rows:,} rows, whole fits")
+    for epochs in sorted({1, n_epochs}):
+        print(told(epochs, ("one worker", found[1, epochs]), ("two", found[2, epochs])))
 
 
 def compare_dask_ml(n_rows: int, n_epochs: int, repeats: int) -> None:
@@ -100,22 +104,30 @@ def compare_dask_ml(n_rows: int, n_epochs: int, repeats: int) -> None:
     ours: dict[int, list[float]] = {1: [], n_epochs: []}
     theirs: dict[int, list[float]] = {1: [], n_epochs: []}
     with cluster(2) as (_, client), client.as_current():
+
+        def pair(seed: list[int], epochs: int, first: bool) -> tuple[float, float]:
+            """Return the rates of both over an array that is gone before the next one is made."""
+            X = da.random.default_rng(seed).standard_normal((n_rows, N_FEATURES), chunks=(50_000, N_FEATURES))
+            X = X.astype(np.float32)
+            X, y = client.persist([X, X @ np.ones(N_FEATURES, np.float32)])
+            wait([X, y])
+            source = training_source(streamgd.SGDRegressor(), X, y, None, reset=True, labels=False)
+            mine = rate(source, client, epochs) if first else 0.0
+            began = time.perf_counter()
+            Incremental(SGDRegressor(), assume_equal_chunks=True).fit(X, y)
+            other = n_rows / (time.perf_counter() - began)
+            return mine or rate(source, client, epochs), other
+
         for repeat in range(repeats + 1):
             for epochs in ours:
-                rng = da.random.default_rng([repeat, epochs])
-                X = rng.standard_normal((n_rows, N_FEATURES), chunks=(50_000, N_FEATURES)).astype(np.float32)
-                X, y = client.persist([X, X @ np.ones(N_FEATURES, np.float32)])
-                wait([X, y])
-                source = training_source(streamgd.SGDRegressor(), X, y, None, reset=True, labels=False)
-                mine = rate(source, client, epochs)
-                began = time.perf_counter()
-                Incremental(SGDRegressor(), assume_equal_chunks=True).fit(X, y)
+                mine, other = pair([repeat, epochs], epochs, repeat % 2 == 0)
+                time.sleep(0.5)  # so that workers have dropped the array
                 if repeat:  # the first ones import and compile
                     ours[epochs].append(mine)
-                    theirs[epochs].append(n_rows / (time.perf_counter() - began))
-    print(f"persisted Dask array, {n_rows:,} rows, two workers, whole fits, streamgd against Incremental(SGDRegressor)")
+                    theirs[epochs].append(other)
+    print(f"persisted Dask array, {n_rows:,} rows, two workers, whole fits")
     for epochs, rates in ours.items():
-        print(f"{epochs} epochs, {statistics.median(rates) / 1e6:.2f} M rows/s: {told(theirs[epochs], rates)}")
+        print(told(epochs, ("dask-ml's Incremental(SGDRegressor), one epoch", theirs[epochs]), ("streamgd", rates)))
 
 
 def measure_rounds(folder: Path, repeats: int) -> None:
@@ -138,19 +150,17 @@ def measure_rounds(folder: Path, repeats: int) -> None:
                 rounds += rounds_of(source, client, 8)
                 here += rounds_of(source, None, 8)
         state = 3 * 8 * (n_features + 1)
+        there_ms, here_ms = (1e3 * statistics.median(each) for each in (rounds, here))
         print(
-            f"round of 8 lanes, state {state / 1e3:,.0f} kB: median {1e3 * statistics.median(rounds):.1f} ms, ", end=""
+            f"rounds of 8 lanes, state of {state / 1e3:,.0f} kB, {len(rounds) // repeats} a run: median {there_ms:.1f} "
+            f"ms, nine in ten up to {1e3 * np.quantile(rounds, 0.9):.1f}; in threads here {here_ms:.1f}; between the "
+            f"medians {there_ms - here_ms:.1f} ms"
         )
-        print(
-            f"nine in ten up to {1e3 * np.quantile(rounds, 0.9):.1f} ms, {len(rounds) // repeats} rounds a run; ",
-            end="",
-        )
-        print(f"the same rounds in threads here: median {1e3 * statistics.median(here):.1f} ms")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", default=["workers", "dask-ml", "round"])
+    parser.add_argument("what", nargs="*", default=WHAT, choices=WHAT)
     parser.add_argument("--rows", type=int, default=8_000_000)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=5)

@@ -84,6 +84,11 @@ class ClusterCrew(Crew):
         self._pace = self._dispatch.pace
 
     @property
+    def n_threads(self) -> int:
+        """How many lanes take their turns at once, where workers share a round."""
+        return min(self._n_lanes, self._members.n_threads)
+
+    @property
     def workers(self) -> int | None:
         """How many workers take part."""
         return len(self._members)

@@ -51,7 +51,7 @@ class Round:
     read_rows : int
         Rows read by all lanes.
     wait_s : float
-        Seconds that lanes waited for windows, the mean of all.
+        Seconds that lanes waited for windows, the sum of all.
     took_s : float
         Seconds that one worker took who played it by itself; 0 if several did.
     """
@@ -139,7 +139,7 @@ def merge_parts(start: State, parts: Sequence[Part], packed: Packed, end: int) -
         (found,) = whole.stretches.values()
         state = start.copy() if found is None else merge(start, found, packed)
         state.counters[[kernels.WINDOW, kernels.ROW]] = start.counters[kernels.WINDOW] + 1, end
-    return Round(state, whole.done, whole.read_rows, whole.wait_s / n_lanes)
+    return Round(state, whole.done, whole.read_rows, whole.wait_s)
 
 
 def play_rounds(
@@ -220,6 +220,11 @@ class Crew(abc.ABC):
         """
 
     @property
+    @abc.abstractmethod
+    def n_threads(self) -> int:
+        """How many lanes take their turns at once."""
+
+    @property
     def workers(self) -> int | None:
         """How many workers there are; None if there is no cluster."""
         return None
@@ -249,7 +254,13 @@ class LocalCrew(Crew):
         n_threads = default_threads() if n_threads is None else n_threads
         self._n_lanes = run.config.n_lanes
         self._work = LaneWork(run, run.source, n_threads=n_threads, most_readers=self._n_lanes)
-        self._pool = ThreadPoolExecutor(min(n_threads, self._n_lanes), "streamgd-turns")
+        self._n_threads = min(n_threads, self._n_lanes)
+        self._pool = ThreadPoolExecutor(self._n_threads, "streamgd-turns")
+
+    @property
+    def n_threads(self) -> int:
+        """How many lanes take their turns at once."""
+        return self._n_threads
 
     def play(self, start: State, packed: Packed, span: Span, stop: threading.Event) -> Round | None:
         """Play a round, see `Crew.play`."""
@@ -356,7 +367,8 @@ class RoundTraining(Training):
                 raise self._divergence(f"round {int(state.counters[kernels.WINDOW]) + 1}" if several else "a turn")
             self._record(several, played.state)  # first: a round that is interrupted here will be recorded again
             run.state = played.state
-            self._reading.wait_s += played.wait_s
+            # As if one thread trained all: lanes that wait for the thread do not wait for windows.
+            self._reading.wait_s += played.wait_s / (1 if played.took_s else crew.n_threads)
             self._read_rows += played.read_rows
             self._reading.read_bytes = round(self._read_rows * run.source.stored_bytes / run.source.n_rows)
             took_s = crew.round_s

@@ -305,6 +305,25 @@ def test_a_lane_that_comes_has_read_before_its_first_turn():
     fresh.readers.close()
 
 
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_lanes_that_wait_for_a_thread_do_not_count_as_training(n_threads: int, monkeypatch: pytest.MonkeyPatch):
+    """Else reading never looks like the limit where a thread trains several lanes, one after the other."""
+    fill = LaneReader._fill
+
+    def slowly(self: LaneReader, *arguments: Any) -> None:
+        time.sleep(0.02)
+        fill(self, *arguments)
+
+    waited: list[float] = []
+    watcher = Watcher()
+    monkeypatch.setattr(watcher, "advanced", lambda _, reading: waited.append(reading.wait_s))
+    monkeypatch.setattr(LaneReader, "_fill", slowly)
+    run = begin_lanes(4)
+    began = time.perf_counter()
+    train(run, options=RunOptions(n_threads=n_threads), watcher=watcher)
+    assert 0.5 < waited[-1] / (time.perf_counter() - began) < 1.05
+
+
 def test_readers_in_use_count_among_the_most():
     run = begin_lanes(3)
     work = LaneWork(run, run.source, n_threads=2, most_readers=2)
