@@ -160,17 +160,20 @@ def measure_rounds(folder: Path, repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", default=WHAT, choices=WHAT)
+    parser.add_argument("what", nargs="*", help=f"{', '.join(WHAT)}; default: all")
     parser.add_argument("--rows", type=int, default=8_000_000)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    what = options.what or WHAT
+    if not set(what) <= set(WHAT):
+        parser.error(f"{' '.join(what)}: expected some of {', '.join(WHAT)}")
     with tempfile.TemporaryDirectory() as folder:
-        if "workers" in options.what:
+        if "workers" in what:
             compare_workers(Path(folder), options.rows, options.epochs, options.repeats)
-        if "dask-ml" in options.what:
+        if "dask-ml" in what:
             compare_dask_ml(options.rows, options.epochs, options.repeats)
-        if "round" in options.what:
+        if "round" in what:
             measure_rounds(Path(folder), options.repeats)
 
 

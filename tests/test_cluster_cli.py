@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,3 +55,21 @@ def test_a_scheduler_is_found(
         assert said.status == 0, said.err
     assert sg(*train, tmp_path / "here").status == 0
     assert_same_run(tmp_path / "here", tmp_path / "there")
+
+
+def test_a_scheduler_that_is_lost_is_told_once(parquet: Path, tmp_path: Path) -> None:
+    """Without the tracebacks that Dask logs; and the run goes on here from where it was."""
+    train = [sys.executable, "-m", "streamgd", "train", parquet, "--target", "y", "--lanes", "2", "--run"]
+    more = ["--epochs", "100000", "--tol", "none", "--scheduler"]
+    with (tmp_path / "err").open("w+") as err:
+        with cluster(1) as (made, _):
+            command = [*map(str, [*train, tmp_path / "there"]), *more, made.scheduler_address]
+            process = subprocess.Popen(command, stdout=err, stderr=err)
+            while "/100000 done  loss" not in (tmp_path / "err").read_text():
+                assert process.poll() is None, (tmp_path / "err").read_text()
+                time.sleep(0.05)
+        assert process.wait(timeout=60) == 2
+    said = (tmp_path / "err").read_text()
+    assert "the connection to the scheduler is lost" in said
+    for noise in ("Traceback", "distributed", "cancelled"):
+        assert noise not in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,8 +47,22 @@ def connected(address: str | None) -> Iterator[Any]:
             f"no scheduler at {address!r} ({type(err).__name__}: {why}): start one with `dask scheduler`, and workers "
             "with `dask worker ADDRESS`; it says its address, such as tcp://host:8786"
         ) from err
-    with client:
+    with _quiet_logs(), client:
         yield client
+
+
+@contextlib.contextmanager
+def _quiet_logs() -> Iterator[None]:
+    """Keep Dask from logging tracebacks where a scheduler is lost: that is told once, as an error of ours."""
+    loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client")]  # each has its own level
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 async def _reach(address: str) -> None:

@@ -232,8 +232,8 @@ class ClusterCrew(Crew):
         except (CancelledError, CommClosedError, TimeoutError) as err:
             if self._client.status != "running":
                 raise ClusterError(
-                    f"the connection to the scheduler is lost ({type(err).__name__}: {err}): start the cluster again "
-                    "and resume the run"
+                    f"the connection to the scheduler is lost ({type(err).__name__}): start the cluster again and "
+                    "resume the run"
                 ) from err
             raise _Again(f"what it needs was lost ({type(err).__name__}: {err})") from err
         except Exception as err:
