@@ -58,7 +58,7 @@ def test_a_scheduler_is_found(
 
 
 def test_a_scheduler_that_is_lost_is_told_once(parquet: Path, tmp_path: Path) -> None:
-    """Without the tracebacks that Dask logs; and the run goes on here from where it was."""
+    """Without the tracebacks that Dask logs."""
     train = [sys.executable, "-m", "streamgd", "train", parquet, "--target", "y", "--lanes", "2", "--run"]
     more = ["--epochs", "100000", "--tol", "none", "--scheduler"]
     with (tmp_path / "err").open("w+") as err:
@@ -68,8 +68,11 @@ def test_a_scheduler_that_is_lost_is_told_once(parquet: Path, tmp_path: Path) ->
             while "/100000 done  loss" not in (tmp_path / "err").read_text():
                 assert process.poll() is None, (tmp_path / "err").read_text()
                 time.sleep(0.05)
-        assert process.wait(timeout=60) == 2
+        try:
+            assert process.wait(timeout=60) == 2
+        finally:
+            process.kill()
     said = (tmp_path / "err").read_text()
-    assert "the connection to the scheduler is lost" in said
+    assert said.count("streamgd: error: the ") == said.count("start the cluster again") == 1  # lost, or silent for 30 s
     for noise in ("Traceback", "distributed", "cancelled"):
         assert noise not in said

@@ -367,8 +367,9 @@ class RoundTraining(Training):
                 raise self._divergence(f"round {int(state.counters[kernels.WINDOW]) + 1}" if several else "a turn")
             self._record(several, played.state)  # first: a round that is interrupted here will be recorded again
             run.state = played.state
-            # As if one thread trained all: lanes that wait for the thread do not wait for windows.
-            self._reading.wait_s += played.wait_s / (1 if played.took_s else crew.n_threads)
+            # Lanes that wait for a thread do not wait for windows; who plays alone gets rows that others waited for.
+            alone = bool(played.took_s)
+            self._reading.wait_s += min(played.wait_s, played.took_s) if alone else played.wait_s / crew.n_threads
             self._read_rows += played.read_rows
             self._reading.read_bytes = round(self._read_rows * run.source.stored_bytes / run.source.n_rows)
             took_s = crew.round_s

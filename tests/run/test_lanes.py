@@ -314,6 +314,7 @@ def test_lanes_that_wait_for_a_thread_do_not_count_as_training(n_threads: int, m
         time.sleep(0.02)
         fill(self, *arguments)
 
+    train(begin_lanes(4))  # compiles
     waited: list[float] = []
     watcher = Watcher()
     monkeypatch.setattr(watcher, "advanced", lambda _, reading: waited.append(reading.wait_s))
