@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 
 from streamgd.learn.recipe import Packed
 from streamgd.run.asking import tell_workers
-from streamgd.run.delivery import DeliveredBlocks
+from streamgd.run.delivery import Deliveries, Group
 from streamgd.run.flights import (
     WorkerWork,
     begin_reading,
-    deliver,
     merge_flight,
     play_short,
     send_rows,
@@ -71,8 +70,12 @@ class _Ahead(NamedTuple):
     """Rounds that come next, the lanes of each task and where, and futures of the tasks' blocks, of collections."""
 
     stretch: Stretch
-    groups: list[tuple[list[int], str]]
+    groups: list[Group]
     deliveries: list[Any]
+
+    def starts_at(self, epoch: int, row: int) -> bool:
+        rows = self.stretch.rows
+        return (rows.epoch, rows.row) == (epoch, row)
 
 
 class Dispatch:
@@ -102,11 +105,11 @@ class Dispatch:
         self.state_bytes = memory.state_bytes
         self._name = uuid.uuid4().hex[:12]
         source: Any = run.source
-        self._blocks: DeliveredBlocks | None = None
+        self._deliveries: Deliveries | None = None
         self._plans = LanePlans.of(run)
         self._most_rows = self._plans.most_rows()
         if source.kind == "dask":
-            self._blocks = DeliveredBlocks(run, client, self._plans)
+            self._deliveries = Deliveries(run, client, members, self._plans)
             source = source.detached()
         self._sends = source.decodes_slowly
         self.pace = Pace(
@@ -116,7 +119,7 @@ class Dispatch:
             self.state_bytes,
             # Of two tasks at a time; see `Members.has_room_to_send`.
             sent_bytes=self._n_lanes * memory.lane_bytes // 2,
-            bounded=self._blocks is not None,
+            bounded=self._deliveries is not None,
         )
         self._flights = self._attempt = 0
         self._ahead: _Ahead | None = None
@@ -131,13 +134,13 @@ class Dispatch:
     @property
     def computes(self) -> bool:
         """Whether blocks have to be computed, as those of a Dask collection."""
-        return self._blocks is not None
+        return self._deliveries is not None
 
     def start_again(self) -> None:
         """Forget what was handed over; flights are dropped before."""
         self._ahead, self._attempt = None, self._attempt + 1
-        if self._blocks is not None:
-            self._blocks.clear()
+        if self._deliveries is not None:
+            self._deliveries.start_again(self._work)
         # The cluster was started afresh; or who has the work may be silent, and with it what others would fetch.
         if self._work.status not in ("pending", "finished") or self._members.fit is not None:
             self._hand_over_work()
@@ -145,8 +148,8 @@ class Dispatch:
     def close(self) -> None:
         """Release what the workers hold, and have them close what they opened."""
         self._ahead = None
-        if self._blocks is not None:
-            self._blocks.clear()
+        if self._deliveries is not None:
+            self._deliveries.clear()
         if self._client.status == "running":
             with contextlib.suppress(Exception):
                 tell_workers(self._client, _close, self._work.key)
@@ -156,9 +159,11 @@ class Dispatch:
         """Say which rounds to hand over next."""
         members = self._members
         sent = self._sends and bool(self._others()) and members.has_room_to_send
-        return self.pace.next(epoch, row, len(members.groups()), room=members.has_room, sent=sent)
+        groups = members.groups()
+        kept = self._deliveries is not None and self._deliveries.kept(groups, epoch)
+        return self.pace.next(epoch, row, len(groups), room=members.has_room, sent=sent, kept=kept)
 
-    def _groups(self, stretch: Stretch) -> list[tuple[list[int], str]]:
+    def _groups(self, stretch: Stretch) -> list[Group]:
         """Say which lanes take their turns in one task, and where."""
         if stretch.together:
             return [(list(range(self._n_lanes)), self._members.first)]
@@ -206,7 +211,7 @@ class Dispatch:
         start: Any,
         packed: Packed,
         stretch: Stretch,
-        groups: Sequence[tuple[list[int], str]],
+        groups: Sequence[Group],
         deliveries: Sequence[Any],
     ) -> tuple[Key, list[Key]]:
         """Add rounds that workers share; return what comes of them, and what the next flight begins from."""
@@ -244,7 +249,7 @@ class Dispatch:
 
     def _add_starts(self, graph: Graph, name: str, stretch: Stretch) -> list[Key]:
         """Have lanes begin to read where they go after these rounds."""
-        if self._blocks is not None:
+        if self._deliveries is not None:
             return []
         epoch, end = stretch.rows.epoch, stretch.rows.end
         return [self._add_start(graph, name, lanes, address, epoch, end) for lanes, address in self._others()]
@@ -253,7 +258,7 @@ class Dispatch:
         key = (f"lane-starts-{name}", epoch, row, _text(lanes))
         return graph.add(key, address, 20, begin_reading, self._work, lanes, epoch, row)
 
-    def _others(self) -> list[tuple[list[int], str]]:
+    def _others(self) -> list[Group]:
         """Return the lanes of all workers but the one that plays by itself what is not shared."""
         return [(lanes, address) for lanes, address in self._members.groups() if address != self._members.first]
 
@@ -269,34 +274,14 @@ class Dispatch:
     def _with_blocks(self, epoch: int, row: int) -> _Ahead:
         """Say which rounds come next and where, and have their blocks come, if they were not delivered ahead."""
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and (ahead.stretch.rows.epoch, ahead.stretch.rows.row) != (epoch, row):
-            ahead = None
-        stretch = self._stretch(epoch, row) if ahead is None else ahead.stretch
+        if ahead is not None and ahead.starts_at(epoch, row) and self._groups(ahead.stretch) == ahead.groups:
+            return ahead  # else lanes have gone elsewhere
+        stretch = self._stretch(epoch, row)
         groups = self._groups(stretch)
-        if ahead is not None and groups == ahead.groups:  # else lanes have gone elsewhere
-            return ahead
-        return _Ahead(stretch, groups, self._delivered(stretch, groups))
-
-    def _delivered(self, stretch: Stretch, groups: Sequence[tuple[list[int], str]]) -> list[Any]:
-        """Bring blocks of a Dask collection to the lanes that need them, and have these fill windows meanwhile.
-
-        A turn's own blocks would come only once the merge before it is done, because then it is given to a worker; and
-        a turn that names one task in place of all blocks is cheaper to schedule.
-        """
-        if self._blocks is None:
-            return [None] * len(groups)
-        rows = stretch.rows
-        at = {lane: address for lanes, address in groups for lane in lanes}
-        blocks = self._blocks.deliver(rows, at, self._members.fit)
-        graph = Graph(self._client, self._members.fit)
-        keys = []
-        for lanes, address in groups:
-            # The same turn of the same lanes has the same key: what was delivered ahead is not delivered again.
-            key = (f"lane-blocks-{self._name}-{self._attempt}", rows.epoch, rows.row, rows.end, _text(lanes))
-            numbers = [list(blocks[lane]) for lane in lanes]
-            computed = [list(blocks[lane].values()) for lane in lanes]
-            keys.append(graph.add(key, address, 15, deliver, self._work, rows, lanes, numbers, computed))
-        return graph.hand_over(keys)
+        if self._deliveries is None:
+            return _Ahead(stretch, groups, [None] * len(groups))
+        shared = not stretch.together
+        return _Ahead(stretch, groups, self._deliveries.bring(self._work, stretch.rows, groups, shared=shared))
 
 
 def drop(flight: Flight | None) -> None:

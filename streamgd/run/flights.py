@@ -167,6 +167,32 @@ def deliver(
     return found
 
 
+def keep_blocks(
+    work: WorkerWork,
+    span: Span,
+    n_epochs: int,
+    lanes: Sequence[int],
+    here: Sequence[int],
+    before: Sequence[Mapping[int, Delivery]],
+    numbers: Sequence[Sequence[int]],
+    blocks: Sequence[Sequence[Any]],
+    n_bytes: int,
+) -> dict[int, Delivery]:
+    """Hold all blocks of some lanes for the epochs to come: those that were delivered before, and the others.
+
+    Lanes that are not `here` any more leave nothing behind.
+    """
+    work.readers.keep_only(here)
+    found = {}
+    for lane, some, computed in zip(lanes, numbers, blocks, strict=True):
+        held = dict(zip(some, computed, strict=True))
+        for each in before:
+            held |= each[lane].blocks
+        found[lane] = Delivery(span, held, n_epochs, n_bytes // len(lanes))
+        work.readers.expect(lane, found[lane])
+    return found
+
+
 def begin_reading(work: WorkerWork, lanes: Sequence[int], epoch: int, row: int) -> None:
     """Have lanes that come to this worker read what they begin with; that this may be too late is all the same."""
     work.make_ready()

@@ -120,18 +120,28 @@ class RowInputs:
 
 @dataclass(frozen=True, eq=False)
 class Delivery:
-    """The blocks of a Dask collection behind a lane's turn, computed.
+    """The blocks of a Dask collection behind a lane's turns, computed.
 
     Attributes
     ----------
     span : Span
-        The turn's rows.
+        The turns' rows.
     blocks : mapping of int to computed blocks
         What the windows of these rows draw on.
+    n_epochs : int
+        More than one are for all rows up to the end of that many epochs, of which the span is the first.
+    n_bytes : int
+        What Dask is to take this for. 0 for what passes by: Dask counts the blocks already.
     """
 
     span: Span
     blocks: Mapping[int, Any]
+    n_epochs: int = 1
+    n_bytes: int = 0
+
+    def __sizeof__(self) -> int:
+        """Tell Dask how much this is, so that turns go where their blocks are."""
+        return object.__sizeof__(self) + self.n_bytes
 
 
 class LaneReader:
@@ -260,15 +270,18 @@ class LaneReader:
     def let_go(self) -> None:
         """Let go of the blocks of turns that are over; what is open keeps its own."""
         if self._until is not None:
-            self._deliveries = [each for each in self._deliveries if self._end_of(each) > self.place]
-            self._open_delivered()
+            left = [each for each in self._deliveries if self._end_of(each) > self.place]
+            if len(left) < len(self._deliveries):
+                self._deliveries = left
+                self._open_delivered()
 
     def _open_delivered(self) -> None:
         collection: Any = self._source
         collection.deliver({block: found for each in self._deliveries for block, found in each.blocks.items()})
 
     def _end_of(self, delivery: Delivery) -> int:
-        return delivery.span.epoch * self.lane_rows + min(delivery.span.end, self.lane_rows)
+        last = delivery.span.epoch + delivery.n_epochs - 1
+        return last * self.lane_rows + min(delivery.span.end, self.lane_rows)
 
     def goes_on_at(self, epoch: int, row: int) -> bool:
         """Say whether a row is what comes next, after going on to the next epoch if the row is its first."""

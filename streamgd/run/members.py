@@ -18,7 +18,7 @@ from streamgd.run.asking import reports_of_workers
 from streamgd.run.config import Config
 from streamgd.run.epochs import Watcher
 from streamgd.run.runs import Run, least_state_bytes, plan_for
-from streamgd.run.worker_memory import WorkerMemory
+from streamgd.run.worker_memory import PROCESS_BYTES, WorkerMemory
 from streamgd.run.workers import WorkerReport, assign, unfit
 
 #: How often to look whether workers came or went, and, while there are none, whether one came.
@@ -94,6 +94,27 @@ class Members:
         """Whether workers have room for their lanes and as much again: rows that they send, and those of all others."""
         held = Counter(self._lanes.values())
         return all(self._lanes_kept(address) >= min(self._n_lanes, 2 * n) for address, n in held.items())
+
+    def have_room_beside(self, lane_bytes: Sequence[int]) -> bool:
+        """Whether workers have room for so many bytes of each of their lanes, and leave as many free to others.
+
+        Beside the plan, and what they took when they were let in. Workers of one machine share what that has.
+        """
+        from distributed.comm.addressing import get_address_host
+
+        wanted: Counter[str] = Counter()
+        for lane, address in self._lanes.items():
+            wanted[address] += lane_bytes[lane]
+        neighbours = Counter(get_address_host(address) for address in self._reports)
+        for address, n_bytes in wanted.items():
+            report = self._reports[address]
+            free = report.free_bytes // neighbours[get_address_host(address)]
+            if report.memory_limit:
+                free = min(free, report.memory_limit - report.used_bytes)
+            planned = self._memory.needed(report.n_threads, self._lanes_kept(address)) - PROCESS_BYTES
+            if 2 * n_bytes > free - planned:
+                return False
+        return True
 
     def _lanes_kept(self, address: str) -> int:
         report = self._reports[address]

@@ -96,7 +96,9 @@ class Pace:
         self._row_s, self._alone_s = 0.0, 0.0  # for a row of each lane: shared, and where one worker plays alone
         self._shared = False
 
-    def next(self, epoch: int, row: int, n_groups: int, *, room: bool, sent: bool = False) -> Stretch:
+    def next(
+        self, epoch: int, row: int, n_groups: int, *, room: bool, sent: bool = False, kept: bool = False
+    ) -> Stretch:
         """Return what to hand over from a row on.
 
         Parameters
@@ -109,6 +111,8 @@ class Pace:
             Whether a single worker has room for all lanes.
         sent : bool, default=False
             Whether others would send it their lanes' rows.
+        kept : bool, default=False
+            Whether lanes that share rounds have all their blocks, so that these do not bound what is handed over.
         """
         if room and not self._shared:
             most_bytes = min(_TOGETHER_BYTES, self._sent_bytes) if sent else _TOGETHER_BYTES
@@ -116,7 +120,8 @@ class Pace:
             if short:
                 return Stretch(short, together=True, last=self._shared, sent=sent)
         self._shared = True  # lanes that went back to one worker would be read anew there
-        return Stretch(self._shared_spans(epoch, row, n_groups), together=False)
+        most_rows = sys.maxsize if kept else self._most_rows
+        return Stretch(self._shared_spans(epoch, row, n_groups, most_rows), together=False)
 
     def few(self, n_groups: int) -> bool:
         """Whether groups get what every other one found, rather than what one task makes of it."""
@@ -160,13 +165,13 @@ class Pace:
             return size <= _SHORT_BYTES
         return n_rows * self._alone_s * (1 - 1 / n_groups) <= shared_s(n_groups)
 
-    def _shared_spans(self, epoch: int, row: int, n_groups: int) -> list[Span]:
+    def _shared_spans(self, epoch: int, row: int, n_groups: int, most_rows: int) -> list[Span]:
         """Return rounds that follow one another without the client: a moment's work, as far as is known."""
         spans = [self._turns.at(epoch, row)]
         if not self._row_s or not self.few(n_groups):
             return spans
         most = min(_MOST_IN_FLIGHT, _STATES_BYTES // (2 * self._state_bytes))
-        most_rows = min(self._most_rows, int(_FLIGHT_S / self._row_s))
+        most_rows = min(most_rows, int(_FLIGHT_S / self._row_s))
         while len(spans) < most and spans[-1].end < self._turns.lane_rows:
             span = self._turns.at(epoch, spans[-1].end)
             if span.end - row > most_rows:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
+from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 
 from streamgd.data.flat_files import FlatFiles
@@ -163,6 +164,15 @@ class Readers:
             self._idle[reader.lane] = reader
             leaving = self._beyond(most)
         for each in leaving if old is None else [old, *leaving]:
+            each.close()
+
+    def keep_only(self, lanes: Container[int]) -> None:
+        """Close the readers of other lanes, which hold blocks, unless they are in use."""
+        with self._lock:
+            leaving = [self._idle.pop(lane) for lane in list(self._idle) if lane not in lanes]
+            for reader in leaving:
+                self._early.pop(reader.lane, None)
+        for each in leaving:
             each.close()
 
     def close(self) -> None:

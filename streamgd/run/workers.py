@@ -36,12 +36,18 @@ class WorkerReport:
         Bytes that it may take, see `usable_memory`; 0 for no limit.
     unreadable : str or None
         Why it cannot read the data.
+    used_bytes : int
+        What its process takes now.
+    free_bytes : int
+        What its machine has left.
     """
 
     versions: dict[str, Any]
     n_threads: int
     memory_limit: int
     unreadable: str | None
+    used_bytes: int = 0
+    free_bytes: int = 0
 
 
 def describe(source: Source | None, dask_worker: Any = None) -> WorkerReport:
@@ -54,6 +60,8 @@ def describe(source: Source | None, dask_worker: Any = None) -> WorkerReport:
     dask_worker : distributed.Worker
         Given by Dask.
     """
+    import psutil  # which Dask needs
+
     unreadable = None
     if source is not None:
         try:
@@ -65,7 +73,14 @@ def describe(source: Source | None, dask_worker: Any = None) -> WorkerReport:
             source.close()
         except Exception as err:
             unreadable = f"{type(err).__name__}: {err}"
-    return WorkerReport(versions(), int(dask_worker.state.nthreads), usable_memory(dask_worker), unreadable)
+    return WorkerReport(
+        versions(),
+        int(dask_worker.state.nthreads),
+        usable_memory(dask_worker),
+        unreadable,
+        psutil.Process().memory_info().rss,
+        psutil.virtual_memory().available,
+    )
 
 
 def usable_memory(worker: Any) -> int:

@@ -295,6 +295,11 @@ class DaskSource(Source):
         """Open these blocks from now on, and no others; see `with_blocks`."""
         self._delivered = blocks
 
+    @property
+    def lies_in_cluster(self) -> bool:
+        """Whether features are made of what is persisted on a cluster alone, and nothing is read for them."""
+        return self._graph(targets_only=False).lies_in_cluster
+
     def submit(
         self, client: Any, blocks: Sequence[int], workers: Sequence[str] | None = None, name: str | None = None
     ) -> dict[int, list[Any]]:

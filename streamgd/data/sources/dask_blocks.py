@@ -52,6 +52,21 @@ class BlockGraph:
         """How many blocks there are."""
         return len(self._keys[0])
 
+    @cached_property
+    def lies_in_cluster(self) -> bool:
+        """Whether the first collection is made of what a cluster holds, and of nothing else."""
+        left, seen = list(self._keys[0]), set(self._keys[0])
+        while left:
+            key = left.pop()
+            if key in self._persisted:
+                continue
+            needed = _dask.core.keys_in_tasks(self._known, [self._tasks[key]], as_list=True)
+            if not needed:
+                return False
+            left += set(needed) - seen
+            seen.update(needed)
+        return True
+
     def compute(self, block: int) -> list[Any]:
         """Compute a block in the calling thread; the caller's threads are the parallelism."""
         tasks, keys, persisted = self._cut(block)
