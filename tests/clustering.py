@@ -22,7 +22,7 @@ import numpy as np
 from streamgd.estimators import SGDRegressor
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-KINDS = ("hdf5", "parquet", "dask")
+KINDS = ("hdf5", "parquet", "dask", "persisted")
 N_ROWS, N_LANES, N_EPOCHS, N_FEATURES = 3000, 4, 2, 5
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "auto": {},
@@ -83,6 +83,8 @@ def bits(fitted: SGDRegressor) -> dict[str, Any]:
 def fit(folder: Path, kind: str, optimizer: str = "auto", client: Any = None, **options: Any) -> dict[str, Any]:
     """Fit, and return the bits."""
     X, y = load(folder, kind)
+    if kind == "persisted" and client is not None:
+        X, y = client.persist([X, y])
     return bits(estimator(optimizer, **options).fit(X, y, client=client, resume="checkpoint_dir" in options))
 
 

@@ -27,6 +27,7 @@ class Readers:
         self._lock = threading.Lock()
         self._idle: OrderedDict[int, LaneReader] = OrderedDict()
         self._used: Counter[int] = Counter()  # lanes whose readers are in use
+        self._out: set[LaneReader] = set()  # those readers
         self._early: dict[int, list[Delivery]] = {}  # what came before lanes can read on over it
         self._pool: ThreadPoolExecutor | None = None
         self._files: FlatFiles | None = None
@@ -83,16 +84,14 @@ class Readers:
         try:
             if found is not None:
                 if found.goes_on_at(epoch, row) and (delivery is None or found.deliver(delivery)):
-                    self._go_on(found)
-                    return found
+                    return self._go_on(found)
                 found.close()
             files = self._files_of(inputs.source) if delivery is None else None
             pool = self.pool(n_threads)
             made = LaneReader(
                 plans, inputs, pool, lane, epoch, row, n_windows=n_windows, delivery=delivery, files=files
             )
-            self._go_on(made)
-            return made
+            return self._go_on(made)
         except BaseException:
             self._note_left(lane)
             with self._lock:
@@ -108,6 +107,7 @@ class Readers:
         """Close a reader in place of giving it back."""
         self._note_left(reader.lane)
         with self._lock:
+            self._out.discard(reader)
             self._early.pop(reader.lane, None)
         reader.close()
 
@@ -134,10 +134,12 @@ class Readers:
             if reader is not None:
                 self._read_on(reader)
 
-    def _go_on(self, reader: LaneReader) -> None:
-        """Have a reader that nobody else uses read on over what came early."""
+    def _go_on(self, reader: LaneReader) -> LaneReader:
+        """Have a reader that is taken read on over what came early."""
         with self._lock:
+            self._out.add(reader)
             self._read_on(reader)
+        return reader
 
     def _read_on(self, reader: LaneReader) -> None:
         early = sorted(self._early.pop(reader.lane, []), key=lambda each: (each.span.epoch, each.span.row))
@@ -157,6 +159,12 @@ class Readers:
         """Keep a reader for its lane's next turn; those that were used least recently go when there are too many."""
         reader.let_go()
         with self._lock:
+            wanted = reader in self._out
+        if not wanted:
+            self.discard(reader)
+            return
+        with self._lock:
+            self._out.discard(reader)
             self._used[reader.lane] -= 1
             if not self._closed:
                 self._read_on(reader)
@@ -167,9 +175,10 @@ class Readers:
             each.close()
 
     def keep_only(self, lanes: Container[int]) -> None:
-        """Close the readers of other lanes, which hold blocks, unless they are in use."""
+        """Close the readers of other lanes, which hold blocks: those in use when they are given back."""
         with self._lock:
             leaving = [self._idle.pop(lane) for lane in list(self._idle) if lane not in lanes]
+            self._out = {reader for reader in self._out if reader.lane in lanes}
             for reader in leaving:
                 self._early.pop(reader.lane, None)
         for each in leaving:

@@ -28,7 +28,18 @@ from streamgd.data.sources.dask_clients import computing_on
 from streamgd.errors import ClusterError, DataError, NonFiniteError, OptionError, UnfitWorkerError
 from streamgd.learn import kernels
 from streamgd.learn.recipe import Recipe
-from streamgd.run import asking, dispatch, flights, members, pace, runs, survey_shares, worker_memory, workers
+from streamgd.run import (
+    asking,
+    dispatch,
+    flights,
+    graph,
+    members,
+    pace,
+    runs,
+    survey_shares,
+    worker_memory,
+    workers,
+)
 from streamgd.run import cluster as cluster_module
 from streamgd.run.checkpoint import CheckpointFolder
 from streamgd.run.config import Config, RunOptions
@@ -269,11 +280,6 @@ class TestBits:
     def test_of_arrays_in_memory(self, two, folder):
         X, y = (np.asarray(part) for part in load(folder, "dask"))
         assert bits(estimator().fit(X, y, client=two[1])) == bits(estimator().fit(X, y))
-
-    def test_of_a_persisted_array(self, two, folder, here):
-        X, y = load(folder, "dask")
-        X, y = two[1].persist([X, y])
-        assert bits(estimator().fit(X, y, client=two[1])) == here("dask")
 
     @pytest.mark.parametrize("buffer", ["100kB", "200kB"])
     def test_of_collections_whose_turns_take_several_windows(self, two, folder, buffer):
@@ -532,10 +538,12 @@ class TestFaults:
                 os.kill(pids[silent], signal.SIGCONT)
                 processes.close()
 
-    def test_workers_join_and_retire(self, folder):
+    @pytest.mark.parametrize("kind", ["parquet", "persisted"])
+    def test_workers_join_and_retire(self, folder, kind):
         stop = threading.Event()
         with cluster(1) as (made, client):
-            source = open_source(folder / "rows.parquet", "y")
+            X, y = load(folder, kind)
+            source = X if y is None else open_source(*client.persist([X, y]))
             run = prepare(source, Config(n_lanes=4, max_iter=10_000, tol=None, buffer_bytes=3_000_000))
             training = threading.Thread(target=train, args=(run,), kwargs={"client": client, "stop": stop})
             training.start()
@@ -555,6 +563,7 @@ class TestFaults:
             after_more_epochs()
             stop.set()
             training.join()
+        source = X if y is None else open_source(X, y)
         again = prepare(source, Config(n_lanes=4, max_iter=10_000, tol=None, buffer_bytes=3_000_000))
         rounds = int(run.state.counters[kernels.N_ROWS])
         watcher = StopAt(rounds)
@@ -895,7 +904,7 @@ class TestErrors:
 
 
 @pytest.mark.parametrize("how", ["interrupted", "lost"])
-@pytest.mark.parametrize("kind", ["hdf5", "dask"])
+@pytest.mark.parametrize("kind", ["hdf5", "dask", "persisted"])
 def test_what_is_dropped_takes_nothing_of_others_with_it(two, folder, here, monkeypatch, kind, how):
     """While a flight and the one behind it are under way: the client's other futures, and the client itself, stay."""
     hand_over(monkeypatch, CHAINED)
@@ -921,7 +930,97 @@ def test_what_is_dropped_takes_nothing_of_others_with_it(two, folder, here, monk
     assert own.status == "finished"
     assert two[1].submit(lambda: 1, pure=False).result(timeout=10) == 1
     own.release()
-    assert not task_states(two[1])
+    own_blocks = 2 * 23 if kind == "persisted" else 0  # which the error's traceback holds
+    assert task_states(two[1]) == own_blocks
+
+
+@pytest.fixture
+def deliveries(monkeypatch):
+    """What was handed over to bring blocks: the name of each task's function, and its first row."""
+    found: list[tuple[str, Span]] = []
+    real = graph.Graph.add
+
+    def noted(self: Any, key: Any, address: Any, priority: int, function: Any, *arguments: Any) -> Any:
+        if function in (flights.deliver, flights.keep_blocks):
+            found.append((function.__name__, arguments[1]))
+        return real(self, key, address, priority, function, *arguments)
+
+    monkeypatch.setattr(graph.Graph, "add", noted)
+    return found
+
+
+class TestKeptBlocks:
+    """Blocks of what is persisted stay with their lanes, where workers have room."""
+
+    @pytest.mark.parametrize("way", [CHAINED, SINGLY], ids=["chained", "singly"])
+    def test_they_are_brought_in_one_epoch_and_then_are_there(self, two, folder, monkeypatch, deliveries, way):
+        hand_over(monkeypatch, way)
+        assert fit(folder, "persisted", client=two[1], max_iter=4) == fit(folder, "persisted", max_iter=4)
+        assert [name for name, rows in deliveries if rows.epoch > 0] == ["keep_blocks"] * 2
+        assert not task_states(two[1])
+
+    def test_flights_are_long_then(self, two, folder, monkeypatch):
+        hand_over(monkeypatch, CHAINED)
+        flown: list[Any] = []
+        ended = pace.Pace.ended
+        monkeypatch.setattr(
+            pace.Pace, "ended", lambda self, stretch, *rest: (flown.append(stretch), ended(self, stretch, *rest))[1]
+        )
+        fit(folder, "persisted", client=two[1], max_iter=4)
+        rows = [max(each.rows.n_rows for each in flown if (each.rows.epoch > 0) is later) for later in (False, True)]
+        assert rows[1] > rows[0]
+
+    def test_not_without_room(self, two, folder, monkeypatch, deliveries):
+        hand_over(monkeypatch, CHAINED)
+        monkeypatch.setattr(members.Members, "have_room_beside", lambda *_: False)
+        assert fit(folder, "persisted", client=two[1], max_iter=3) == fit(folder, "persisted", max_iter=3)
+        assert {name for name, _ in deliveries} == {"deliver"}
+
+    def test_not_what_has_to_be_computed_nor_for_a_single_epoch(self, two, folder, monkeypatch, deliveries):
+        hand_over(monkeypatch, CHAINED)
+        fit(folder, "dask", client=two[1], max_iter=3)
+        fit(folder, "persisted", client=two[1], max_iter=1)
+        assert {name for name, _ in deliveries} == {"deliver"}
+
+    def test_not_after_a_loss(self, two, folder, monkeypatch, deliveries):
+        """Nor does anything that waits on workers hold any: one that is paused for lack of memory would never go on."""
+        hand_over(monkeypatch, CHAINED)
+        crew, before, after = cluster_module.ClusterCrew, [], []
+        look, start_again = crew._look, dispatch.Dispatch.start_again
+
+        def lose(self: Any, **options: Any) -> None:
+            held = not before and two[1].run(_kept_bytes, self._dispatch._work.key)
+            if held and all(held.values()):
+                before.append(held)
+                raise cluster_module._Again("a worker left", counts=False)
+            look(self, **options)
+
+        def started_again(self: Any) -> None:
+            start_again(self)
+            for _ in range(100):
+                after.append(two[1].run(_kept_bytes, self._work.key))
+                if not any(after[-1].values()):
+                    break
+                time.sleep(0.05)
+
+        monkeypatch.setattr(crew, "_look", lose)
+        monkeypatch.setattr(dispatch.Dispatch, "start_again", started_again)
+        found = fit(folder, "persisted", client=two[1], max_iter=40)
+        assert found == fit(folder, "persisted", max_iter=40)
+        assert before
+        assert not any(after[-1].values())
+        assert [name for name, _ in deliveries].count("keep_blocks") == 2
+        assert deliveries[-1][0] == "deliver"
+        assert not task_states(two[1])
+
+
+def _kept_bytes(key: Any, dask_worker: Any) -> int:
+    """Count what readers on a worker hold of blocks that were to stay."""
+    work = dask_worker.data.get(key)
+    if work is None:
+        return 0
+    readers = [*work.readers._idle.values(), *work.readers._out]
+    return sum(each.n_bytes for reader in readers for each in reader._deliveries)
 
 
 @pytest.mark.parametrize(("kind", "most"), [("hdf5", 1), ("dask", 2)])
@@ -939,7 +1038,7 @@ def test_a_few_flights_are_under_way(two, folder, monkeypatch, kind, most):
     assert max(behind) == most
 
 
-@pytest.mark.parametrize("kind", ["hdf5", "dask"])
+@pytest.mark.parametrize("kind", ["hdf5", "dask", "persisted"])
 @pytest.mark.parametrize(
     ("optimizer", "options"),
     [

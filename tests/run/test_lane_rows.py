@@ -118,3 +118,55 @@ def test_blocks_of_turns_that_are_over_are_let_go(run):
     work.readers.expect(0, Delivery(Span(0, 640, 1100), blocks))
     assert reader_of(work, 0)._source._delivered == blocks
     work.readers.close()
+
+
+def test_blocks_of_epochs_to_come_are_read_over_freely(run):
+    blocks, work, packed = computed(run), work_of(run), run.packed(moments=False)
+    first = Span(0, 0, 1100)
+    take_turn(work, run.state, packed, 0, first, Delivery(first, blocks))
+    reader = reader_of(work, 0)
+    kept = Delivery(Span(1, 0, 10_000), blocks, n_epochs=2, n_bytes=10**6)
+    work.readers.expect(0, kept)
+    assert reader._until == 1100  # the rest of the first epoch is not there yet
+    rest = Span(0, 1100, 10_000)
+    take_turn(work, run.state, packed, 0, rest, Delivery(rest, blocks))
+    assert reader._until == 3 * reader.lane_rows
+    for span in (Span(1, 0, 900), Span(1, 900, 10_000), Span(2, 0, 10_000)):
+        start = run.state.copy()
+        start.counters[0] = span.epoch
+        found = take_turn(work, start, packed, 0, span, kept).found
+        fresh = work_of(run)
+        afresh = take_turn(fresh, start, packed, 0, span, Delivery(span, blocks)).found
+        assert found.theta.tobytes() == afresh.theta.tobytes()
+        assert reader_of(work, 0) is reader
+        fresh.readers.close()
+    assert reader._deliveries == []
+    work.readers.close()
+
+
+def test_blocks_that_stay_are_told_to_dask_as_what_they_are(run):
+    from dask.sizeof import sizeof
+
+    blocks = computed(run)
+    assert sizeof({0: Delivery(Span(0, 0, 640), blocks)}) < 10_000
+    assert sizeof({0: Delivery(Span(1, 0, 640), blocks, n_epochs=2, n_bytes=10**6)}) > 10**6
+
+
+def test_readers_of_lanes_that_are_not_wanted_go_at_once_or_when_they_are_given_back(run):
+    blocks, work = computed(run), work_of(run)
+    first = Delivery(Span(0, 0, 640), blocks)
+    options = {"n_threads": 1, "most": 2, "delivery": first}
+    idle, used = (work.readers.take(work.plans, work.inputs, lane, 0, 0, **options) for lane in (0, 1))
+    work.readers.give_back(idle, 2)
+    work.readers.keep_only([0])
+    assert work.readers.has(0)
+    work.readers.give_back(used, 2)
+    assert not work.readers.has(1)
+    assert used._closed
+    again = work.readers.take(work.plans, work.inputs, 1, 0, 0, **options)
+    work.readers.give_back(again, 2)
+    assert work.readers.has(1)
+    work.readers.keep_only([])
+    assert not work.readers.has(0)
+    assert idle._closed
+    work.readers.close()

@@ -88,6 +88,35 @@ def test_rows_are_sent_where_there_is_room_for_them_beside_the_lanes(run):
     assert has_room(dict.fromkeys(range(4), "a"), {"a": 4})
 
 
+def test_blocks_stay_where_as_much_again_is_left_to_others(run):
+    """Beside the plan and what was taken before, of the worker's limit and of what its machine has for all of them."""
+    memory, n_bytes = WorkerMemory.of(run), 10**9
+    planned = memory.needed(1, 4) - worker_memory.PROCESS_BYTES
+    needed = planned + 2 * 2 * n_bytes  # of two lanes each
+
+    def has_room(lanes: dict[int, str] | None = None, **worker: int) -> bool:
+        members = Members.__new__(Members)
+        members._memory, members._n_lanes = memory, 4
+        members._lanes = lanes or {0: A, 1: A, 2: B, 3: B}
+        other = replace(FIT, memory_limit=10 * needed, free_bytes=10 * needed)
+        members._reports = {A: replace(other, **worker), B: other}
+        return members.have_room_beside([n_bytes] * 4)
+
+    A, B = "tcp://10.0.0.1:1", "tcp://10.0.0.1:2"
+    assert has_room()
+    used = {"memory_limit": 10 * needed, "used_bytes": 9 * needed}
+    assert has_room(**used)
+    assert not has_room(**used | {"used_bytes": 9 * needed + 1})
+    assert has_room({0: A, 1: B, 2: B, 3: B}, **used | {"used_bytes": 9 * needed + 2 * n_bytes})
+    assert has_room(free_bytes=2 * needed)
+    assert not has_room(free_bytes=2 * needed - 1)
+    assert has_room(memory_limit=0, free_bytes=2 * needed)
+    assert not has_room(memory_limit=0, free_bytes=2 * needed - 2)
+    B = "tcp://10.0.0.2:1"
+    assert has_room(free_bytes=needed)
+    assert not has_room(free_bytes=needed - 1)
+
+
 def test_more_windows_take_what_lanes_leave(run):
     memory = replace(WorkerMemory.of(run), more_windows=4)
     assert memory.windows_kept(1, 3, 0) == 6
