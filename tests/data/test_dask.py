@@ -427,6 +427,23 @@ class TestWithClient:
         np.testing.assert_array_equal(np.concatenate([part for _, part, _ in source.iter_targets()]), frame["y"])
         source.close()
 
+    @pytest.mark.parametrize("of", ["array", "columns", "frame"])
+    def test_what_lies_in_the_cluster_is_told(self, client: Client, of: str) -> None:
+        """Features that are made of what was persisted, and of nothing that would have to be read again."""
+        X, y = make_rows(40), make_target(40)
+        lazy_X, lazy_y = blocks_of(X, 4), blocks_of(y, 4)
+        frame = dd.from_pandas(pd.DataFrame(X).rename(columns=str).assign(y=y), npartitions=3)
+        sources = {
+            "array": lambda persist: DaskSource(persist(lazy_X), lazy_y),
+            "columns": lambda persist: DaskSource(persist(lazy_X)[:, :2] * 2, lazy_y),
+            "frame": lambda persist: DaskSource.from_dataframe(persist(frame), "y", features=["0", "1"]),
+        }
+        assert sources[of](client.persist).lies_in_cluster
+        assert not sources[of](lambda collection: collection).lies_in_cluster
+        if of != "frame":
+            half = da.concatenate([client.persist(lazy_X), lazy_X])
+            assert not DaskSource(half, da.concatenate([lazy_y, lazy_y])).lies_in_cluster
+
     def test_persisted_data(self, client: Client) -> None:
         X, _, lazy_X, _ = lazy(seed=4)
         kept = lazy_X.persist()
