@@ -3,7 +3,7 @@
 How much is handed over at once is decided in `streamgd.run.pace`, and which worker has which lanes in
 `streamgd.run.members`; what tasks do is in `streamgd.run.flights`. While one worker plays the first rounds of all
 lanes, the others read: what they will need themselves or, of rows that are slow to decode, what that one needs of
-their lanes (`streamgd.run.sent_rows`).
+their lanes (`streamgd.run.sent_rows`). Blocks of Dask collections are brought by `streamgd.run.delivery`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,7 @@ from typing import Any, NamedTuple
 from streamgd.learn.recipe import Packed
 from streamgd.run.asking import tell_workers
 from streamgd.run.delivery import Deliveries, Group
-from streamgd.run.flights import (
-    WorkerWork,
-    begin_reading,
-    merge_flight,
-    play_short,
-    send_rows,
-    take_turns,
-)
+from streamgd.run.flights import WorkerWork, begin_reading, merge_flight, play_short, send_rows, take_turns
 from streamgd.run.graph import Graph, Key, keep
 from streamgd.run.lane_rows import LanePlans
 from streamgd.run.members import Members
