@@ -39,8 +39,8 @@ _FETCH_RATE, _FETCH_S = 10e6, 2.0
 _SAY_AFTER_S = 30.0
 #: Times that a round is played again before what keeps it from ending is taken to be for good.
 _MOST_ATTEMPTS = 5
-#: Flights behind the one that is awaited. Those over collections are short where blocks do not stay with lanes, for lack
-#: of room for more of them, and over before the client hears of the one before them; so there are two.
+#: Flights behind the one that is awaited. Those over collections are short where blocks do not stay with lanes, for
+#: lack of room for more of them, and over before the client hears of the one before them; so there are two.
 _FLIGHTS_BEHIND, _FLIGHTS_BEHIND_BLOCKS = 1, 2
 #: Times that workers may leave over the same round before it is taken to be what ends them.
 _MOST_LOSSES = 20
