@@ -16,14 +16,15 @@ import contextlib
 import threading
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from streamgd.data.plan import EpochPlan, rows_of_lanes
 from streamgd.run.asking import tell_workers
-from streamgd.run.flights import deliver, keep_blocks
-from streamgd.run.graph import Graph
+from streamgd.run.flights import deliver, hold
+from streamgd.run.graph import Graph, Key
 from streamgd.run.lane_rows import LanePlans
 from streamgd.run.members import Members
 from streamgd.run.runs import Run
@@ -54,19 +55,21 @@ class Deliveries:
         self._name, self._attempt = uuid.uuid4().hex[:12], 0
         source: Any = run.source
         rows = rows_of_lanes(source.block_rows, plans.n_lanes, plans.seed, shuffle=plans.shuffle)
-        self._lane_bytes = (rows * (source.stored_bytes / source.n_rows)).astype(np.int64).tolist()
+        self._row_bytes = source.stored_bytes / source.n_rows
+        self._lane_bytes = (rows * self._row_bytes).astype(np.int64).tolist()
         self._most_rows = plans.most_rows()
         self._may_keep = bool(source.lies_in_cluster)
         self._groups: list[Group] = []  # those that were asked about last
         self._keepers: list[Group] = []  # the same, if their blocks stay
         self._kept_from = plans.n_epochs  # the epoch from which they have them all
-        self._passed: dict[str, list[Any]] = {}  # what came to them before that
-        self._all: dict[str, Any] = {}  # and since then, by lanes
+        self._held: dict[str, list[_Holding]] = {}  # by lanes, what came before that
+        self._all: dict[str, Any] = {}  # and what they have since then
+        self._work_key: Any = None
 
     def kept(self, groups: Sequence[Group], epoch: int) -> bool:
         """Whether groups that share the rounds of an epoch have all blocks of their lanes, to the end of the run."""
         if self._groups != groups:
-            self._forget()
+            self._free()
             self._groups = list(groups)
             last = self._plans.n_epochs - 1
             if self._may_keep and epoch < last and self._members.have_room_beside(self._lane_bytes):
@@ -97,72 +100,107 @@ class Deliveries:
         """
         from distributed import Future
 
-        if shared and self._keepers == groups and rows.epoch >= self._kept_from:
-            if not self._all:
-                self._keep_all(work, rows.epoch)
-            return [Future(self._all[_text(lanes)].key, self._client) for lanes, _ in groups]
-        graph = Graph(self._client, self._members.fit)
-        keys = []
-        for lanes, address, numbers, computed in self._computed(rows, groups):
-            # The same turn of the same lanes has the same key: what was delivered ahead is not delivered again.
-            key = (f"lane-blocks-{self._name}-{self._attempt}", rows.epoch, rows.row, rows.end, _text(lanes))
-            keys.append(graph.add(key, address, 15, deliver, work, rows, lanes, numbers, computed))
-        found = graph.hand_over(keys)
-        if shared and self._keepers == groups:
-            for (lanes, _), future in zip(groups, found, strict=True):
-                self._passed.setdefault(_text(lanes), []).append(Future(future.key, self._client))
-        return found
+        self._work_key = work.key
+        keep = shared and self._keepers == groups
+        if not keep or rows.epoch < self._kept_from:
+            return self._deliver(work, rows, groups, keep=keep)
+        if not self._all:
+            whole = Span(rows.epoch, 0, self._most_rows)
+            found = self._deliver(work, whole, groups, keep=True, n_epochs=self._plans.n_epochs - rows.epoch)
+            self._all = {_text(lanes): future for (lanes, _), future in zip(groups, found, strict=True)}
+            self._release_held()
+            self._blocks.clear()
+        return [Future(self._all[_text(lanes)].key, self._client) for lanes, _ in groups]
 
-    def _keep_all(self, work: Any, epoch: int) -> None:
-        """Have workers hold all blocks of their lanes: those that came before, and what these lack."""
-        rows, n_epochs = Span(epoch, 0, self._most_rows), self._plans.n_epochs - epoch
-        graph = Graph(self._client, self._members.fit)
-        keys = {}
-        for lanes, address, numbers, computed in self._computed(rows, self._keepers):
-            key = (f"lane-blocks-{self._name}-{self._attempt}", epoch, _text(lanes))
-            here = [lane for some, where in self._keepers if where == address for lane in some]
-            n_bytes = sum(self._lane_bytes[lane] for lane in lanes)
-            held = self._passed.get(_text(lanes), [])
-            arguments = work, rows, n_epochs, lanes, here, held, numbers, computed, n_bytes
-            keys[_text(lanes)] = graph.add(key, address, 15, keep_blocks, *arguments)
-        self._all = dict(zip(keys, graph.hand_over(list(keys.values())), strict=True))
-        for futures in self._passed.values():
-            _release(futures)
-        self._passed.clear()
-        self._blocks.clear()
-
-    def _computed(
-        self, rows: Span, groups: Sequence[Group]
-    ) -> list[tuple[list[int], str, list[list[int]], list[list[Any]]]]:
+    def _deliver(self, work: Any, rows: Span, groups: Sequence[Group], *, keep: bool, n_epochs: int = 1) -> list[Any]:
+        """Hand over what delivers blocks; if they are to stay, each of them is held once, however often it is used."""
         at = {lane: address for lanes, address in groups for lane in lanes}
-        blocks = self._blocks.of(rows, at, self._members.fit)
-        return [
-            (lanes, address, [list(blocks[lane]) for lane in lanes], [list(blocks[lane].values()) for lane in lanes])
-            for lanes, address in groups
-        ]
+        wanted = {lane: self._blocks.behind(lane, rows) for lane in at}
+        missing = {lane: [each for each in some if not self._holds(lane, each)] for lane, some in wanted.items()}
+        blocks = self._blocks.computed(missing if keep else wanted, at, self._members.fit)
+        graph = Graph(self._client, self._members.fit)
+        holdings: list[_Holding] = []
+        keys = []
+        for lanes, address in groups:
+            # The same turn of the same lanes has the same key: what was delivered ahead is not delivered again.
+            key = (f"lane-blocks-{self._name}-{self._attempt}", rows.epoch, rows.row, rows.end, _text(lanes), n_epochs)
+            numbers = [list(blocks[lane]) for lane in lanes]
+            computed = [list(blocks[lane].values()) for lane in lanes]
+            sources: list[Any] = []
+            n_bytes = 0
+            if keep:
+                held = self._held.setdefault(_text(lanes), [])
+                if any(numbers):
+                    size = sum(self._bytes_of(some) for some in numbers)
+                    name = (f"lane-holds-{self._name}-{self._attempt}", *key[1:])
+                    graph.add(name, address, 15, hold, lanes, numbers, computed, size)
+                    holdings.append(_Holding(name, dict(zip(lanes, map(frozenset, numbers), strict=True))))
+                    held.append(holdings[-1])
+                sources = [each.future or each.key for each in held if each.has_any(wanted)]
+                numbers, computed = [[] for _ in lanes], [[] for _ in lanes]
+                n_bytes = sum(self._lane_bytes[lane] for lane in lanes) if n_epochs > 1 else 0
+            arguments = work, rows, n_epochs, lanes, numbers, computed, sources, n_bytes, self._attempt
+            keys.append(graph.add(key, address, 15, deliver, *arguments))
+        found = graph.hand_over([*keys, *(each.key for each in holdings)])
+        for each, future in zip(holdings, found[len(keys) :], strict=True):
+            each.future = future
+        return found[: len(keys)]
 
-    def start_again(self, work: Any) -> None:
+    def _holds(self, lane: int, block: int) -> bool:
+        return any(block in each.numbers.get(lane, ()) for held in self._held.values() for each in held)
+
+    def _bytes_of(self, blocks: Sequence[int]) -> int:
+        return int(self._row_bytes * self._plans.block_rows[list(blocks)].sum())
+
+    def start_again(self) -> None:
         """Forget what was delivered after a loss, and keep no more."""
         self._may_keep = False
-        if self._keepers:  # a worker that gets no tasks now, for lack of memory, has readers still that hold blocks
-            with contextlib.suppress(Exception):
-                tell_workers(self._client, _free_readers, work.key)
+        self._free()
         self.clear()
 
     def clear(self) -> None:
         """Release what was delivered; what is asked for from now on are other tasks."""
-        self._forget()
-        self._groups = []
+        self._groups, self._keepers, self._kept_from = [], [], self._plans.n_epochs
+        self._release_held()
+        _release(self._all.values())
+        self._all.clear()
         self._blocks.clear()
         self._attempt += 1
 
-    def _forget(self) -> None:
-        """Let go of what stays with lanes."""
-        self._keepers, self._kept_from = [], self._plans.n_epochs
-        for futures in (*self._passed.values(), self._all.values()):
-            _release(futures)
-        self._passed.clear()
-        self._all.clear()
+    def _free(self) -> None:
+        """Let go of what stays, on workers too: lanes that moved, or a worker that is paused, would hold it on."""
+        if self._keepers and self._work_key is not None:
+            with contextlib.suppress(Exception):
+                tell_workers(self._client, _free_readers, self._work_key, self._attempt + 1)
+            self.clear()
+
+    def _release_held(self) -> None:
+        for held in self._held.values():
+            _release(each.future for each in held)
+        self._held.clear()
+
+
+@dataclass
+class _Holding:
+    """A task that holds blocks.
+
+    Attributes
+    ----------
+    key : tuple
+        Of the task.
+    numbers : dict of int to frozenset of int
+        Which blocks, by lane.
+    future : Future or None
+        Of it, once it is handed over.
+    """
+
+    key: Key
+    numbers: dict[int, frozenset[int]]
+    future: Any = None
+
+    def has_any(self, wanted: Mapping[int, Sequence[int]]) -> bool:
+        """Whether any of the blocks are wanted."""
+        return any(not some.isdisjoint(wanted[lane]) for lane, some in self.numbers.items())
 
 
 def _release(futures: Iterable[Any]) -> None:
@@ -175,11 +213,11 @@ def _text(lanes: Sequence[int]) -> str:
     return " ".join(map(str, lanes))
 
 
-def _free_readers(key: Any, dask_worker: Any = None) -> None:
-    """Close what waits on a worker for its lanes' next turns."""
+def _free_readers(key: Any, attempt: int, dask_worker: Any = None) -> None:
+    """Close what waits on a worker for its lanes' next turns, and have it hold nothing older than an attempt."""
     work = dask_worker.data.get(key)
     if work is not None:
-        threading.Thread(target=work.readers.keep_only, args=((),), name="streamgd-close", daemon=True).start()
+        threading.Thread(target=work.readers.free, args=(attempt,), name="streamgd-close", daemon=True).start()
 
 
 class _ComputedBlocks:
@@ -202,15 +240,15 @@ class _ComputedBlocks:
         self._futures: dict[int, list[Any]] = {}
         self._name, self._attempt = uuid.uuid4().hex[:12], 0
 
-    def of(
-        self, span: Span, lanes: Mapping[int, str], workers: Sequence[str] | None
+    def computed(
+        self, wanted: Mapping[int, Iterable[int]], lanes: Mapping[int, str], workers: Sequence[str] | None
     ) -> dict[int, dict[int, list[Any]]]:
-        """Have the blocks of some rounds computed.
+        """Have blocks computed.
 
         Parameters
         ----------
-        span : Span
-            Their rows.
+        wanted : mapping of int to iterable of int
+            Which, of each lane.
         lanes : mapping of int to str
             The worker of each lane.
         workers : sequence of str or None
@@ -221,11 +259,10 @@ class _ComputedBlocks:
         dict of int to dict of int to list of Future
             The blocks of each lane.
         """
-        wanted = {lane: self._blocks_of(lane, span) for lane in lanes}
         kept = {block for blocks in wanted.values() for block in blocks}
         # Rounds that were handed over before hold futures of their own.
         self._futures = {block: futures for block, futures in self._futures.items() if block in kept}
-        return {lane: self._computed(blocks, workers or [lanes[lane]]) for lane, blocks in wanted.items()}
+        return {lane: self._computed(list(some), workers or [lanes[lane]]) for lane, some in wanted.items()}
 
     def clear(self) -> None:
         """Release what was computed; what is asked for from now on are other tasks."""
@@ -238,7 +275,7 @@ class _ComputedBlocks:
             self._futures |= self._collection.submit(self._client, missing, workers, f"{self._name}-{self._attempt}")
         return {block: self._futures[block] for block in blocks}
 
-    def _blocks_of(self, lane: int, span: Span) -> list[int]:
+    def behind(self, lane: int, span: Span) -> list[int]:
         """List the blocks behind the windows of a lane's rows."""
         plan = self._plan(span.epoch, lane)
         if span.row >= plan.n_rows:

@@ -133,7 +133,7 @@ class Dispatch:
         """Forget what was handed over; flights are dropped before."""
         self._ahead, self._attempt = None, self._attempt + 1
         if self._deliveries is not None:
-            self._deliveries.start_again(self._work)
+            self._deliveries.start_again()
         # The cluster was started afresh; or who has the work may be silent, and with it what others would fetch.
         if self._work.status not in ("pending", "finished") or self._members.fit is not None:
             self._hand_over_work()

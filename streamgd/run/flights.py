@@ -150,45 +150,49 @@ def _unless_over(work: LaneWork) -> Iterator[None]:
             raise
 
 
+@dataclass(frozen=True)
+class Held:
+    """Blocks of some lanes that stay on a worker.
+
+    Attributes
+    ----------
+    blocks : mapping of int to mapping of int to computed blocks
+        By lane and number.
+    n_bytes : int
+        Of them all, for Dask.
+    """
+
+    blocks: Mapping[int, Mapping[int, Any]]
+    n_bytes: int
+
+    def __sizeof__(self) -> int:
+        """Tell Dask how much this is, should it look for a worker that has room for it."""
+        return object.__sizeof__(self) + self.n_bytes
+
+
+def hold(lanes: Sequence[int], numbers: Sequence[Sequence[int]], blocks: Sequence[Sequence[Any]], n_bytes: int) -> Held:
+    """Hold blocks of some lanes where these are read."""
+    each = zip(lanes, numbers, blocks, strict=True)
+    return Held({lane: dict(zip(some, computed, strict=True)) for lane, some, computed in each}, n_bytes)
+
+
 def deliver(
     work: LaneWork,
     span: Span,
-    lanes: Sequence[int],
-    numbers: Sequence[Sequence[int]],
-    blocks: Sequence[Sequence[Any]],
-) -> dict[int, Delivery]:
-    """Hold the blocks of some lanes where turns can find them, and let readers that are here go on over them."""
-    found = {
-        lane: Delivery(span, dict(zip(some, computed, strict=True)))
-        for lane, some, computed in zip(lanes, numbers, blocks, strict=True)
-    }
-    for lane, delivery in found.items():
-        work.readers.expect(lane, delivery)
-    return found
-
-
-def keep_blocks(
-    work: WorkerWork,
-    span: Span,
     n_epochs: int,
     lanes: Sequence[int],
-    here: Sequence[int],
-    before: Sequence[Mapping[int, Delivery]],
     numbers: Sequence[Sequence[int]],
     blocks: Sequence[Sequence[Any]],
+    held: Sequence[Held],
     n_bytes: int,
+    attempt: int,
 ) -> dict[int, Delivery]:
-    """Hold all blocks of some lanes for the epochs to come: those that were delivered before, and the others.
-
-    Lanes that are not `here` any more leave nothing behind.
-    """
-    work.readers.keep_only(here)
+    """Put blocks of some lanes, and those that are held, where turns can find them; have readers go on over them."""
     found = {}
     for lane, some, computed in zip(lanes, numbers, blocks, strict=True):
-        held = dict(zip(some, computed, strict=True))
-        for each in before:
-            held |= each[lane].blocks
-        found[lane] = Delivery(span, held, n_epochs, n_bytes // len(lanes))
+        known = {number: block for each in held for number, block in each.blocks[lane].items()}
+        known |= zip(some, computed, strict=True)
+        found[lane] = Delivery(span, known, n_epochs, n_bytes // len(lanes), attempt)
         work.readers.expect(lane, found[lane])
     return found
 

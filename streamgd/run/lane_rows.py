@@ -132,12 +132,15 @@ class Delivery:
         More than one are for all rows up to the end of that many epochs, of which the span is the first.
     n_bytes : int
         What Dask is to take this for. 0 for what passes by: Dask counts the blocks already.
+    attempt : int
+        Grows when what was delivered before is not to be held any longer.
     """
 
     span: Span
     blocks: Mapping[int, Any]
     n_epochs: int = 1
     n_bytes: int = 0
+    attempt: int = 0
 
     def __sizeof__(self) -> int:
         """Tell Dask how much this is, so that turns go where their blocks are."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 
 from streamgd.data.flat_files import FlatFiles
@@ -27,7 +26,8 @@ class Readers:
         self._lock = threading.Lock()
         self._idle: OrderedDict[int, LaneReader] = OrderedDict()
         self._used: Counter[int] = Counter()  # lanes whose readers are in use
-        self._out: set[LaneReader] = set()  # those readers
+        self._out: set[LaneReader] = set()  # those readers, as long as they are to be kept
+        self._attempt = 0  # what was delivered before this one is not to be held
         self._early: dict[int, list[Delivery]] = {}  # what came before lanes can read on over it
         self._pool: ThreadPoolExecutor | None = None
         self._files: FlatFiles | None = None
@@ -84,14 +84,14 @@ class Readers:
         try:
             if found is not None:
                 if found.goes_on_at(epoch, row) and (delivery is None or found.deliver(delivery)):
-                    return self._go_on(found)
+                    return self._go_on(found, delivery)
                 found.close()
             files = self._files_of(inputs.source) if delivery is None else None
             pool = self.pool(n_threads)
             made = LaneReader(
                 plans, inputs, pool, lane, epoch, row, n_windows=n_windows, delivery=delivery, files=files
             )
-            return self._go_on(made)
+            return self._go_on(made, delivery)
         except BaseException:
             self._note_left(lane)
             with self._lock:
@@ -128,16 +128,17 @@ class Readers:
         """Have a lane that is read here read on over blocks for a turn to come, as soon as it has those before it."""
         with self._lock:
             reader = self._idle.get(lane)
-            if self._closed or (reader is None and self._used[lane] == 0):
+            if self._closed or delivery.attempt < self._attempt or (reader is None and self._used[lane] == 0):
                 return
             self._early[lane] = [*self._early.get(lane, []), delivery][-_MOST_EARLY:]
             if reader is not None:
                 self._read_on(reader)
 
-    def _go_on(self, reader: LaneReader) -> LaneReader:
+    def _go_on(self, reader: LaneReader, delivery: Delivery | None) -> LaneReader:
         """Have a reader that is taken read on over what came early."""
         with self._lock:
-            self._out.add(reader)
+            if delivery is None or delivery.attempt >= self._attempt:
+                self._out.add(reader)
             self._read_on(reader)
         return reader
 
@@ -174,13 +175,17 @@ class Readers:
         for each in leaving if old is None else [old, *leaving]:
             each.close()
 
-    def keep_only(self, lanes: Container[int]) -> None:
-        """Close the readers of other lanes, which hold blocks: those in use when they are given back."""
+    def free(self, attempt: int) -> None:
+        """Close all readers, which may hold many blocks, and hold none that were delivered before an attempt.
+
+        Those in use are closed when they are given back, as are those that turns take which are late.
+        """
         with self._lock:
-            leaving = [self._idle.pop(lane) for lane in list(self._idle) if lane not in lanes]
-            self._out = {reader for reader in self._out if reader.lane in lanes}
-            for reader in leaving:
-                self._early.pop(reader.lane, None)
+            leaving = list(self._idle.values())
+            self._attempt = attempt
+            self._idle.clear()
+            self._out.clear()
+            self._early.clear()
         for each in leaving:
             each.close()
 

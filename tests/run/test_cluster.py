@@ -31,6 +31,7 @@ from streamgd.learn import kernels
 from streamgd.learn.recipe import Recipe
 from streamgd.run import (
     asking,
+    delivery,
     dispatch,
     flights,
     graph,
@@ -943,13 +944,15 @@ def test_what_is_dropped_takes_nothing_of_others_with_it(two, folder, here, monk
 
 @pytest.fixture
 def deliveries(monkeypatch):
-    """What was handed over to bring blocks: the name of each task's function, and its first row."""
-    found: list[tuple[str, Span]] = []
+    """What was handed over to bring blocks: the kind of each task, and the epoch where its rows begin."""
+    found: list[tuple[str, int]] = []
     real = graph.Graph.add
 
     def noted(self: Any, key: Any, address: Any, priority: int, function: Any, *arguments: Any) -> Any:
-        if function in (flights.deliver, flights.keep_blocks):
-            found.append((function.__name__, arguments[1]))
+        if function is flights.hold:
+            found.append(("hold", key[1]))
+        if function is flights.deliver:
+            found.append(("all" if arguments[2] > 1 else "some", key[1]))
         return real(self, key, address, priority, function, *arguments)
 
     monkeypatch.setattr(graph.Graph, "add", noted)
@@ -962,8 +965,15 @@ class TestKeptBlocks:
     @pytest.mark.parametrize("way", [CHAINED, SINGLY], ids=["chained", "singly"])
     def test_they_are_brought_in_one_epoch_and_then_are_there(self, two, folder, monkeypatch, deliveries, way):
         hand_over(monkeypatch, way)
+        held: list[int] = []
+        size = delivery.Deliveries._bytes_of
+        monkeypatch.setattr(
+            delivery.Deliveries, "_bytes_of", lambda self, blocks: (held.extend(blocks), size(self, blocks))[1]
+        )
         assert fit(folder, "persisted", client=two[1], max_iter=4) == fit(folder, "persisted", max_iter=4)
-        assert [name for name, rows in deliveries if rows.epoch > 0] == ["keep_blocks"] * 2
+        assert [name for name, epoch in deliveries if epoch > 0 and name != "hold"] == ["all"] * 2
+        assert sorted(held) == sorted(set(held))
+        assert len(held) == 23  # each block, once
         assert not task_states(two[1])
 
     def test_flights_are_long_then(self, two, folder, monkeypatch):
@@ -981,13 +991,44 @@ class TestKeptBlocks:
         hand_over(monkeypatch, CHAINED)
         monkeypatch.setattr(members.Members, "have_room_beside", lambda *_: False)
         assert fit(folder, "persisted", client=two[1], max_iter=3) == fit(folder, "persisted", max_iter=3)
-        assert {name for name, _ in deliveries} == {"deliver"}
+        assert {name for name, _ in deliveries} == {"some"}
 
     def test_not_what_has_to_be_computed_nor_for_a_single_epoch(self, two, folder, monkeypatch, deliveries):
         hand_over(monkeypatch, CHAINED)
         fit(folder, "dask", client=two[1], max_iter=3)
         fit(folder, "persisted", client=two[1], max_iter=1)
-        assert {name for name, _ in deliveries} == {"deliver"}
+        assert {name for name, _ in deliveries} == {"some"}
+
+    def test_not_where_lanes_are_no_more(self, two, folder, monkeypatch, deliveries):
+        """Lanes that go elsewhere, where there is no room for their blocks, leave none behind."""
+        hand_over(monkeypatch, CHAINED)
+        rooms, left = [True, False], []
+        monkeypatch.setattr(members.Members, "have_room_beside", lambda *_: rooms.pop(0))
+        groups, kept = members.Members.groups, delivery.Deliveries.kept
+
+        def elsewhere(self: Any) -> Any:
+            found = groups(self)
+            return found if rooms else [(lanes, at) for (lanes, _), (_, at) in zip(found, found[::-1], strict=True)]
+
+        def asked(self: Any, now: Any, epoch: int) -> bool:
+            if epoch == 3 and len(rooms) == 1:
+                now = [(lanes, at) for (lanes, _), (_, at) in zip(now, now[::-1], strict=True)]
+            found = kept(self, now, epoch)
+            if not rooms and not left:
+                for _ in range(100):
+                    left.append(two[1].run(_kept_bytes, self._work_key))
+                    if not any(left[-1].values()):
+                        break
+                    time.sleep(0.05)
+            return found
+
+        monkeypatch.setattr(members.Members, "groups", elsewhere)
+        monkeypatch.setattr(delivery.Deliveries, "kept", asked)
+        assert fit(folder, "persisted", client=two[1], max_iter=6) == fit(folder, "persisted", max_iter=6)
+        assert left
+        assert not any(left[-1].values())
+        assert [name for name, _ in deliveries].count("all") == 2
+        assert deliveries[-1][0] == "some"
 
     def test_not_after_a_loss(self, two, folder, monkeypatch, deliveries):
         """Nor does anything that waits on workers hold any: one that is paused for lack of memory would never go on."""
@@ -1016,8 +1057,8 @@ class TestKeptBlocks:
         assert found == fit(folder, "persisted", max_iter=40)
         assert before
         assert not any(after[-1].values())
-        assert [name for name, _ in deliveries].count("keep_blocks") == 2
-        assert deliveries[-1][0] == "deliver"
+        assert [name for name, _ in deliveries].count("all") == 2
+        assert deliveries[-1][0] == "some"
         assert not task_states(two[1])
 
 

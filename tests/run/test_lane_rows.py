@@ -152,21 +152,42 @@ def test_blocks_that_stay_are_told_to_dask_as_what_they_are(run):
     assert sizeof({0: Delivery(Span(1, 0, 640), blocks, n_epochs=2, n_bytes=10**6)}) > 10**6
 
 
-def test_readers_of_lanes_that_are_not_wanted_go_at_once_or_when_they_are_given_back(run):
+def test_readers_are_freed_at_once_or_when_they_are_given_back(run):
     blocks, work = computed(run), work_of(run)
     first = Delivery(Span(0, 0, 640), blocks)
-    options = {"n_threads": 1, "most": 2, "delivery": first}
+    options: dict[str, Any] = {"n_threads": 1, "most": 2, "delivery": first}
     idle, used = (work.readers.take(work.plans, work.inputs, lane, 0, 0, **options) for lane in (0, 1))
     work.readers.give_back(idle, 2)
-    work.readers.keep_only([0])
-    assert work.readers.has(0)
+    work.readers.free(1)
+    assert idle._closed
+    assert not work.readers.has(0)
     work.readers.give_back(used, 2)
-    assert not work.readers.has(1)
     assert used._closed
+    assert not work.readers.has(1)
+    options["delivery"] = Delivery(Span(0, 0, 640), blocks, attempt=1)
     again = work.readers.take(work.plans, work.inputs, 1, 0, 0, **options)
     work.readers.give_back(again, 2)
     assert work.readers.has(1)
-    work.readers.keep_only([])
-    assert not work.readers.has(0)
-    assert idle._closed
+    work.readers.close()
+
+
+def test_turns_that_are_late_leave_nothing_behind(run, monkeypatch):
+    """As those that a worker began before it heard that blocks do not stay any longer."""
+    blocks, work = computed(run), work_of(run)
+    late, after = (Delivery(Span(0, 0, 640), blocks, attempt=attempt) for attempt in (0, 1))
+    pool = work.readers.pool
+
+    def freed(n_threads: int) -> Any:
+        work.readers.free(1)
+        return pool(n_threads)
+
+    monkeypatch.setattr(work.readers, "pool", freed)  # while the reader is made
+    for delivery, kept in [(late, False), (late, False), (after, True)]:
+        reader = work.readers.take(work.plans, work.inputs, 0, 0, 0, n_threads=1, most=2, delivery=delivery)
+        work.readers.expect(0, Delivery(Span(0, 640, 900), blocks))
+        assert not work.readers._early
+        work.readers.give_back(reader, 2)
+        assert work.readers.has(0) is kept
+        assert reader._closed is not kept
+        monkeypatch.setattr(work.readers, "pool", pool)
     work.readers.close()
