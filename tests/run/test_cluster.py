@@ -504,7 +504,7 @@ class TestFaults:
             paused = min(client.nthreads())
             client.run(_pause, workers=[paused])
             with pytest.warns(UserWarning, match=f"worker {paused} is paused by Dask, for lack of memory: it gets no"):
-                assert fit(folder, "hdf5", client=client, max_iter=300) == fit(folder, "hdf5", max_iter=300)
+                assert fit(folder, "hdf5", client=client, max_iter=150) == fit(folder, "hdf5", max_iter=150)
             client.run(_pause)
             with (
                 pytest.warns(UserWarning, match=r"all workers are idle \(.* is paused by Dask"),
@@ -1186,7 +1186,7 @@ def test_rounds_may_take_long_whichever_client_is_the_default(two, folder, here,
     monkeypatch.setattr(cluster_module, "_FETCH_S", 0.2)
     hand_over(monkeypatch, TOGETHER)
     monkeypatch.setattr(cluster_module, "_SAY_AFTER_S", 1.0)
-    client.run(slowed, 2.5)
+    client.run(slowed, 1.3)
     try:
         with pytest.warns(UserWarning, match="no round has ended after 1 s") as told:
             assert fit(folder, "parquet", client=client, max_iter=1) == fit(folder, "parquet", max_iter=1)
