@@ -62,7 +62,7 @@ class Deliveries:
         self._groups: list[Group] = []  # those that were asked about last
         self._keepers: list[Group] = []  # the same, if their blocks stay
         self._kept_from = plans.n_epochs  # the epoch from which they have them all
-        self._held: dict[str, list[_Holding]] = {}  # by lanes, what came before that
+        self._held: dict[tuple[int, int], _Holding] = {}  # by lane and block, what came before that
         self._all: dict[str, Any] = {}  # and what they have since then
         self._work_key: Any = None
 
@@ -106,48 +106,56 @@ class Deliveries:
             return self._deliver(work, rows, groups, keep=keep)
         if not self._all:
             whole = Span(rows.epoch, 0, self._most_rows)
-            found = self._deliver(work, whole, groups, keep=True, n_epochs=self._plans.n_epochs - rows.epoch)
+            found = self._deliver(work, whole, groups, keep=True, to_end=True)
             self._all = {_text(lanes): future for (lanes, _), future in zip(groups, found, strict=True)}
             self._release_held()
             self._blocks.clear()
         return [Future(self._all[_text(lanes)].key, self._client) for lanes, _ in groups]
 
-    def _deliver(self, work: Any, rows: Span, groups: Sequence[Group], *, keep: bool, n_epochs: int = 1) -> list[Any]:
+    def _deliver(
+        self, work: Any, rows: Span, groups: Sequence[Group], *, keep: bool, to_end: bool = False
+    ) -> list[Any]:
         """Hand over what delivers blocks; if they are to stay, each of them is held once, however often it is used."""
         at = {lane: address for lanes, address in groups for lane in lanes}
         wanted = {lane: self._blocks.behind(lane, rows) for lane in at}
-        missing = {lane: [each for each in some if not self._holds(lane, each)] for lane, some in wanted.items()}
-        blocks = self._blocks.computed(missing if keep else wanted, at, self._members.fit)
+        missing = wanted
+        if keep:
+            missing = {lane: [each for each in some if (lane, each) not in self._held] for lane, some in wanted.items()}
+        blocks = self._blocks.computed(missing, at, self._members.fit)
+        n_epochs = self._plans.n_epochs - rows.epoch if to_end else 1
         graph = Graph(self._client, self._members.fit)
         holdings: list[_Holding] = []
         keys = []
         for lanes, address in groups:
             # The same turn of the same lanes has the same key: what was delivered ahead is not delivered again.
-            key = (f"lane-blocks-{self._name}-{self._attempt}", rows.epoch, rows.row, rows.end, _text(lanes), n_epochs)
+            key = (
+                f"lane-blocks-{self._name}-{self._attempt}",
+                rows.epoch,
+                rows.row,
+                rows.end,
+                _text(lanes),
+                int(to_end),
+            )
             numbers = [list(blocks[lane]) for lane in lanes]
             computed = [list(blocks[lane].values()) for lane in lanes]
             sources: list[Any] = []
             n_bytes = 0
             if keep:
-                held = self._held.setdefault(_text(lanes), [])
                 if any(numbers):
                     size = sum(self._bytes_of(some) for some in numbers)
                     name = (f"lane-holds-{self._name}-{self._attempt}", *key[1:])
-                    graph.add(name, address, 15, hold, lanes, numbers, computed, size)
-                    holdings.append(_Holding(name, dict(zip(lanes, map(frozenset, numbers), strict=True))))
-                    held.append(holdings[-1])
-                sources = [each.future or each.key for each in held if each.has_any(wanted)]
+                    holdings.append(_Holding(graph.add(name, address, 15, hold, lanes, numbers, computed, size)))
+                    self._held |= {(lane, each): holdings[-1] for lane in lanes for each in missing[lane]}
+                held = dict.fromkeys(self._held[lane, each] for lane in lanes for each in wanted[lane])
+                sources = [each.key if each.future is None else each.future for each in held]
                 numbers, computed = [[] for _ in lanes], [[] for _ in lanes]
-                n_bytes = sum(self._lane_bytes[lane] for lane in lanes) if n_epochs > 1 else 0
+                n_bytes = sum(self._lane_bytes[lane] for lane in lanes) if to_end else 0
             arguments = work, rows, n_epochs, lanes, numbers, computed, sources, n_bytes, self._attempt
             keys.append(graph.add(key, address, 15, deliver, *arguments))
         found = graph.hand_over([*keys, *(each.key for each in holdings)])
         for each, future in zip(holdings, found[len(keys) :], strict=True):
             each.future = future
         return found[: len(keys)]
-
-    def _holds(self, lane: int, block: int) -> bool:
-        return any(block in each.numbers.get(lane, ()) for held in self._held.values() for each in held)
 
     def _bytes_of(self, blocks: Sequence[int]) -> int:
         return int(self._row_bytes * self._plans.block_rows[list(blocks)].sum())
@@ -169,44 +177,31 @@ class Deliveries:
 
     def _free(self) -> None:
         """Let go of what stays, on workers too: lanes that moved, or a worker that is paused, would hold it on."""
-        if self._keepers and self._work_key is not None:
+        if not self._keepers:
+            return
+        if self._work_key is not None:
             with contextlib.suppress(Exception):
                 tell_workers(self._client, _free_readers, self._work_key, self._attempt + 1)
-            self.clear()
+        self.clear()
 
     def _release_held(self) -> None:
-        for held in self._held.values():
-            _release(each.future for each in held)
+        _release(each.future for each in dict.fromkeys(self._held.values()))
         self._held.clear()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Holding:
-    """A task that holds blocks.
-
-    Attributes
-    ----------
-    key : tuple
-        Of the task.
-    numbers : dict of int to frozenset of int
-        Which blocks, by lane.
-    future : Future or None
-        Of it, once it is handed over.
-    """
+    """A task that holds blocks, by its key and, once it is handed over, its future."""
 
     key: Key
-    numbers: dict[int, frozenset[int]]
     future: Any = None
-
-    def has_any(self, wanted: Mapping[int, Sequence[int]]) -> bool:
-        """Whether any of the blocks are wanted."""
-        return any(not some.isdisjoint(wanted[lane]) for lane, some in self.numbers.items())
 
 
 def _release(futures: Iterable[Any]) -> None:
-    """Release futures even if a traceback holds them."""
+    """Release futures even if a traceback holds them; there is none where handing over was interrupted."""
     for future in futures:
-        future.release()
+        if future is not None:
+            future.release()
 
 
 def _text(lanes: Sequence[int]) -> str:

@@ -75,6 +75,8 @@ class Readers:
         delivery : Delivery or None
             The blocks of a Dask collection behind the turn.
         """
+        if delivery is not None:
+            self.free(delivery.attempt)  # who was not told learns it so
         with self._lock:
             found = self._idle.pop(lane, None)
             self._used[lane] += 1
@@ -126,6 +128,7 @@ class Readers:
 
     def expect(self, lane: int, delivery: Delivery) -> None:
         """Have a lane that is read here read on over blocks for a turn to come, as soon as it has those before it."""
+        self.free(delivery.attempt)
         with self._lock:
             reader = self._idle.get(lane)
             if self._closed or delivery.attempt < self._attempt or (reader is None and self._used[lane] == 0):
@@ -159,20 +162,20 @@ class Readers:
     def give_back(self, reader: LaneReader, most: int) -> None:
         """Keep a reader for its lane's next turn; those that were used least recently go when there are too many."""
         reader.let_go()
+        leaving: list[LaneReader] = []
         with self._lock:
             wanted = reader in self._out
+            if wanted:
+                self._out.discard(reader)
+                self._used[reader.lane] -= 1
+                if not self._closed:
+                    self._read_on(reader)
+                old = self._idle.pop(reader.lane, None)
+                self._idle[reader.lane] = reader
+                leaving = [*self._beyond(most), *([] if old is None else [old])]
         if not wanted:
             self.discard(reader)
-            return
-        with self._lock:
-            self._out.discard(reader)
-            self._used[reader.lane] -= 1
-            if not self._closed:
-                self._read_on(reader)
-            old = self._idle.pop(reader.lane, None)
-            self._idle[reader.lane] = reader
-            leaving = self._beyond(most)
-        for each in leaving if old is None else [old, *leaving]:
+        for each in leaving:
             each.close()
 
     def free(self, attempt: int) -> None:
@@ -181,6 +184,8 @@ class Readers:
         Those in use are closed when they are given back, as are those that turns take which are late.
         """
         with self._lock:
+            if attempt <= self._attempt:
+                return
             leaving = list(self._idle.values())
             self._attempt = attempt
             self._idle.clear()
