@@ -216,17 +216,7 @@ def _free_readers(key: Any, attempt: int, dask_worker: Any = None) -> None:
 
 
 class _ComputedBlocks:
-    """Computes blocks where they are needed.
-
-    Parameters
-    ----------
-    run : Run
-        Over a `DaskSource`.
-    client : distributed.Client
-        Of the cluster.
-    plans : LanePlans
-        Which blocks the lanes' rows lie in.
-    """
+    """Computes blocks where they are needed, and knows which those are; see `Deliveries` for what it is made of."""
 
     def __init__(self, run: Run, client: Any, plans: LanePlans) -> None:
         self._collection: Any = run.source
