@@ -50,6 +50,7 @@ __all__ = [
     "checked_seed",
     "checksum_of",
     "format_bytes",
+    "lanes_of_blocks",
     "mixing",
     "parse_bytes",
     "plan_layout",
@@ -193,7 +194,7 @@ class EpochPlan:
         if shuffle and len(blocks) > 1 and (n_lanes > 1 or int(self.block_rows.sum()) > layout.window_rows):
             _permute(blocks, self.seed, epoch, 0)
         if n_lanes > 1:
-            blocks = blocks[_dealt(self.block_rows, n_lanes, self.seed, shuffle=shuffle)[blocks] == lane]
+            blocks = blocks[lanes_of_blocks(self.block_rows, n_lanes, self.seed, shuffle=shuffle)[blocks] == lane]
         self.blocks = blocks
         self.n_rows = int(self.block_rows[blocks].sum())
 
@@ -320,14 +321,15 @@ def checksum_of(block_rows: NDArray[np.int64]) -> int:
 
 def rows_of_lanes(block_rows: NDArray[np.int64], n_lanes: int, seed: int, *, shuffle: bool) -> NDArray[np.int64]:
     """Count the rows of each lane's epochs; see `EpochPlan`."""
-    lanes = _dealt(np.ascontiguousarray(block_rows, np.int64), n_lanes, checked_seed(seed), shuffle=shuffle)
+    lanes = lanes_of_blocks(block_rows, n_lanes, seed, shuffle=shuffle)
     return np.bincount(lanes, block_rows, n_lanes).astype(np.int64)
 
 
-def _dealt(block_rows: NDArray[np.int64], n_lanes: int, seed: int, *, shuffle: bool) -> NDArray[np.int32]:
-    """Return the lane of each block."""
+def lanes_of_blocks(block_rows: NDArray[np.int64], n_lanes: int, seed: int, *, shuffle: bool) -> NDArray[np.int32]:
+    """Return the lane of each block; see `EpochPlan`."""
     from streamgd.data.compiled.slices import deal_blocks
 
+    block_rows, seed = np.ascontiguousarray(block_rows, np.int64), checked_seed(seed)
     order = np.arange(len(block_rows), dtype=np.int32)
     if shuffle:
         _permute(order, seed, 0)

@@ -19,6 +19,7 @@ from collections import deque
 from dataclasses import replace
 from typing import Any
 
+from streamgd.data.sources.neighbours import UnreachableError
 from streamgd.errors import ClusterError, DataError, OptionError, StreamgdError
 from streamgd.learn.recipe import Packed
 from streamgd.learn.state import State
@@ -221,7 +222,7 @@ class ClusterCrew(Crew):
 
         try:
             return self._fetched(flight)
-        except Unfit as err:
+        except (Unfit, UnreachableError) as err:
             raise _Again(str(err)) from err
         except (StreamgdError, _Again):
             raise

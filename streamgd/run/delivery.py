@@ -4,10 +4,11 @@ The blocks of the rounds that are handed over at once are computed on workers, n
 from worker to worker; the client holds the futures of those that were handed over last. At most three of the longest
 turns are under way, behind one another: so no more of the collection is in memory than these need.
 
-What is persisted is in memory anyway. Where workers have room for the blocks of their lanes, these stay with them from
-the first shared rounds on; and once an epoch is over, which needed them all, lanes read on over them to the end of the
-run. Otherwise the same blocks would go from worker to worker in every epoch, in many tasks. After a loss there may be
-less room, and it is as without.
+What is persisted is in memory anyway. Blocks that a lane's worker can read where they lie are not sent at all
+(`streamgd.run.in_place`). Where workers have room for the others of their lanes, these stay with them from the first
+shared rounds on; and as soon as there are none that have to come, lanes read on over all of them to the end of the run.
+Otherwise the same blocks would go from worker to worker in every epoch, in many tasks. After a loss there may be less
+room, and it is as without.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from streamgd.data.plan import EpochPlan, rows_of_lanes
+from streamgd.data.plan import EpochPlan, lanes_of_blocks
 from streamgd.run.asking import tell_workers
 from streamgd.run.flights import deliver, hold
 from streamgd.run.graph import Graph, Key
+from streamgd.run.in_place import Handed, InPlace
 from streamgd.run.lane_rows import LanePlans
 from streamgd.run.members import Members
 from streamgd.run.runs import Run
@@ -54,9 +56,10 @@ class Deliveries:
         self._blocks = _ComputedBlocks(run, client, plans)
         self._name, self._attempt = uuid.uuid4().hex[:12], 0
         source: Any = run.source
-        rows = rows_of_lanes(source.block_rows, plans.n_lanes, plans.seed, shuffle=plans.shuffle)
         self._row_bytes = source.stored_bytes / source.n_rows
-        self._lane_bytes = (rows * self._row_bytes).astype(np.int64).tolist()
+        self._in_place = InPlace(source, client, members)
+        self._lanes = lanes_of_blocks(plans.block_rows, plans.n_lanes, plans.seed, shuffle=plans.shuffle)
+        self._lane_bytes = [0] * plans.n_lanes  # of the blocks that have to come
         self._most_rows = plans.most_rows()
         self._may_keep = bool(source.lies_in_cluster)
         self._groups: list[Group] = []  # those that were asked about last
@@ -71,10 +74,26 @@ class Deliveries:
         if self._groups != groups:
             self._free()
             self._groups = list(groups)
-            last = self._plans.n_epochs - 1
-            if self._may_keep and epoch < last and self._members.have_room_beside(self._lane_bytes):
-                self._keepers, self._kept_from = list(groups), epoch + 1
+            if self._may_keep:
+                self._see_what_has_to_come(groups, epoch)
         return epoch >= self._kept_from
+
+    def _see_what_has_to_come(self, groups: Sequence[Group], epoch: int) -> None:
+        """Find out which blocks lanes can read where they lie, and whether there is room for the others to stay."""
+        members, plans = self._members, self._plans
+        if not members.have_room_beside([0] * plans.n_lanes):
+            return  # as long as blocks are shown, Dask would move them to disk in vain
+        self._in_place.ask(address for _, address in groups)
+        rows = np.zeros(plans.n_lanes)
+        for lanes, address in groups:
+            coming = np.isin(self._lanes, lanes)
+            coming[list(self._in_place.at(address))] = False
+            rows += np.bincount(self._lanes[coming], plans.block_rows[coming], plans.n_lanes)
+        self._lane_bytes = (rows * self._row_bytes).astype(np.int64).tolist()
+        if not rows.any():
+            self._keepers, self._kept_from = list(groups), epoch
+        elif epoch < plans.n_epochs - 1 and members.have_room_beside(self._lane_bytes):
+            self._keepers, self._kept_from = list(groups), epoch + 1
 
     def bring(self, work: Any, rows: Span, groups: Sequence[Group], *, shared: bool) -> list[Any]:
         """Have the blocks of some rounds come, and lanes fill windows meanwhile.
@@ -117,7 +136,9 @@ class Deliveries:
     ) -> list[Any]:
         """Hand over what delivers blocks; if they are to stay, each of them is held once, however often it is used."""
         at = {lane: address for lanes, address in groups for lane in lanes}
-        wanted = {lane: self._blocks.behind(lane, rows) for lane in at}
+        behind = {lane: self._blocks.behind(lane, rows) for lane in at}
+        near = {address: self._in_place.at(address) for _, address in groups}
+        wanted = {lane: [each for each in some if each not in near[at[lane]]] for lane, some in behind.items()}
         missing = wanted
         if keep:
             missing = {lane: [each for each in some if (lane, each) not in self._held] for lane, some in wanted.items()}
@@ -150,7 +171,10 @@ class Deliveries:
                 sources = [each.key if each.future is None else each.future for each in held]
                 numbers, computed = [[] for _ in lanes], [[] for _ in lanes]
                 n_bytes = sum(self._lane_bytes[lane] for lane in lanes) if to_end else 0
-            arguments = work, rows, n_epochs, lanes, numbers, computed, sources, n_bytes, self._attempt
+            handed = Handed(
+                {lane: {each: near[address][each] for each in behind[lane] if each in near[address]} for lane in lanes}
+            )
+            arguments = work, rows, n_epochs, lanes, numbers, computed, sources, handed, n_bytes, self._attempt
             keys.append(graph.add(key, address, 15, deliver, *arguments))
         found = graph.hand_over([*keys, *(each.key for each in holdings)])
         for each, future in zip(holdings, found[len(keys) :], strict=True):
@@ -164,7 +188,12 @@ class Deliveries:
         """Forget what was delivered after a loss, and keep no more."""
         self._may_keep = False
         self._free()
+        self.close()
+
+    def close(self) -> None:
+        """Release all."""
         self.clear()
+        self._in_place.forget()
 
     def clear(self) -> None:
         """Release what was delivered; what is asked for from now on are other tasks."""

@@ -142,7 +142,7 @@ class Dispatch:
         """Release what the workers hold, and have them close what they opened."""
         self._ahead = None
         if self._deliveries is not None:
-            self._deliveries.clear()
+            self._deliveries.close()
         if self._client.status == "running":
             with contextlib.suppress(Exception):
                 tell_workers(self._client, _close, self._work.key)

@@ -19,6 +19,7 @@ from streamgd.learn import kernels
 from streamgd.learn.recipe import Packed
 from streamgd.learn.state import State
 from streamgd.run.epochs import closed_epoch
+from streamgd.run.in_place import Handed
 from streamgd.run.lane_rows import Delivery
 from streamgd.run.lanes import LaneWork, open_reader, read_ahead, take_turn
 from streamgd.run.rounds import Part, Round, joined, merge_parts, play_rounds
@@ -184,14 +185,19 @@ def deliver(
     numbers: Sequence[Sequence[int]],
     blocks: Sequence[Sequence[Any]],
     held: Sequence[Held],
+    handed: Handed,
     n_bytes: int,
     attempt: int,
 ) -> dict[int, Delivery]:
-    """Put blocks of some lanes, and those that are held, where turns can find them; have readers go on over them."""
+    """Put blocks of some lanes where turns can find them, and those that are held, or handed over to be read in place.
+
+    Readers go on over them.
+    """
     found = {}
     for lane, some, computed in zip(lanes, numbers, blocks, strict=True):
         known = {number: block for each in held for number, block in each.blocks[lane].items()}
         known |= zip(some, computed, strict=True)
+        known |= handed.blocks[lane]
         found[lane] = Delivery(span, known, n_epochs, n_bytes // len(lanes), attempt)
         work.readers.expect(lane, found[lane])
     return found

@@ -33,6 +33,7 @@ from streamgd.run import (
     asking,
     delivery,
     dispatch,
+    in_place,
     flights,
     graph,
     members,
@@ -960,7 +961,11 @@ def deliveries(monkeypatch):
 
 
 class TestKeptBlocks:
-    """Blocks of what is persisted stay with their lanes, where workers have room."""
+    """Blocks of what is persisted stay with their lanes, where workers have room and cannot read them where they lie."""
+
+    @pytest.fixture(autouse=True)
+    def _apart(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(in_place.InPlace, "ask", lambda *_: None)
 
     @pytest.mark.parametrize("way", [CHAINED, SINGLY], ids=["chained", "singly"])
     def test_they_are_brought_in_one_epoch_and_then_are_there(self, two, folder, monkeypatch, deliveries, way):
@@ -1003,7 +1008,7 @@ class TestKeptBlocks:
         """Lanes that go elsewhere, where there is no room for their blocks, leave none behind."""
         hand_over(monkeypatch, CHAINED)
         rooms, left = [True, False], []
-        monkeypatch.setattr(members.Members, "have_room_beside", lambda *_: rooms.pop(0))
+        monkeypatch.setattr(members.Members, "have_room_beside", lambda _, n_bytes: not any(n_bytes) or rooms.pop(0))
         groups, kept = members.Members.groups, delivery.Deliveries.kept
 
         def elsewhere(self: Any) -> Any:

@@ -12,6 +12,7 @@ from streamgd.data.sources.base import Array, TargetInfo
 from streamgd.data.sources.columns import Column, Features, Target, checked_names, number_dtype
 from streamgd.data.sources.frames import FrameColumns, frame_features, is_pandas, series_values
 from streamgd.data.sources.mapped import MappedArray, unmap
+from streamgd.data.sources.neighbours import NeighbourArray
 from streamgd.errors import SchemaError
 
 #: Python strings up to this length are packed into a NumPy array, which compares faster; longer ones would waste it.
@@ -118,7 +119,10 @@ def as_weight(weight: Any) -> Column:
 
 
 def _as_array(values: Any, what: str) -> Array:
-    """Convert to an array without copying one."""
+    """Convert to an array without copying one, nor reading one that lies in another process."""
+    if isinstance(values, NeighbourArray):
+        stands_for_one: Any = values
+        return stands_for_one  # type: ignore[no-any-return]
     if hasattr(values, "toarray") and hasattr(values, "nnz"):
         raise SchemaError(
             f"{what} is a sparse matrix ({type(values).__name__}), which is not supported; "

@@ -14,6 +14,7 @@ import numpy as np
 from streamgd.data.sources.base import Array, TargetInfo
 from streamgd.data.sources.flat import Part, Strip, strips_of
 from streamgd.data.sources.mapped import MappedArray
+from streamgd.data.sources.neighbours import NeighbourArray
 from streamgd.errors import SchemaError
 
 
@@ -22,7 +23,7 @@ class Column:
 
     Parameters
     ----------
-    data : ndarray, MappedArray or pandas.Series
+    data : ndarray, MappedArray, NeighbourArray or pandas.Series
         What is stored; a Series only for pandas' own types.
     dtype : numpy.dtype
         What slices come in.
@@ -47,7 +48,7 @@ class Column:
 
     def read(self, first: int, stop: int) -> Array:
         """Return rows `first` to `stop`; a view where nothing must be converted."""
-        if not isinstance(self.data, np.ndarray | MappedArray):
+        if not isinstance(self.data, np.ndarray | MappedArray | NeighbourArray):
             part = self.data.iloc[first:stop]
             return np.asarray(part.to_numpy(self.dtype, na_value=np.nan) if part.hasnans else part.to_numpy(self.dtype))
         rows = self.data[first:stop]

@@ -23,6 +23,7 @@ from streamgd.data.sources.dask_blocks import Ahead, BlockGraph
 from streamgd.data.sources.dask_clients import active_client, within_task
 from streamgd.data.sources.dask_parts import Parts, array_parts, frame_parts
 from streamgd.data.sources.dask_waiting import gathered
+from streamgd.data.sources.neighbours import NeighbourArray
 from streamgd.data.window import Stopped
 from streamgd.errors import ClusterError, DataError, EmptySourceError, SchemaError, SourceNotFoundError, StreamgdError
 
@@ -300,6 +301,14 @@ class DaskSource(Source):
         """Whether features are made of what is persisted on a cluster alone, and nothing is read for them."""
         return self._graph(targets_only=False).lies_in_cluster
 
+    def lying(self) -> dict[int, list[Any]]:
+        """Return the futures of blocks of arrays that a cluster holds as they are, by number."""
+        if self._parts.features is not None:
+            return {}
+        graph = self._graph(targets_only=False)
+        found = {block: graph.lying(number) for block, number in enumerate(self._numbers.tolist())}
+        return {block: futures for block, futures in found.items() if futures is not None}
+
     def submit(
         self, client: Any, blocks: Sequence[int], workers: Sequence[str] | None = None, name: str | None = None
     ) -> dict[int, list[Any]]:
@@ -337,7 +346,8 @@ class DaskSource(Source):
         number = int(self._numbers[block])
         client = self._computing_client()
         if self._delivered is not None:
-            return self._checked(block, self._delivered[block], targets_only=targets_only)
+            parts = [each.here() if isinstance(each, NeighbourArray) else each for each in self._delivered[block]]
+            return self._checked(block, parts, targets_only=targets_only)
         try:
             graph = self._graph(targets_only=targets_only)
             if client is None:

@@ -67,6 +67,11 @@ class BlockGraph:
             seen.update(needed)
         return True
 
+    def lying(self, block: int) -> list[Any] | None:
+        """Return the futures of a block of which a cluster holds every part; None if some has to be computed."""
+        keys = [keys[block] for keys in self._keys]
+        return [self._persisted[key] for key in keys] if all(key in self._persisted for key in keys) else None
+
     def compute(self, block: int) -> list[Any]:
         """Compute a block in the calling thread; the caller's threads are the parallelism."""
         tasks, keys, persisted = self._cut(block)

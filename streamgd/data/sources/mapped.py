@@ -151,6 +151,8 @@ def unmap(array: Array) -> MappedArray | list[MappedArray] | None:
         A list of columns where a matrix is stored column by column. None if the array is not mapped from a file, if
         the file may hold other bytes (copy-on-write mappings; deleted or replaced files), or if it runs backwards.
     """
+    if not isinstance(array, np.ndarray):  # but what stands for one
+        return None
     if not hasattr(os, "preadv") or array.size == 0 or min(array.strides) <= 0:
         return None
     root: Any = array
