@@ -238,18 +238,26 @@ class Dispatch:
             return sent, []
         first = self._members.first
         mine = [lane for lanes, address in self._members.groups() if address == first for lane in lanes]
-        return sent, [self._add_start(graph, name, mine, first, rows.epoch, rows.row)]
+        return sent, [self._add_start(graph, name, (mine, first), rows.epoch, rows.row)]
 
     def _add_starts(self, graph: Graph, name: str, stretch: Stretch) -> list[Key]:
         """Have lanes begin to read where they go after these rounds."""
+        groups, (epoch, end) = self._members.groups(), (stretch.rows.epoch, stretch.rows.end)
+        deliveries: list[Any] = [None] * len(groups)
         if self._deliveries is not None:
-            return []
-        epoch, end = stretch.rows.epoch, stretch.rows.end
-        return [self._add_start(graph, name, lanes, address, epoch, end) for lanes, address in self._others()]
+            if not self._deliveries.kept(groups, epoch):
+                return []  # their blocks come with the next rounds
+            deliveries = self._deliveries.bring(self._work, stretch.rows, groups, shared=True)
+        return [
+            self._add_start(graph, name, group, epoch, end, delivery)
+            for group, delivery in zip(groups, deliveries, strict=True)
+            if group[1] != self._members.first
+        ]
 
-    def _add_start(self, graph: Graph, name: str, lanes: list[int], address: str, epoch: int, row: int) -> Key:
+    def _add_start(self, graph: Graph, name: str, group: Group, epoch: int, row: int, delivery: Any = None) -> Key:
+        lanes, address = group
         key = (f"lane-starts-{name}", epoch, row, _text(lanes))
-        return graph.add(key, address, 20, begin_reading, self._work, lanes, epoch, row)
+        return graph.add(key, address, 20, begin_reading, self._work, lanes, epoch, row, delivery)
 
     def _others(self) -> list[Group]:
         """Return the lanes of all workers but the one that plays by itself what is not shared."""

@@ -203,12 +203,14 @@ def deliver(
     return found
 
 
-def begin_reading(work: WorkerWork, lanes: Sequence[int], epoch: int, row: int) -> None:
+def begin_reading(
+    work: WorkerWork, lanes: Sequence[int], epoch: int, row: int, delivered: Mapping[int, Delivery] | None
+) -> None:
     """Have lanes that come to this worker read what they begin with; that this may be too late is all the same."""
     work.make_ready()
     with _unless_over(work):
         for lane in lanes:
-            read_ahead(work, lane, epoch, row)
+            read_ahead(work, lane, epoch, row, None if delivered is None else delivered[lane])
 
 
 def send_rows(work: WorkerWork, lanes: Sequence[int], home: str, span: Span, after: Any) -> list[SentRows]:

@@ -193,10 +193,10 @@ def open_reader(work: LaneWork, lane: int, epoch: int, row: int, delivery: Deliv
     )
 
 
-def read_ahead(work: LaneWork, lane: int, epoch: int, row: int) -> None:
+def read_ahead(work: LaneWork, lane: int, epoch: int, row: int, delivery: Delivery | None = None) -> None:
     """Have a lane that comes here fill its first windows, before its first turn here begins."""
     if not work.readers.has(lane):
-        work.readers.give_back(open_reader(work, lane, epoch, row, None), work.most_readers)
+        work.readers.give_back(open_reader(work, lane, epoch, row, delivery), work.most_readers)
 
 
 def leave_reader(work: LaneWork, reader: LaneReader, state: Found | State | None) -> None:

@@ -33,9 +33,9 @@ from streamgd.run import (
     asking,
     delivery,
     dispatch,
-    in_place,
     flights,
     graph,
+    in_place,
     members,
     pace,
     runs,
@@ -961,7 +961,7 @@ def deliveries(monkeypatch):
 
 
 class TestKeptBlocks:
-    """Blocks of what is persisted stay with their lanes, where workers have room and cannot read them where they lie."""
+    """Blocks of what is persisted, which cannot be read where they lie, stay with their lanes if there is room."""
 
     @pytest.fixture(autouse=True)
     def _apart(self, monkeypatch: pytest.MonkeyPatch) -> None:
