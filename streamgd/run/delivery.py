@@ -57,7 +57,7 @@ class Deliveries:
         self._name, self._attempt = uuid.uuid4().hex[:12], 0
         source: Any = run.source
         self._row_bytes = source.stored_bytes / source.n_rows
-        self._in_place = InPlace(source, client, members)
+        self._in_place = InPlace(source, client)
         self._lanes = lanes_of_blocks(plans.block_rows, plans.n_lanes, plans.seed, shuffle=plans.shuffle)
         self._lane_bytes = [0] * plans.n_lanes  # of the blocks that have to come
         self._most_rows = plans.most_rows()
@@ -82,7 +82,8 @@ class Deliveries:
         """Find out which blocks lanes can read where they lie, and whether there is room for the others to stay."""
         members, plans = self._members, self._plans
         if not members.have_room_beside([0] * plans.n_lanes):
-            return  # as long as blocks are shown, Dask would move them to disk in vain
+            self._in_place.forget()  # as long as blocks are shown, Dask would move them to disk in vain
+            return
         self._in_place.ask(address for _, address in groups)
         rows = np.zeros(plans.n_lanes)
         for lanes, address in groups:

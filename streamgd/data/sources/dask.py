@@ -7,6 +7,7 @@ and `frames`, by the rules for data in memory.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,8 +23,9 @@ from streamgd.data.sources.columns import Column, Features, Target
 from streamgd.data.sources.dask_blocks import Ahead, BlockGraph
 from streamgd.data.sources.dask_clients import active_client, within_task
 from streamgd.data.sources.dask_parts import Parts, array_parts, frame_parts
+from streamgd.data.sources.dask_shown import ShownBlocks
 from streamgd.data.sources.dask_waiting import gathered
-from streamgd.data.sources.neighbours import NeighbourArray
+from streamgd.data.sources.neighbours import NeighbourArray, UnreachableError
 from streamgd.data.window import Stopped
 from streamgd.errors import ClusterError, DataError, EmptySourceError, SchemaError, SourceNotFoundError, StreamgdError
 
@@ -177,12 +179,14 @@ class DaskSource(Source):
         """Set what belongs to one process."""
         self._lock = threading.Lock()
         self._graphs: dict[bool, BlockGraph] = {}
+        self._showing = threading.Lock()
+        self._shown: ShownBlocks | None = None
         self._ahead = Ahead()
         self._n_open = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process."""
-        own = ("_lock", "_graphs", "_ahead", "_n_open")
+        own = ("_lock", "_graphs", "_showing", "_shown", "_ahead", "_n_open")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -199,14 +203,13 @@ class DaskSource(Source):
 
     def open_block(self, block: int, start: int = 0, *, piece_rows: int = 16384) -> BlockReader:
         """Compute a block."""
-        X, y, weight = self._compute(block, targets_only=False)
-        assert X is not None
-        return _Reader(self, X, y, weight, start)
+        return _Reader(self, block, self._compute(block, targets_only=False), start)
 
     def open_heads(self, heads: Sequence[tuple[int, int]], *, piece_rows: int) -> Iterator[BlockReader]:
         """Open blocks of which only the first rows are wanted: from a cluster no others come."""
         client = self._computing_client()
-        if client is None or any(_FEW * n > int(self.block_rows[block]) for block, n in heads):
+        whole = client is None or any(_FEW * n > int(self.block_rows[block]) for block, n in heads)
+        if whole or self._shown_here(client).keys() >= {block for block, _ in heads}:
             yield from super().open_heads(heads, piece_rows=piece_rows)
             return
         graph, row_bytes = self._graph(targets_only=False), max(1, self.stored_bytes // self.n_rows)
@@ -222,15 +225,14 @@ class DaskSource(Source):
                 continue
             for block, n in group:
                 (parts,) = found[int(self._numbers[block])]
-                X, y, weight = self._checked(block, parts, targets_only=False, n_rows=n)
-                assert X is not None
-                yield _Reader(self, X, y, weight, 0)
+                yield _Reader(self, block, self._checked(block, parts, targets_only=False, n_rows=n), 0)
 
     def announce(self, blocks: Sequence[int]) -> None:
         """Have the client, if there is one, begin with a few of these blocks."""
         client = self._computing_client()
         if client is not None:
-            numbers = self._numbers[list(blocks)].tolist()
+            shown = self._shown_here(client)
+            numbers = self._numbers[[block for block in blocks if block not in shown]].tolist()
             self._ahead.announce(self._graph(targets_only=False), client, numbers, self._n_open)
 
     def iter_targets(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Any, Array | None]]:
@@ -238,17 +240,27 @@ class DaskSource(Source):
         if self.target is None and not self.has_weight:
             return
         wanted = self.blocks_of(start, self.n_rows if stop is None else stop)
-        for (_, first, end), (_, (_, y, weight)) in zip(
+        for (block, first, end), (_, (_, y, weight)) in zip(
             wanted, self._targets([block for block, _, _ in wanted]), strict=True
         ):
-            some_y = None if y is None else y.read(first, end)
-            yield start, some_y, None if weight is None else weight.read(first, end)
+            yield start, *self._read_targets(block, (y, weight), first, end)
             start += end - first
+
+    def _read_targets(
+        self, block: int, parts: tuple[Target | None, Column | None], first: int, end: int
+    ) -> tuple[Any, Any]:
+        """Read some rows of a block's target and weights, or compute them anew if they are shown no more."""
+        try:
+            found = [None if part is None else part.read(first, end) for part in parts]
+        except UnreachableError:
+            parts = self.sent(block, targets_only=True)[1:]
+            found = [None if part is None else part.read(first, end) for part in parts]
+        return found[0], found[1]
 
     def _targets(self, blocks: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """Compute target and weights of some blocks: on a cluster, those of many for one answer of it."""
         client = self._computing_client()
-        if client is None or not blocks:
+        if client is None or self._shown_here(client).keys() >= set(blocks):
             for block in blocks:
                 yield block, self._compute(block, targets_only=True)
             return
@@ -301,7 +313,24 @@ class DaskSource(Source):
         """Whether features are made of what is persisted on a cluster alone, and nothing is read for them."""
         return self._graph(targets_only=False).lies_in_cluster
 
-    def lying(self) -> dict[int, list[Any]]:
+    def shown(self, client: Any) -> ShownBlocks:
+        """Have a cluster's workers show what they hold of arrays, unless they do; see `ShownBlocks`."""
+        with self._showing:
+            if self._shown is None:
+                self._shown = ShownBlocks(client, self._lying())
+            return self._shown
+
+    def forget_shown(self) -> None:
+        """Have what is shown now shown no more."""
+        with self._showing:
+            if self._shown is not None:
+                self._shown.release()
+            self._shown = None
+
+    def _shown_here(self, client: Any) -> dict[int, list[NeighbourArray]]:
+        return self.shown(client).here
+
+    def _lying(self) -> dict[int, list[Any]]:
         """Return the futures of blocks of arrays that a cluster holds as they are, by number."""
         if self._parts.features is not None:
             return {}
@@ -341,13 +370,21 @@ class DaskSource(Source):
                 self._graphs[targets_only] = BlockGraph(parts.collections())
             return self._graphs[targets_only]
 
-    def _compute(self, block: int, *, targets_only: bool) -> tuple[Features | None, Target | None, Column | None]:
-        """Compute a block and check that it is what was promised."""
+    def _compute(
+        self, block: int, *, targets_only: bool, in_place: bool = True
+    ) -> tuple[Features | None, Target | None, Column | None]:
+        """Compute a block, unless it is shown here, and check that it is what was promised."""
         number = int(self._numbers[block])
         client = self._computing_client()
         if self._delivered is not None:
-            parts = [each.here() if isinstance(each, NeighbourArray) else each for each in self._delivered[block]]
+            given = self._delivered[block]
+            parts = [each.here(reuse=True) if isinstance(each, NeighbourArray) else each for each in given]
             return self._checked(block, parts, targets_only=targets_only)
+        shown = self._shown_here(client).get(block) if client is not None and in_place else None
+        if shown is not None:
+            with contextlib.suppress(UnreachableError):
+                parts = [each.here() for each in shown]
+                return self._checked(block, parts[1:] if targets_only else parts, targets_only=targets_only)
         try:
             graph = self._graph(targets_only=targets_only)
             if client is None:
@@ -364,6 +401,19 @@ class DaskSource(Source):
                 "computing this block by itself (X.blocks[...] or frame.partitions[...]) shows it too"
             ) from err
         return self._checked(block, computed, targets_only=targets_only)
+
+    def sent(self, block: int, *, targets_only: bool) -> tuple[Features | None, Target | None, Column | None]:
+        """Compute a block that is shown here no more; where it was delivered, somebody else has to.
+
+        Raises
+        ------
+        UnreachableError
+            If it was delivered.
+        """
+        if self._delivered is not None:
+            raise UnreachableError(f"block {block} is shown no more")
+        self.forget_shown()
+        return self._compute(block, targets_only=targets_only, in_place=False)
 
     def _checked(
         self, block: int, computed: Sequence[Any], *, targets_only: bool, n_rows: int | None = None
@@ -466,6 +516,7 @@ class DaskSource(Source):
     def close(self) -> None:
         """Forget blocks that the cluster computes ahead, and the graph."""
         self._ahead.clear()
+        self.forget_shown()
         with self._lock:
             self._graphs.clear()
 
@@ -473,22 +524,37 @@ class DaskSource(Source):
 class _Reader(BlockReader):
     """A computed block."""
 
-    def __init__(self, source: DaskSource, X: Features, y: Target | None, weight: Column | None, start: int) -> None:
-        self._source = source
-        self._parts: tuple[Features, Target | None, Column | None] | None = (X, y, weight)
-        self._at = start
+    def __init__(
+        self,
+        source: DaskSource,
+        block: int,
+        parts: tuple[Features | None, Target | None, Column | None],
+        start: int,
+    ) -> None:
+        self._source, self._block, self._at = source, block, start
+        self._parts: tuple[Features | None, Target | None, Column | None] | None = parts
         source.count_open(1)
 
     def read(self, n_rows: int) -> Slice:
         """Return the next rows, as views where the types allow."""
         if self._parts is None:
             raise ValueError("read from a closed block")
+        try:
+            found = self._slice(self._at + n_rows)
+        except UnreachableError:  # it is shown no more
+            self._parts = self._source.sent(self._block, targets_only=False)
+            found = self._slice(self._at + n_rows)
+        self._at += n_rows
+        return found
+
+    def _slice(self, stop: int) -> Slice:
+        assert self._parts is not None
         X, y, weight = self._parts
-        first, self._at = self._at, self._at + n_rows
+        assert X is not None
         return Slice(
-            X.read(first, self._at),
-            None if y is None else y.read(first, self._at),
-            None if weight is None else weight.read(first, self._at),
+            X.read(self._at, stop),
+            None if y is None else y.read(self._at, stop),
+            None if weight is None else weight.read(self._at, stop),
         )
 
     def close(self) -> None:

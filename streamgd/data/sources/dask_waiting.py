@@ -43,16 +43,7 @@ def gathered(client: Any, futures: Any) -> Any:
     Exception
         What a task raised.
     """
-    stop, patience = given_up.get(), _Patience(client)
-    for future in _listed(futures):
-        if future.done():
-            continue
-        done = threading.Event()
-        future.add_done_callback(lambda _, done=done: done.set())
-        while not done.wait(_POLL_S) and not future.done():
-            if stop is not None and stop.is_set():
-                raise Stopped
-            patience.look()
+    awaited(client, futures)
     from distributed.comm.core import CommClosedError
 
     try:
@@ -65,6 +56,28 @@ def gathered(client: Any, futures: Any) -> Any:
             f"what the cluster was computing is lost ({type(err).__name__}: {err}): the scheduler is gone, the client "
             "was closed, or somebody cancelled it. Start the cluster again, and fit again or resume the run"
         ) from err
+
+
+def awaited(client: Any, futures: Any) -> None:
+    """Wait until futures are done, or have failed; see `gathered`.
+
+    Raises
+    ------
+    ClusterError
+        If there are no workers for longer than `workers_timeout`, or the scheduler is gone.
+    Stopped
+        If `given_up` is set meanwhile.
+    """
+    stop, patience = given_up.get(), _Patience(client)
+    for future in _listed(futures):
+        if future.done():
+            continue
+        done = threading.Event()
+        future.add_done_callback(lambda _, done=done: done.set())
+        while not done.wait(_POLL_S) and not future.done():
+            if stop is not None and stop.is_set():
+                raise Stopped
+            patience.look()
 
 
 def _listed(futures: Any) -> Iterator[Any]:

@@ -17,6 +17,7 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -166,6 +167,12 @@ class NeighbourArray:
         Of the elements, which are no objects.
     by_column : bool
         Whether columns lie one after the other, rather than rows.
+
+    Attributes
+    ----------
+    reuse : bool
+        Whether what a thread reads goes where it read the array before, in the same place of its block: for whoever
+        is done with rows before the next are read. New memory costs more than what it is read into it for.
     """
 
     def __init__(
@@ -178,7 +185,7 @@ class NeighbourArray:
         *,
         by_column: bool,
     ) -> None:
-        self.owner, self.shape, self.dtype = owner, shape, dtype
+        self.owner, self.shape, self.dtype, self.reuse = owner, shape, dtype, False
         self._place, self._address, self._by_column = place, address, by_column
 
     @property
@@ -190,8 +197,13 @@ class NeighbourArray:
         """Return the number of rows."""
         return self.shape[0]
 
-    def here(self) -> Any:
-        """Return the array itself in the process that it lies in, else this object.
+    def here(self, *, reuse: bool = False) -> Any:
+        """Return the array itself in the process that it lies in, else what reads it from there.
+
+        Parameters
+        ----------
+        reuse : bool, default=False
+            As the attribute.
 
         Raises
         ------
@@ -199,7 +211,9 @@ class NeighbourArray:
             If this is that process, which does not show it any more.
         """
         if not self.owner.is_here:
-            return self
+            found = copy(self)
+            found.reuse = reuse
+            return found
         shown = _shown_here.get(self.owner.mark)
         if shown is None:
             raise UnreachableError("this process does not show its arrays any more")
@@ -207,7 +221,7 @@ class NeighbourArray:
         return shown.blocks[number][part]
 
     def __getitem__(self, rows: slice) -> Array:
-        """Read consecutive rows, into memory that the thread's next read of a block's array in this place overwrites.
+        """Read consecutive rows; see `reuse` for where to.
 
         Raises
         ------
@@ -217,7 +231,8 @@ class NeighbourArray:
         first, stop, _ = rows.indices(len(self))
         n = max(0, stop - first)
         width = self.shape[1] if self.ndim == 2 else 1
-        found = _buffer(self._place[1], n * width * self.dtype.itemsize).view(self.dtype)
+        n_bytes = n * width * self.dtype.itemsize
+        found = (_buffer(self._place[1], n_bytes) if self.reuse else np.empty(n_bytes, np.uint8)).view(self.dtype)
         if self._by_column:
             found = found.reshape(width, n).T
             step = len(self) * self.dtype.itemsize
