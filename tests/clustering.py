@@ -16,13 +16,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
+from streamgd.data.sources import dask_shown
 from streamgd.estimators import SGDRegressor
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-KINDS = ("hdf5", "parquet", "dask", "persisted")
+#: The last one persisted too, on workers that do not read one another's memory.
+KINDS = ("hdf5", "parquet", "dask", "persisted", "sent")
 N_ROWS, N_LANES, N_EPOCHS, N_FEATURES = 3000, 4, 2, 5
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "auto": {},
@@ -83,9 +86,17 @@ def bits(fitted: SGDRegressor) -> dict[str, Any]:
 def fit(folder: Path, kind: str, optimizer: str = "auto", client: Any = None, **options: Any) -> dict[str, Any]:
     """Fit, and return the bits."""
     X, y = load(folder, kind)
-    if kind == "persisted" and client is not None:
+    if kind in ("persisted", "sent") and client is not None:
         X, y = client.persist([X, y])
-    return bits(estimator(optimizer, **options).fit(X, y, client=client, resume="checkpoint_dir" in options))
+    with apart() if kind == "sent" else contextlib.nullcontext():
+        return bits(estimator(optimizer, **options).fit(X, y, client=client, resume="checkpoint_dir" in options))
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Have no worker show its blocks, as if each had a machine of its own."""
+    with mock.patch.object(dask_shown.ShownBlocks, "_show", return_value=None):
+        yield
 
 
 @contextlib.contextmanager

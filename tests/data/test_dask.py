@@ -25,9 +25,13 @@ from scipy import sparse
 
 from streamgd import SGDRegressor
 from streamgd.data.sources import dask as dask_module
+from streamgd.data.sources import dask_blocks, dask_shown
 from streamgd.data.sources.base import Source
 from streamgd.data.sources.dask import DaskSource
+from streamgd.data.sources.dask_clients import computing_on
+from streamgd.data.sources.neighbours import UnreachableError
 from streamgd.errors import DataError, EmptySourceError, SchemaError, SourceNotFoundError
+from tests.clustering import cluster
 from tests.data.contract import SourceContract, make_rows, make_target, plain, read_all, read_block
 
 
@@ -545,3 +549,124 @@ class TestWithClient:
         source.announce([0, 1])
         assert set(client.futures) <= before
         assert len(read_all(source)[0]) == 40
+
+
+@pytest.fixture(scope="module")
+def beside() -> Iterator[Client]:
+    with cluster(1) as (_, client):
+        yield client
+
+
+class TestBesideACluster:
+    """Workers in processes of their own, on this machine: what they hold is read where it lies."""
+
+    @pytest.fixture
+    def rows(self, beside: Client) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, DaskSource]]:
+        X, y, weight = make_rows(60), make_target(60), np.arange(60.0)
+        kept = beside.persist([blocks_of(X, 6), blocks_of(y, 6), blocks_of(weight, 6)])
+        with computing_on(beside, 60.0):
+            source = DaskSource(kept[0], kept[1], weight=kept[2])
+            yield X, y, weight, source
+            source.close()
+
+    def test_nothing_is_sent(self, beside: Client, rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        X, y, weight, source = rows
+
+        def never(*_: Any, **__: Any) -> Any:
+            raise AssertionError
+
+        for name in ("submit_all", "submit_heads", "compute"):
+            monkeypatch.setattr(dask_blocks.BlockGraph, name, never)
+        source.announce(range(6))
+        found_X, found_y, found_weight = read_all(source)
+        np.testing.assert_array_equal(found_X, X)
+        np.testing.assert_array_equal(found_y, y)
+        np.testing.assert_array_equal(found_weight, weight)
+        pieces = list(source.iter_targets(5, 57))
+        np.testing.assert_array_equal(np.concatenate([piece for _, piece, _ in pieces]), y[5:57])
+        np.testing.assert_array_equal(np.concatenate([piece for _, _, piece in pieces]), weight[5:57])
+        for (block, n), reader in zip([(1, 2), (5, 1)], source.open_heads([(1, 2), (5, 1)], piece_rows=9), strict=True):
+            with reader:
+                np.testing.assert_array_equal(reader.read(n).X, X[10 * block : 10 * block + n])
+
+    def test_nothing_stays_shown(self, beside: Client, rows: Any) -> None:
+        source = rows[-1]
+        read_block(source, 0)
+        assert len([key for key in beside.futures if "show" in str(key)]) == 1
+        (owner,) = source.shown(beside).owners
+        source.close()
+        assert eventually(lambda: not any("show" in str(key) for key in beside.futures))
+        assert eventually(lambda: not owner.answers())
+
+    def test_what_is_shown_no_more_is_computed(self, beside: Client, rows: Any) -> None:
+        X, y, _, source = rows
+        targets = source.iter_targets()
+        with source.open_block(2) as reader:
+            found = [reader.read(4).X, next(targets)[1]]
+            (owner,) = source.shown(beside).owners
+            source.forget_shown()
+            assert eventually(lambda: not owner.answers())
+            found.append(reader.read(6).X)
+        np.testing.assert_array_equal(np.concatenate(found[::2]), X[20:30])
+        np.testing.assert_array_equal(np.concatenate([found[1], *(piece for _, piece, _ in targets)]), y)
+
+    def test_what_a_worker_shows_no_more_fails_where_it_was_delivered(self, beside: Client, rows: Any) -> None:
+        """The turn is taken again then, over blocks that are sent."""
+        source = rows[-1]
+        there = source.detached().with_blocks(source.shown(beside).handles)
+        with there.open_block(2) as reader:
+            reader.read(4)
+            (owner,) = source.shown(beside).owners
+            source.forget_shown()
+            assert eventually(lambda: not owner.answers())
+            with pytest.raises(UnreachableError):
+                reader.read(4)
+
+    def test_a_worker_that_is_busy_is_not_waited_for(
+        self, beside: Client, rows: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        X, _, _, source = rows
+        monkeypatch.setattr(dask_shown, "_PATIENCE_S", 0.1)
+        busy = beside.submit(time.sleep, 1.0, priority=100)
+        began = time.monotonic()
+        assert not source.shown(beside).handles
+        assert time.monotonic() - began < 0.9
+        np.testing.assert_array_equal(read_all(source)[0], X)
+        busy.result()
+
+    @pytest.mark.parametrize("of", ["derived", "frame", "lazy target"])
+    def test_only_what_is_held_as_it_is_read(self, beside: Client, of: str) -> None:
+        X, y = make_rows(40), make_target(40)
+        lazy_X, lazy_y = beside.persist([blocks_of(X, 4), blocks_of(y, 4)])
+        frame = beside.persist(dd.from_pandas(pd.DataFrame({"a": X[:, 0], "y": y}), npartitions=3))
+        with computing_on(beside, 60.0):
+            source, expected = {
+                "derived": lambda: (DaskSource(lazy_X * 2, lazy_y), X * 2),
+                "frame": lambda: (DaskSource.from_dataframe(frame, "y"), X[:, :1]),
+                "lazy target": lambda: (DaskSource(lazy_X, lazy_y + 0), X),
+            }[of]()
+            assert not source.shown(beside).handles
+            np.testing.assert_array_equal(read_all(source)[0], expected)
+            source.close()
+
+    def test_workers_that_are_short_of_memory_show_nothing(self) -> None:
+        """They would have to read back what they moved to disk, or move it there in vain."""
+        usual = {"status": "running", "memory_limit": 1000, "metrics": {"memory": 500}}
+        spilled = {"memory": 500, "spilled_bytes": {"memory": 10, "disk": 10}}
+        assert dask_shown._has_memory(usual)
+        assert dask_shown._has_memory(usual | {"memory_limit": 0})
+        assert not dask_shown._has_memory(usual | {"memory_limit": 700})
+        assert not dask_shown._has_memory(usual | {"status": "paused"})
+        assert not dask_shown._has_memory(usual | {"metrics": spilled})
+        assert not dask_shown._has_memory(None)
+
+    def test_fits_in_one_process_read_there_too(self, beside: Client) -> None:
+        X, y = make_rows(500), make_target(500)
+        lazy_X, lazy_y = beside.persist([blocks_of(X, 6), blocks_of(y, 6)])
+        with beside.as_current():
+            found = SGDRegressor(max_iter=3).fit(lazy_X, lazy_y)
+            predicted = np.concatenate(list(found.predict(lazy_X)))
+        expected = SGDRegressor(max_iter=3).fit(blocks_of(X, 6), blocks_of(y, 6))
+        np.testing.assert_array_equal(found.coef_, expected.coef_)
+        np.testing.assert_array_equal(predicted, expected.predict(X))
+        assert eventually(lambda: not any("show" in str(key) for key in beside.futures))

@@ -35,7 +35,6 @@ from streamgd.run import (
     dispatch,
     flights,
     graph,
-    in_place,
     members,
     pace,
     runs,
@@ -576,7 +575,8 @@ class TestFaults:
 
     @pytest.mark.parametrize(
         ("kind", "way"),
-        [(kind, way) for kind in KINDS for way in (SINGLY, CHAINED, TOGETHER) if kind != "persisted" or way is CHAINED],
+        [(kind, CHAINED) for kind in KINDS]
+        + [(kind, way) for kind in ("hdf5", "parquet", "dask") for way in (SINGLY, TOGETHER)],
     )
     def test_the_client_is_killed_and_resumed_elsewhere(self, two, four, folder, here, kind, way, tmp_path):
         make_data(tmp_path)
@@ -963,10 +963,6 @@ def deliveries(monkeypatch):
 class TestKeptBlocks:
     """Blocks of what is persisted, which cannot be read where they lie, stay with their lanes if there is room."""
 
-    @pytest.fixture(autouse=True)
-    def _apart(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(in_place.InPlace, "ask", lambda *_: None)
-
     @pytest.mark.parametrize("way", [CHAINED, SINGLY], ids=["chained", "singly"])
     def test_they_are_brought_in_one_epoch_and_then_are_there(self, two, folder, monkeypatch, deliveries, way):
         hand_over(monkeypatch, way)
@@ -975,7 +971,7 @@ class TestKeptBlocks:
         monkeypatch.setattr(
             delivery.Deliveries, "_bytes_of", lambda self, blocks: (held.extend(blocks), size(self, blocks))[1]
         )
-        assert fit(folder, "persisted", client=two[1], max_iter=4) == fit(folder, "persisted", max_iter=4)
+        assert fit(folder, "sent", client=two[1], max_iter=4) == fit(folder, "sent", max_iter=4)
         assert [name for name, epoch in deliveries if epoch > 0 and name != "hold"] == ["all"] * 2
         assert sorted(held) == sorted(set(held))
         assert len(held) == 23  # each block, once
@@ -988,20 +984,20 @@ class TestKeptBlocks:
         monkeypatch.setattr(
             pace.Pace, "ended", lambda self, stretch, *rest: (flown.append(stretch), ended(self, stretch, *rest))[1]
         )
-        fit(folder, "persisted", client=two[1], max_iter=4)
+        fit(folder, "sent", client=two[1], max_iter=4)
         rows = [max(each.rows.n_rows for each in flown if (each.rows.epoch > 0) is later) for later in (False, True)]
         assert rows[1] > rows[0]
 
     def test_not_without_room(self, two, folder, monkeypatch, deliveries):
         hand_over(monkeypatch, CHAINED)
         monkeypatch.setattr(members.Members, "have_room_beside", lambda *_: False)
-        assert fit(folder, "persisted", client=two[1], max_iter=3) == fit(folder, "persisted", max_iter=3)
+        assert fit(folder, "sent", client=two[1], max_iter=3) == fit(folder, "sent", max_iter=3)
         assert {name for name, _ in deliveries} == {"some"}
 
     def test_not_what_has_to_be_computed_nor_for_a_single_epoch(self, two, folder, monkeypatch, deliveries):
         hand_over(monkeypatch, CHAINED)
         fit(folder, "dask", client=two[1], max_iter=3)
-        fit(folder, "persisted", client=two[1], max_iter=1)
+        fit(folder, "sent", client=two[1], max_iter=1)
         assert {name for name, _ in deliveries} == {"some"}
 
     def test_not_where_lanes_are_no_more(self, two, folder, monkeypatch, deliveries):
@@ -1029,7 +1025,7 @@ class TestKeptBlocks:
 
         monkeypatch.setattr(members.Members, "groups", elsewhere)
         monkeypatch.setattr(delivery.Deliveries, "kept", asked)
-        assert fit(folder, "persisted", client=two[1], max_iter=6) == fit(folder, "persisted", max_iter=6)
+        assert fit(folder, "sent", client=two[1], max_iter=6) == fit(folder, "sent", max_iter=6)
         assert left
         assert not any(left[-1].values())
         assert [name for name, _ in deliveries].count("all") == 2
@@ -1058,13 +1054,83 @@ class TestKeptBlocks:
 
         monkeypatch.setattr(crew, "_look", lose)
         monkeypatch.setattr(dispatch.Dispatch, "start_again", started_again)
-        found = fit(folder, "persisted", client=two[1], max_iter=40)
-        assert found == fit(folder, "persisted", max_iter=40)
+        found = fit(folder, "sent", client=two[1], max_iter=40)
+        assert found == fit(folder, "sent", max_iter=40)
         assert before
         assert not any(after[-1].values())
         assert [name for name, _ in deliveries].count("all") == 2
         assert deliveries[-1][0] == "some"
         assert not task_states(two[1])
+
+
+class TestInPlace:
+    """Blocks of what is persisted are not sent to workers that can read them where they lie."""
+
+    @pytest.mark.parametrize("max_iter", [1, 3])
+    def test_nothing_is_sent(self, two, folder, monkeypatch, deliveries, max_iter):
+        hand_over(monkeypatch, CHAINED)
+        assert fit(folder, "persisted", client=two[1], max_iter=max_iter) == fit(folder, "persisted", max_iter=max_iter)
+        assert deliveries == [("all", 0)] * 2  # once for the lanes of each worker
+        assert not task_states(two[1])
+
+    def test_nor_where_one_worker_plays_alone(self, two, folder, here, monkeypatch, deliveries):
+        hand_over(monkeypatch, TOGETHER)
+        assert fit(folder, "persisted", client=two[1]) == here("persisted")
+        assert {name for name, _ in deliveries} == {"some"}  # for the next rounds, of which nothing is a future
+        assert not task_states(two[1])
+
+    @pytest.mark.parametrize("way", [CHAINED, TOGETHER], ids=["chained", "together"])
+    def test_what_some_worker_cannot_read_is_sent_to_it(self, two, folder, monkeypatch, deliveries, way):
+        hand_over(monkeypatch, way)
+        refused = min(two[1].nthreads())
+        two[1].run(_refuse_reading, True, workers=[refused])
+        try:
+            found = fit(folder, "persisted", client=two[1], max_iter=3)
+        finally:
+            two[1].run(_refuse_reading, False, workers=[refused])
+        assert found == fit(folder, "persisted", max_iter=3)
+        if way is CHAINED:
+            assert 0 < [name for name, _ in deliveries].count("hold") < 23
+            assert [name for name, epoch in deliveries if epoch > 0 and name != "hold"] == ["all"] * 2
+        assert not task_states(two[1])
+
+    def test_what_is_shown_no_more_is_sent(self, two, folder, monkeypatch, deliveries):
+        """As when Dask moves it to disk."""
+        hand_over(monkeypatch, {**CHAINED, "_FLIGHT_S": 0.0})
+        forgotten: list[int] = []
+        kept = delivery.Deliveries.kept
+
+        def forget(self: Any, groups: Any, epoch: int) -> bool:
+            if epoch == 3 and not forgotten:
+                forgotten.append(epoch)
+                self._in_place._source.forget_shown()
+                time.sleep(0.2)
+            return kept(self, groups, epoch)
+
+        monkeypatch.setattr(delivery.Deliveries, "kept", forget)
+        assert fit(folder, "persisted", client=two[1], max_iter=8) == fit(folder, "persisted", max_iter=8)
+        assert forgotten
+        assert [name for name, _ in deliveries].count("all") == 2
+        assert deliveries[-1][0] == "some"
+        assert not task_states(two[1])
+
+    def test_rows_of_several_threads_stay_apart(self, folder, here, monkeypatch):
+        """Each reads into a buffer of its own."""
+        hand_over(monkeypatch, CHAINED)
+        with cluster(2, threads_per_worker=3) as (_, client):
+            for _ in range(3):
+                assert fit(folder, "persisted", client=client) == here("persisted")
+
+
+def _refuse_reading(refuse: bool) -> None:
+    """Have a worker be on a system that does not let it read others."""
+    from streamgd.data.sources import neighbours
+
+    if refuse:
+        neighbours._known_call = neighbours._system_call
+        neighbours._system_call = lambda: None
+    else:
+        neighbours._system_call = neighbours._known_call
 
 
 def _kept_bytes(key: Any, dask_worker: Any) -> int:
