@@ -627,10 +627,12 @@ class TestBesideACluster:
     ) -> None:
         X, _, _, source = rows
         monkeypatch.setattr(dask_shown, "_PATIENCE_S", 0.1)
-        busy = beside.submit(time.sleep, 1.0, priority=100)
+        busy = beside.submit(time.sleep, 1.0, pure=False)
+        assert eventually(lambda: all(beside.run(lambda dask_worker: len(dask_worker.state.executing)).values()))
         began = time.monotonic()
         assert not source.shown(beside).handles
         assert time.monotonic() - began < 0.9
+        assert not any("show" in str(key) for key in beside.futures)
         np.testing.assert_array_equal(read_all(source)[0], X)
         busy.result()
 

@@ -57,6 +57,8 @@ class ShownBlocks:
         awaited(client, futures)
         with contextlib.suppress(Exception):  # then blocks are sent; if something is wrong, that shows it
             self._show(futures)
+        if not self.handles:
+            self.release()
 
     @cached_property
     def owners(self) -> list[Owner]:
