@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from distributed import Client, get_client, wait
+from distributed import Client, futures_of, get_client
 from scipy import sparse
 
 from streamgd import SGDRegressor
@@ -564,7 +564,8 @@ class TestBesideACluster:
     def rows(self, beside: Client) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, DaskSource]]:
         X, y, weight = make_rows(60), make_target(60), np.arange(60.0)
         kept = beside.persist([blocks_of(X, 6), blocks_of(y, 6), blocks_of(weight, 6)])
-        wait(kept)
+        for collection in kept:
+            beside.gather(futures_of(collection))
         with computing_on(beside, 60.0):
             source = DaskSource(kept[0], kept[1], weight=kept[2])
             yield X, y, weight, source
