@@ -189,7 +189,7 @@ def test_what_cannot_be_shown_is_left_out_with_its_block(array):
 
 
 def test_rows_are_kept_unless_they_may_be_overwritten(neighbour):
-    X, y = np.arange(20.0).reshape(10, 2), np.arange(10.0)
+    X, y = np.arange(20.0).reshape(10, 2), -np.arange(10.0)
     far = neighbour({0: [X, y], 1: [X + 100, y + 100]}).handles
     first, second = far[0][0].here()[0:4], far[1][0].here()[0:4]
     np.testing.assert_array_equal(first, X[:4])
