@@ -85,8 +85,9 @@ class DaskSource(Source):
 
     An open block is held whole, and while it is computed Dask holds what its tasks need besides. Without a client,
     blocks are computed one for each reader thread, each within its thread. With one, `announce` has the cluster begin a
-    few blocks ahead, and their results come to this process when they are opened. What was shuffled is shuffled again
-    for its blocks: persist it, or write it to files, first.
+    few blocks ahead, and their results come to this process when they are opened; but persisted arrays are read where
+    they lie if that is on this machine, see `ShownBlocks`. What was shuffled is shuffled again for its blocks: persist
+    it, or write it to files, first.
 
     The fingerprint holds types, shape, the length of the blocks, and a hash of the first rows and the last targets; it
     computes two blocks when it is first asked for. Keys of tasks are not in it: the same data may get other keys in
