@@ -136,12 +136,17 @@ class ClusterCrew(Crew):
                 if lost >= _MOST_ATTEMPTS or left >= _MOST_LOSSES:
                     raise ClusterError(
                         f"a round was lost {lost + left} times: {again}. If workers die, see their logs; they may have "
-                        "too little memory"
+                        "too little memory" + self._perhaps_gone()
                     ) from again.__cause__
                 self._start_again()
             finally:
                 drop(flight)
         return None
+
+    def _perhaps_gone(self) -> str:
+        if not self._dispatch.computes:
+            return ""
+        return ". If the collection was persisted, it may have been cancelled, or lost as the cluster was restarted"
 
     def _hand_over_next(self, flight: Flight, packed: Packed) -> None:
         """Hand over what comes behind a flight, so that no worker waits for the client."""
@@ -223,6 +228,7 @@ class ClusterCrew(Crew):
         try:
             return self._fetched(flight)
         except (Unfit, UnreachableError) as err:
+            err.__traceback__ = None  # the future keeps the error, which would keep what these frames hold
             raise _Again(str(err)) from err
         except (StreamgdError, _Again):
             raise

@@ -43,13 +43,13 @@ class InPlace:
 
     def __init__(self, source: Any, client: Any) -> None:
         self._source, self._client = source, client
-        self._shown: ShownBlocks | None = None
+        self._shown: ShownBlocks | None = source.take_shown()  # what the survey read is this run's now
         self._readable: dict[str, dict[int, list[NeighbourArray]]] = {}
 
     def ask(self, addresses: Iterable[str]) -> None:
         """Have workers show their blocks, and ask some what they can read of them, unless they were asked before."""
         if self._shown is None:
-            self._shown = self._source.shown(self._client)
+            self._shown = ShownBlocks(self._client, self._source.lying())
         new, owners = sorted(set(addresses) - self._readable.keys()), self._shown.owners
         if not new or not owners:
             return
@@ -67,7 +67,8 @@ class InPlace:
 
     def forget(self) -> None:
         """Have nothing shown any more."""
-        self._source.forget_shown()
+        if self._shown is not None:
+            self._shown.release()
         self._shown, self._readable = None, {}
 
 

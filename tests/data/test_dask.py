@@ -31,6 +31,7 @@ from streamgd.data.sources.dask import DaskSource
 from streamgd.data.sources.dask_clients import computing_on
 from streamgd.data.sources.neighbours import UnreachableError
 from streamgd.errors import DataError, EmptySourceError, SchemaError, SourceNotFoundError
+from streamgd.run.in_place import InPlace
 from tests.clustering import cluster
 from tests.data.contract import SourceContract, make_rows, make_target, plain, read_all, read_block
 
@@ -612,6 +613,30 @@ class TestBesideACluster:
         np.testing.assert_array_equal(np.concatenate(found), X[20:30])
         np.testing.assert_array_equal(np.concatenate(targets), y)
         assert source.shown(beside).owners[0].answers()  # anew
+
+    def test_fingerprints_are_the_same_then(self, beside: Client, rows: Any) -> None:
+        source = rows[-1]
+        expected = DaskSource(*source._parts.collections()[:2], weight=source._parts.weight).fingerprint
+        (owner,) = source.shown(beside).owners
+        source.shown(beside).release()
+        assert eventually(lambda: not owner.answers())
+        assert source.fingerprint == expected
+
+    def test_what_a_run_reads_is_its_own(self, beside: Client, rows: Any) -> None:
+        """Another fit of the same source may end before."""
+        source = rows[-1]
+        (first,) = source.shown(beside).owners
+        runs = [InPlace(source, beside), InPlace(source, beside)]
+        for run in runs:
+            run.ask(beside.nthreads())
+        assert [list(run._shown.owners) == [first] for run in runs] == [True, False]
+        source.close()
+        runs[0].forget()
+        assert eventually(lambda: not first.answers())
+        assert runs[1]._shown.owners[0].answers()
+        assert list(runs[1].at(*beside.nthreads())) == list(range(6))
+        runs[1].forget()
+        assert eventually(lambda: not any("show" in str(key) for key in beside.futures))
 
     def test_what_a_worker_shows_no_more_fails_where_it_was_delivered(self, beside: Client, rows: Any) -> None:
         """The turn is taken again then, over blocks that are sent."""

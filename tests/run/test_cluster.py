@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import dask
+import distributed
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -170,7 +171,6 @@ def test_every_round_is_told_wherever_lane_0_is(two, folder, here, monkeypatch, 
 
 def test_workers_read_for_who_plays_alone(four, folder, here, monkeypatch):
     """What is slow to decode: each lane where it belongs, one task after the other, as its reader goes on."""
-    import distributed
 
     sends: list[tuple[Any, ...]] = []
     players: set[str] = set()
@@ -1102,7 +1102,7 @@ class TestInPlace:
         def forget(self: Any, groups: Any, epoch: int) -> bool:
             if epoch == 3 and not forgotten:
                 forgotten.append(epoch)
-                self._in_place._source.forget_shown()
+                self._in_place._shown.release()
                 time.sleep(0.2)
             return kept(self, groups, epoch)
 
@@ -1112,6 +1112,28 @@ class TestInPlace:
         assert [name for name, _ in deliveries].count("all") == 2
         assert deliveries[-1][0] == "some"
         assert not task_states(two[1])
+
+    def test_nobody_fetches_what_a_lost_worker_showed(self, two, folder):
+        """Another worker would have to take all of it at once, for nobody."""
+        client = two[1]
+        await_workers(client, 2)
+        X, y = client.persist(list(load(folder, "dask")))
+        source = open_source(X, y)
+        assert len(source.shown(client).owners) == 2
+        kill_worker(client)
+        until = time.monotonic() + 60
+
+        def shown(dask_scheduler: Any) -> list[str]:
+            return sorted(task.state for key, task in dask_scheduler.tasks.items() if "show-blocks" in str(key))
+
+        while len(client.nthreads()) < 2 or client.run_on_scheduler(shown) == ["memory", "memory"]:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        client.gather(distributed.futures_of([X, y]))
+        assert client.run_on_scheduler(shown) == ["memory", "no-worker"]
+        source.close()
+        del source, X, y
+        assert not task_states(client)
 
     def test_rows_of_several_threads_stay_apart(self, folder, here, monkeypatch):
         """Each reads into a buffer of its own."""
@@ -1248,7 +1270,6 @@ def slowed(seconds: float, module: str = "streamgd.run.flights") -> None:
 @pytest.mark.parametrize("default", [True, False], ids=["default", "not the default"])
 def test_rounds_may_take_long_whichever_client_is_the_default(two, folder, here, monkeypatch, default):
     """Longer than it may take to fetch a state that is there."""
-    import distributed
 
     client = two[1]
     monkeypatch.setattr(distributed.client, "_global_clients", {0: client} if default else {})

@@ -318,20 +318,25 @@ class DaskSource(Source):
         """Have a cluster's workers show what they hold of arrays, unless they do; see `ShownBlocks`."""
         with self._showing:
             if self._shown is None:
-                self._shown = ShownBlocks(client, self._lying())
+                self._shown = ShownBlocks(client, self.lying())
             return self._shown
+
+    def take_shown(self) -> ShownBlocks | None:
+        """Hand over what is shown, if anything is, to whoever releases it when it is needed no more."""
+        with self._showing:
+            found, self._shown = self._shown, None
+            return found
 
     def forget_shown(self) -> None:
         """Have what is shown now shown no more."""
-        with self._showing:
-            if self._shown is not None:
-                self._shown.release()
-            self._shown = None
+        shown = self.take_shown()
+        if shown is not None:
+            shown.release()
 
     def _shown_here(self, client: Any) -> dict[int, list[NeighbourArray]]:
         return self.shown(client).here
 
-    def _lying(self) -> dict[int, list[Any]]:
+    def lying(self) -> dict[int, list[Any]]:
         """Return the futures of blocks of arrays that a cluster holds as they are, by number."""
         if self._parts.features is not None:
             return {}
@@ -493,8 +498,15 @@ class DaskSource(Source):
         }
 
     def _sample_digest(self) -> str:
+        try:
+            return self._digest(in_place=True)
+        except UnreachableError:
+            self.forget_shown()
+            return self._digest(in_place=False)
+
+    def _digest(self, *, in_place: bool) -> str:
         digest = hashlib.blake2b(digest_size=16)
-        X, y, weight = self._compute(0, targets_only=False)
+        X, y, weight = self._compute(0, targets_only=False, in_place=in_place)
         assert X is not None
         n = min(_HASHED_ROWS, int(self.block_rows[0]))
         rows = X.read(0, n)
@@ -502,7 +514,7 @@ class DaskSource(Source):
         _add(digest, [part.read(0, n) for part in (y, weight) if part is not None])
         if self.target is not None or self.has_weight:
             stop = int(self.block_rows[-1])
-            _, y, weight = self._compute(self.n_blocks - 1, targets_only=True)
+            _, y, weight = self._compute(self.n_blocks - 1, targets_only=True, in_place=in_place)
             _add(digest, [p.read(max(0, stop - _HASHED_ROWS), stop) for p in (y, weight) if p is not None])
         return digest.hexdigest()
 

@@ -55,10 +55,12 @@ class ShownBlocks:
         if not futures:
             return
         awaited(client, futures)
-        with contextlib.suppress(Exception):  # then blocks are sent; if something is wrong, that shows it
-            self._show(futures)
-        if not self.handles:
-            self.release()
+        try:
+            with contextlib.suppress(Exception):  # then blocks are sent; if something is wrong, that shows it
+                self._show(futures)
+        finally:
+            if not self.handles:
+                self.release()
 
     @cached_property
     def owners(self) -> list[Owner]:
@@ -88,7 +90,8 @@ class ShownBlocks:
         for address, blocks in sorted(self._where(futures).items()):
             parts = [list(futures[block]) for block in blocks]
             key = f"show-blocks-{name}-{len(self._futures)}"
-            where: dict[str, Any] = {"workers": [address], "allow_other_workers": True, "priority": _PRIORITY}
+            # Nowhere else: if the worker is lost, another one would fetch all of its blocks for nobody.
+            where: dict[str, Any] = {"workers": [address], "allow_other_workers": False, "priority": _PRIORITY}
             self._futures.append(self._client.submit(show, blocks, parts, key=key, pure=False, **where))
         found: dict[int, list[NeighbourArray]] = {}
         for future in self._futures:

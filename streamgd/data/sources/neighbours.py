@@ -109,7 +109,8 @@ class Shown:
 
     Notes
     -----
-    Pickled, it is its handles alone. It keeps the arrays, and takes no memory beside.
+    Pickled, it is its handles alone. It copies nothing, but what it shows stays in memory as long as it does: a worker
+    that moves its blocks to disk has room only once it has moved this there too, which takes the mark back.
     """
 
     def __init__(self, blocks: Mapping[int, Sequence[Any]]) -> None:
