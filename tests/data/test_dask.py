@@ -617,6 +617,7 @@ class TestBesideACluster:
     def test_fingerprints_are_the_same_then(self, beside: Client, rows: Any) -> None:
         source = rows[-1]
         expected = DaskSource(*source._parts.collections()[:2], weight=source._parts.weight).fingerprint
+        read_block(source, 0)
         (owner,) = source.shown(beside).owners
         source.shown(beside).release()
         assert eventually(lambda: not owner.answers())
