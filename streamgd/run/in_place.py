@@ -48,7 +48,7 @@ class InPlace:
 
     def ask(self, addresses: Iterable[str]) -> None:
         """Have workers show their blocks, and ask some what they can read of them, unless they were asked before."""
-        if self._shown is None:
+        if self._shown is None or not self._shown.handles:  # workers may have been busy
             self._shown = ShownBlocks(self._client, self._source.lying())
         new, owners = sorted(set(addresses) - self._readable.keys()), self._shown.owners
         if not new or not owners:

@@ -663,7 +663,11 @@ class TestBesideACluster:
         assert time.monotonic() - began < 0.9
         assert eventually(lambda: not any("show" in str(key) for key in beside.futures))
         np.testing.assert_array_equal(read_all(source)[0], X)
+        run = InPlace(source, beside)
         busy.result()
+        run.ask(beside.nthreads())  # once more, when it is not busy
+        assert len(run.at(*beside.nthreads())) == 6
+        run.forget()
 
     @pytest.mark.parametrize("of", ["derived", "frame", "lazy target"])
     def test_only_what_is_held_as_it_is_read(self, beside: Client, of: str) -> None:

@@ -93,10 +93,12 @@ class ShownBlocks:
             # Nowhere else: if the worker is lost, another one would fetch all of its blocks for nobody.
             where: dict[str, Any] = {"workers": [address], "allow_other_workers": False, "priority": _PRIORITY}
             self._futures.append(self._client.submit(show, blocks, parts, key=key, pure=False, **where))
-        found: dict[int, list[NeighbourArray]] = {}
-        for future in self._futures:
-            found |= future.result(timeout=max(0.01, until - time.monotonic())).handles
-        self.handles = found
+        for future in list(self._futures):
+            try:
+                self.handles |= future.result(timeout=max(0.01, until - time.monotonic())).handles
+            except Exception:  # blocks of this worker are sent
+                future.release()
+                self._futures.remove(future)
 
     def _where(self, futures: Mapping[int, Sequence[Any]]) -> dict[str, list[int]]:
         """Return the blocks of each worker that has memory left, by where their first array is."""
