@@ -26,6 +26,7 @@ from streamgd.learn.state import State
 from streamgd.run.config import RunOptions
 from streamgd.run.dispatch import Dispatch, Flight, drop
 from streamgd.run.epochs import Watcher
+from streamgd.run.exchange import ApartError
 from streamgd.run.flights import Unfit
 from streamgd.run.members import Members
 from streamgd.run.rounds import Crew, Round
@@ -159,7 +160,7 @@ class ClusterCrew(Crew):
                 return
             epoch, row = following
             now = packed if epoch == flight.stretch.rows.epoch else packed.without_moments()
-            last = self._dispatch.hand_over(last.last, now, epoch, row, behind=last)
+            last = self._dispatch.hand_over(None, now, epoch, row, behind=last)
             self._next.append(last)
 
     def _tell_idle_threads(self) -> None:
@@ -227,6 +228,9 @@ class ClusterCrew(Crew):
 
         try:
             return self._fetched(flight)
+        except ApartError as err:
+            self._dispatch.keep_apart()
+            raise _Again(str(err), counts=False) from err
         except (Unfit, UnreachableError) as err:
             err.__traceback__ = None  # the future keeps the error, which would keep what these frames hold
             raise _Again(str(err)) from err
@@ -263,6 +267,8 @@ class ClusterCrew(Crew):
                 break
             try:
                 found: list[Round] = flight.merged.result(timeout=patience_s).rounds
+                if not found:
+                    raise ApartError("its workers did not meet")
                 # A worker in this process has the same objects still, of which the client changes its own.
                 return [replace(each, state=replace(each.state)) for each in found]
             except TimeoutError as err:

@@ -10,15 +10,26 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from streamgd.learn.recipe import Packed
+from streamgd.learn.state import State
 from streamgd.run.asking import tell_workers
 from streamgd.run.delivery import Deliveries, Group
-from streamgd.run.flights import WorkerWork, begin_reading, merge_flight, play_short, send_rows, take_turns
+from streamgd.run.exchange import Circle, can_meet
+from streamgd.run.flights import (
+    WorkerWork,
+    begin_reading,
+    merge_flight,
+    play_short,
+    send_rows,
+    share_rounds,
+    take_turns,
+)
 from streamgd.run.graph import Graph, Key, keep
 from streamgd.run.lane_rows import LanePlans
 from streamgd.run.members import Members
@@ -29,6 +40,8 @@ from streamgd.run.worker_memory import WorkerMemory
 
 #: States up to this size are sent with each task that needs them, others once.
 _EMBEDDED_BYTES = 100_000
+#: Seconds in which workers that did not meet do not try again.
+_APART_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -41,8 +54,10 @@ class Flight:
         Which rounds.
     merged : Future
         Of what comes of each of them.
+    groups : list of Group
+        The lanes of each task, and where.
     last : list of Future
-        What the next flight begins from.
+        What the next flight begins from; of an exchange, each group from its own.
     sent : dict of str to Future
         Rows that were read for it elsewhere, by the lanes that they are of.
     held : list of Future
@@ -53,6 +68,7 @@ class Flight:
 
     stretch: Stretch
     merged: Any
+    groups: list[Group]
     last: list[Any]
     sent: dict[str, Any]
     held: list[Any]
@@ -115,11 +131,13 @@ class Dispatch:
             bounded=self._deliveries is not None,
         )
         self._flights = self._attempt = 0
+        self._apart_until = float("-inf")  # when workers that did not meet may do so again
         self._ahead: _Ahead | None = None
         self._lane_work = WorkerWork(run, source)
         self._hand_over_work()
 
     def _hand_over_work(self) -> None:
+        self._lane_work.renew()
         graph = Graph(self._client, self._members.fit)
         key = graph.add(f"lane-work-{self._name}-{self._attempt}", None, 0, keep, self._lane_work)
         (self._work,) = graph.hand_over([key])
@@ -132,6 +150,9 @@ class Dispatch:
     def start_again(self) -> None:
         """Forget what was handed over; flights are dropped before."""
         self._ahead, self._attempt = None, self._attempt + 1
+        # Whoever waits for a silent worker would have no thread for what comes; and nobody waits here for that one.
+        telling = self._client, _give_up, self._work.key, self._attempt
+        threading.Thread(target=tell_workers, args=telling, name="streamgd-tell", daemon=True).start()
         if self._deliveries is not None:
             self._deliveries.start_again()
         # The cluster was started afresh; or who has the work may be silent, and with it what others would fetch.
@@ -154,7 +175,17 @@ class Dispatch:
         sent = self._sends and bool(self._others()) and members.has_room_to_send
         groups = members.groups()
         kept = self._deliveries is not None and self._deliveries.kept(groups, epoch)
-        return self.pace.next(epoch, row, len(groups), room=members.has_room, sent=sent, kept=kept)
+        exchanged = (
+            time.monotonic() >= self._apart_until
+            and members.fit is None
+            and self.pace.few(len(groups))
+            and can_meet([address for _, address in groups])
+        )
+        return self.pace.next(epoch, row, len(groups), room=members.has_room, sent=sent, kept=kept, exchanged=exchanged)
+
+    def keep_apart(self) -> None:
+        """Share rounds by tasks alone for a while: workers are busy with other tasks, or one of them was lost."""
+        self._apart_until = time.monotonic() + _APART_S
 
     def _groups(self, stretch: Stretch) -> list[Group]:
         """Say which lanes take their turns in one task, and where."""
@@ -162,14 +193,18 @@ class Dispatch:
             return [(list(range(self._n_lanes)), self._members.first)]
         return self._members.groups()
 
-    def hand_over(self, start: Any, packed: Packed, epoch: int, row: int, *, behind: Flight | None) -> Flight:
-        """Hand the tasks of rounds to the scheduler, to begin from a state or from what came of the rounds before."""
+    def hand_over(self, start: State | None, packed: Packed, epoch: int, row: int, *, behind: Flight | None) -> Flight:
+        """Hand the tasks of rounds to the scheduler, to begin from a state or from what came of the flight before."""
         stretch, groups, deliveries = self._with_blocks(epoch, row)
         self._flights += 1
         name = f"{self._name}-{self._flights}"
         graph = Graph(self._client, self._members.fit)
-        if behind is None and self.state_bytes > _EMBEDDED_BYTES:
-            start = graph.add((f"round-state-{name}", epoch, row), None, 20, keep, start)
+        if behind is not None:
+            starts = _beginnings(behind, groups)
+        elif self.state_bytes > _EMBEDDED_BYTES:
+            starts = [graph.add((f"round-state-{name}", epoch, row), None, 20, keep, start)] * len(groups)
+        else:
+            starts = [start] * len(groups)
         sent: dict[str, Key] = {}
         aside: list[Key] = []
         if stretch.together:
@@ -180,17 +215,21 @@ class Dispatch:
                 leaving = [lane for lanes, _ in self._others() for lane in lanes]
                 aside = self._add_starts(graph, name, stretch)
             key: Key = (f"lane-rounds-{name}", epoch, row, len(stretch.spans))
-            several = self._work, start, packed, stretch.spans, deliveries[0], leaving, list(sent.values())
+            several = self._work, starts[0], packed, stretch.spans, deliveries[0], leaving, list(sent.values())
             merged = graph.add(key, self._members.first, 10, play_short, *several)
             last = [merged]
+        elif stretch.exchanged:
+            last = self._add_exchanged(graph, name, starts, packed, stretch, groups, deliveries)
+            merged = last[0]
         else:
-            merged, last = self._add_shared(graph, name, start, packed, stretch, groups, deliveries)
+            merged, last = self._add_shared(graph, name, starts, packed, stretch, groups, deliveries)
         wanted = [merged, *last, *sent.values(), *aside]
         futures = dict(zip(wanted, graph.hand_over(wanted), strict=True))
         held = [*filter(None, deliveries), *(futures[key] for key in aside)]
         return Flight(
             stretch,
             futures[merged],
+            groups,
             [futures[key] for key in last],
             {lanes: futures[key] for lanes, key in sent.items()},
             held,
@@ -201,7 +240,7 @@ class Dispatch:
         self,
         graph: Graph,
         name: str,
-        start: Any,
+        starts: Sequence[Any],
         packed: Packed,
         stretch: Stretch,
         groups: Sequence[Group],
@@ -212,15 +251,35 @@ class Dispatch:
         last: list[Key] = []
         for span in stretch.spans:
             last = []
-            for (lanes, address), delivery in zip(groups, deliveries, strict=True):
+            for (lanes, address), start, delivery in zip(groups, starts, deliveries, strict=True):
                 key: Key = (f"lane-turns-{name}", span.epoch, span.row, _text(lanes))
                 arguments = self._work, start, packed, lanes, span, delivery
                 last.append(graph.add(key, address, 10, take_turns, *arguments))
             firsts.append(last[0])
-            start = last
+            starts = [last] * len(groups)
         key = (f"merge-lanes-{name}", stretch.rows.epoch, stretch.rows.end)
         merged = graph.add(key, groups[0][1], 20, merge_flight, firsts, last, packed)
         return merged, last if self.pace.few(len(groups)) else [merged]
+
+    def _add_exchanged(
+        self,
+        graph: Graph,
+        name: str,
+        starts: Sequence[Any],
+        packed: Packed,
+        stretch: Stretch,
+        groups: Sequence[Group],
+        deliveries: Sequence[Any],
+    ) -> list[Key]:
+        """Add rounds that workers share by an exchange; return what comes of them, by group."""
+        rows, homes = stretch.rows, [address for _, address in groups]
+        last: list[Key] = []
+        for index, ((lanes, address), start, delivery) in enumerate(zip(groups, starts, deliveries, strict=True)):
+            key: Key = (f"lane-rounds-{name}", rows.epoch, rows.row, len(stretch.spans), _text(lanes))
+            circle = Circle(self._attempt, self._flights, homes, index)
+            arguments = self._work, start, packed, lanes, stretch.spans, delivery, circle
+            last.append(graph.add(key, address, 10, share_rounds, *arguments))
+        return last
 
     def _add_sent(
         self, graph: Graph, name: str, stretch: Stretch, behind: Flight | None
@@ -297,12 +356,28 @@ def drop(flight: Flight | None) -> None:
             future.release()
 
 
+def _beginnings(behind: Flight, groups: Sequence[Group]) -> list[Any]:
+    """Return what each group begins from behind a flight: after an exchange, what is on its own worker already."""
+    if not behind.stretch.exchanged:
+        return [behind.last] * len(groups)
+    if behind.groups == groups:
+        return [[each] for each in behind.last]
+    return [[behind.merged]] * len(groups)
+
+
 def _text(lanes: Sequence[int]) -> str:
     return " ".join(map(str, lanes))
+
+
+def _give_up(key: Any, attempt: int, dask_worker: Any = None) -> None:
+    """Have nobody on a worker wait for others that were to share rounds of earlier attempts."""
+    work = dask_worker.data.get(key)
+    if work is not None:
+        work.exchange.give_up(attempt)
 
 
 def _close(key: Any, dask_worker: Any = None) -> None:
     """Close a run's readers on a worker."""
     work = dask_worker.data.get(key)
     if work is not None:
-        threading.Thread(target=work.readers.close, name="streamgd-close", daemon=True).start()
+        threading.Thread(target=work.close, name="streamgd-close", daemon=True).start()

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import secrets
+import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -19,6 +22,7 @@ from streamgd.learn import kernels
 from streamgd.learn.recipe import Packed
 from streamgd.learn.state import State
 from streamgd.run.epochs import closed_epoch
+from streamgd.run.exchange import ApartError, Circle, Exchange
 from streamgd.run.in_place import Handed
 from streamgd.run.lane_rows import Delivery
 from streamgd.run.lanes import LaneWork, open_reader, read_ahead, take_turn
@@ -50,9 +54,29 @@ class WorkerWork(LaneWork):
     """
 
     def __init__(self, run: Run, source: Source) -> None:
+        self.renew()
         super().__init__(run, source, n_threads=1, most_readers=1)
         self._config, self._tol = run.config, run.config.absolute_tol(run.survey.null_loss)
         self._versions, self._memory = versions(), WorkerMemory.of(run)
+
+    def renew(self) -> None:
+        """Have an exchange of its own, before this is handed over once more."""
+        self._token = secrets.token_bytes(16)
+
+    def _start_afresh(self) -> None:
+        super()._start_afresh()
+        self.exchange = Exchange(self._token)
+        weakref.finalize(self, _close_soon, self.exchange).atexit = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave behind what belongs to this process."""
+        return {name: value for name, value in super().__getstate__().items() if name != "exchange"}
+
+    def close(self) -> None:
+        """Have nobody wait here any more, and close what is open."""
+        self.readers.stopping = True
+        self.exchange.close()
+        self.readers.close()
 
     def make_ready(self) -> None:
         """Give the lanes as many threads and readers as the worker that this runs on has room for.
@@ -83,6 +107,10 @@ class WorkerWork(LaneWork):
         if state.epoch < epoch and state.counters[kernels.STATUS] == kernels.OK:
             state = replace(state, **closed_epoch(state, self._config, self._tol))
         return state, before
+
+
+def _close_soon(exchange: Exchange) -> None:
+    threading.Thread(target=exchange.close, name="streamgd-close", daemon=True).start()
 
 
 class _InOnePiece:
@@ -131,7 +159,7 @@ class Flown(_InOnePiece):
     Attributes
     ----------
     rounds : list of Round
-        In order.
+        In order; none if those that were to play them did not meet.
     """
 
     rounds: list[Round]
@@ -285,6 +313,34 @@ def play_short(
     return Flown(found)
 
 
+def share_rounds(
+    work: WorkerWork,
+    beginning: Beginning,
+    packed: Packed,
+    lanes: Sequence[int],
+    spans: Sequence[Span],
+    delivered: Mapping[int, Delivery] | None,
+    circle: Circle,
+) -> Flown:
+    """Take the turns of some lanes in several rounds, and hand what came of them to those that take the others'.
+
+    The group of lane 0 tells all rounds, others the last one alone, from which they go on.
+    """
+    from distributed import get_worker
+
+    work.make_ready()
+    played: list[Round] = []
+    try:
+        with _unless_over(work), work.exchange.among(circle) as gather:
+            if get_worker().address != circle.home:
+                raise ApartError("this was given to another worker")
+            state, _ = work.begin(beginning, packed, spans[0].epoch)
+            played = play_rounds(work, state, packed, spans, delivered, lanes=lanes, gather=gather)
+    except ApartError:
+        return Flown([])
+    return Flown(played if 0 in lanes else played[-1:])
+
+
 def merge_flight(firsts: Sequence[Taken], last: Sequence[Taken], packed: Packed) -> Flown:
     """Say what came of each round of a flight: of all but the last, lane 0's group of the round after it knows.
 
@@ -317,4 +373,6 @@ def _begun(beginning: Beginning, packed: Packed) -> tuple[State, Round | None]:
         found = _merged(groups, packed)
         return found.state, found
     (flown,) = (each for each in beginning if isinstance(each, Flown))
+    if not flown.rounds:
+        raise ApartError("the rounds before were not played")
     return flown.rounds[-1].state, None

@@ -28,6 +28,13 @@ _FLIGHT_S, _MOST_IN_FLIGHT, _FEW_GROUPS = 0.25, 8, 8
 #: When what was handed over last took longer than this, in seconds, nothing is handed over behind what is under way; of
 #: others so many are chained at most.
 _LONG_S, _MOST_CHAINED = 1.0, 32
+#: Rounds of an exchange are handed over for as long, so many of them at most; not those that take longer than so many
+#: seconds each, next to which tasks are nothing. Before it is known how long they take, for so many bytes of rows; and
+#: so many times as many behind these.
+_MOST_EXCHANGED, _LONG_ROUND_S = 500, 1.0
+_UNKNOWN_BYTES, _MORE_BEHIND = 32_000_000, 3
+#: What rounds that are handed over at once take beside their rows, all together and each.
+_BESIDE_S, _EACH_BESIDE_S = 0.01, 0.0005
 
 
 def shared_s(n_groups: int) -> float:
@@ -49,12 +56,15 @@ class Stretch:
         Whether that is so for the last time, so that lanes go to their own workers where these rounds end.
     sent : bool
         Whether the others send it their lanes' rows.
+    exchanged : bool
+        Whether workers share them by an exchange, and not by tasks.
     """
 
     spans: list[Span]
     together: bool
     last: bool = False
     sent: bool = False
+    exchanged: bool = False
 
     @property
     def rows(self) -> Span:
@@ -92,12 +102,21 @@ class Pace:
         self._sent_bytes = sent_bytes
         self._n_lanes, self._row_bytes, self._state_bytes = n_lanes, row_bytes, state_bytes
         self._most_rows = turns.most_rows if bounded else sys.maxsize
+        self._unknown_bytes = _UNKNOWN_BYTES
         self._last_s = 0.0  # of what was handed over last
         self._row_s, self._alone_s = 0.0, 0.0  # for a row of each lane: shared, and where one worker plays alone
         self._shared = False
 
     def next(
-        self, epoch: int, row: int, n_groups: int, *, room: bool, sent: bool = False, kept: bool = False
+        self,
+        epoch: int,
+        row: int,
+        n_groups: int,
+        *,
+        room: bool,
+        sent: bool = False,
+        kept: bool = False,
+        exchanged: bool = False,
     ) -> Stretch:
         """Return what to hand over from a row on.
 
@@ -113,14 +132,19 @@ class Pace:
             Whether others would send it their lanes' rows.
         kept : bool, default=False
             Whether lanes that share rounds have all their blocks, so that these do not bound what is handed over.
+        exchanged : bool, default=False
+            Whether workers can share rounds by an exchange.
         """
+        most_rows = sys.maxsize if kept else self._most_rows
+        if exchanged and (spans := self._exchanged_spans(epoch, row, most_rows)):
+            self._shared = True
+            return Stretch(spans, together=False, exchanged=True)
         if room and not self._shared:
             most_bytes = min(_TOGETHER_BYTES, self._sent_bytes) if sent else _TOGETHER_BYTES
             short, self._shared = self._short_spans(epoch, row, n_groups, most_bytes)
             if short:
                 return Stretch(short, together=True, last=self._shared, sent=sent)
         self._shared = True  # lanes that went back to one worker would be read anew there
-        most_rows = sys.maxsize if kept else self._most_rows
         return Stretch(self._shared_spans(epoch, row, n_groups, most_rows), together=False)
 
     def few(self, n_groups: int) -> bool:
@@ -138,7 +162,8 @@ class Pace:
     def ended(self, stretch: Stretch, chained: int, rounds: Sequence[Round], took_s: float) -> None:
         """Learn from what has ended, how long that took."""
         self._last_s = took_s
-        self._row_s = took_s / stretch.rows.n_rows
+        beside_s = _BESIDE_S + len(rounds) * _EACH_BESIDE_S if stretch.exchanged else 0.0
+        self._row_s = max(took_s - beside_s, took_s / 10) / stretch.rows.n_rows
         if stretch.together and chained:  # the first one opens files, and compiles
             self._alone_s = max(self._alone_s, sum(each.took_s for each in rounds) / stretch.rows.n_rows)
 
@@ -164,6 +189,25 @@ class Pace:
         if not self._alone_s:
             return size <= _SHORT_BYTES
         return n_rows * self._alone_s * (1 - 1 / n_groups) <= shared_s(n_groups)
+
+    def _exchanged_spans(self, epoch: int, row: int, most_rows: int) -> list[Span]:
+        """Return rounds that are over in a moment, as far as is known; none if they are long, each by itself."""
+        span = self._turns.at(epoch, row)
+        if span.n_rows * self._row_s > _LONG_ROUND_S:
+            return []
+        spans = [span]
+        if self._row_s:
+            most_rows = min(most_rows, int(_FLIGHT_S / self._row_s))
+        else:
+            most_rows = min(most_rows, self._unknown_bytes // (self._n_lanes * self._row_bytes))
+            self._unknown_bytes *= _MORE_BEHIND
+        most = min(_MOST_EXCHANGED, _STATES_BYTES // self._state_bytes)
+        while len(spans) < most and spans[-1].end < self._turns.lane_rows:
+            span = self._turns.at(epoch, spans[-1].end)
+            if span.end - row > most_rows:
+                break
+            spans.append(span)
+        return spans
 
     def _shared_spans(self, epoch: int, row: int, n_groups: int, most_rows: int) -> list[Span]:
         """Return rounds that follow one another without the client: a moment's work, as far as is known."""

@@ -11,7 +11,7 @@ import abc
 import contextlib
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
@@ -150,6 +150,9 @@ def play_rounds(
     delivered: Mapping[int, Delivery] | None = None,
     leaving: Sequence[int] = (),
     sent: Sequence[SentRows] = (),
+    *,
+    lanes: Sequence[int] | None = None,
+    gather: Callable[[Part], Sequence[Part]] | None = None,
 ) -> list[Round]:
     """Play several rounds in this thread, one lane's turn after the other.
 
@@ -169,18 +172,23 @@ def play_rounds(
         Lanes that go elsewhere when these rounds have ended.
     sent : sequence of SentRows, default=()
         The rows of lanes that were read elsewhere.
+    lanes : sequence of int, optional
+        Those whose turns are taken here; all by default.
+    gather : callable, optional
+        Takes what these gave in a round, and returns what all lanes gave; needed if others take some turns.
 
     Returns
     -------
     list of Round
         What came of each.
     """
+    lanes = range(work.plans.n_lanes) if lanes is None else lanes
     own: list[LaneReader] = []
     readers: dict[int, LaneReader | SentReader] = {rows.lane: SentReader(rows) for rows in sent}
     played: list[Round] = []
     state = start
     try:
-        for lane in sorted(set(range(work.plans.n_lanes)) - readers.keys()):
+        for lane in sorted(set(lanes) - readers.keys()):
             delivery = None if delivered is None else delivered[lane]
             own.append(open_reader(work, lane, spans[0].epoch, spans[0].row, delivery))
             readers[lane] = own[-1]
@@ -188,12 +196,14 @@ def play_rounds(
                 own[-1].read_ahead_to(spans[-1].end)
         for span in spans:
             began = time.perf_counter()
-            parts = [
+            parts: Sequence[Part] = [
                 Part.of(lane, train_turn(work, state, packed, lane, reader, span))
                 for lane, reader in sorted(readers.items())
             ]
+            if gather is not None:
+                parts = gather(joined(parts, work.plans.n_lanes))
             found = merge_parts(state, parts, packed, span.end)
-            played.append(replace(found, took_s=time.perf_counter() - began))
+            played.append(found if gather is not None else replace(found, took_s=time.perf_counter() - began))
             state = played[-1].state
             if played[-1].done or state.counters[kernels.STATUS] != kernels.OK:
                 break

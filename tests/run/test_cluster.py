@@ -130,14 +130,18 @@ def open_data_files() -> int:
 SINGLY = {"_SHORT_BYTES": 0, "_SHARED_S": -1.0, "_FEW_GROUPS": 0}
 CHAINED = {"_SHORT_BYTES": 0, "_SHARED_S": -1.0, "_FLIGHT_S": 100.0}
 TOGETHER = {"_SHARED_S": 100.0}
+#: As on one machine, where workers hand one another what they found without tasks: all else is as on several.
+EXCHANGED = {"_FLIGHT_S": 100.0}
 
 
 def hand_over(monkeypatch: pytest.MonkeyPatch, way: dict[str, Any]) -> None:
+    if way is not EXCHANGED:
+        monkeypatch.setattr(dispatch, "can_meet", lambda addresses: False)
     for name, value in way.items():
         monkeypatch.setattr(pace, name, value)
 
 
-@pytest.fixture(params=[CHAINED, TOGETHER], ids=["chained", "together"])
+@pytest.fixture(params=[CHAINED, TOGETHER, EXCHANGED], ids=["chained", "together", "exchanged"])
 def rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hand rounds over several at once, and as many as make one task."""
     hand_over(monkeypatch, request.param)
@@ -1260,9 +1264,9 @@ def slowed(seconds: float, module: str = "streamgd.run.flights") -> None:
     flights: Any = importlib.import_module(module)
     play = flights.__dict__.setdefault("_play_as_ever", flights.play_rounds)
 
-    def later(*arguments: Any) -> Any:
+    def later(*arguments: Any, **options: Any) -> Any:
         time.sleep(seconds)
-        return play(*arguments)
+        return play(*arguments, **options)
 
     flights.play_rounds = later if seconds else play
 

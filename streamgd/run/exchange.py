@@ -1,0 +1,290 @@
+"""How workers of one machine hand one another what their lanes found, without Dask: an exchange.
+
+A round that is made of Dask's tasks costs milliseconds beside its work: every worker tells the scheduler that its turns
+are over, and is told of the next ones. Workers of the same machine play many rounds in one task each, and hand what
+came of every turn to the others through sockets of the machine, in a tenth of a millisecond. What travels is what tasks
+would hand on, and every worker merges it for itself, as tasks would.
+
+Nobody may wait without end for a worker that is busy with something else, or gone. Those that share rounds meet first,
+for which they have a moment's patience. Whoever gives up, or fails, closes its sockets, and the others give up too;
+then these rounds are played by tasks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+import pickle
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from streamgd.data.window import Stopped
+
+#: Seconds to wait for others at the start, who may be busy with other tasks; and then, for a turn of theirs.
+_MEET_S, _TURN_S = 2.0, 60.0
+#: Seconds between attempts to reach who is not there yet.
+_KNOCK_S = 0.001
+#: Bytes of a message that a socket takes in before the other end reads.
+_FITTING_BYTES = 32_000
+_SIZE = struct.Struct("<Q")
+_CREDENTIALS = struct.Struct("3i")  # process, user, group
+
+
+class ApartError(Exception):
+    """Those that were to share rounds did not meet, or one of them is gone or gave up."""
+
+
+@dataclass(frozen=True)
+class Circle:
+    """Those that share some rounds, as one of them sees it.
+
+    Attributes
+    ----------
+    attempt, flight : int
+        Which rounds these are: those of one attempt follow one another.
+    homes : sequence of str
+        The worker of each.
+    mine : int
+        Which of them this is.
+    """
+
+    attempt: int
+    flight: int
+    homes: Sequence[str]
+    mine: int
+
+    @property
+    def home(self) -> str:
+        """The worker of this one."""
+        return self.homes[self.mine]
+
+    def meets_as(self, other: Circle) -> bool:
+        """Whether those that met for other rounds need not meet again for these."""
+        return (self.attempt, self.homes, self.mine) == (other.attempt, other.homes, other.mine)
+
+
+def can_meet(addresses: Sequence[str]) -> bool:
+    """Whether workers are processes of one machine, by their addresses, and can have an exchange."""
+    from distributed.comm.addressing import get_address_host, parse_address
+
+    if not sys.platform.startswith("linux") or len(addresses) < 2:
+        return False
+    if any(parse_address(address)[0] == "inproc" for address in addresses):
+        return False
+    return len({get_address_host(address) for address in addresses}) == 1
+
+
+class Exchange:
+    """What a process has of the exchange of one run.
+
+    Parameters
+    ----------
+    token : bytes
+        Known to all that take part, and to nobody else.
+
+    Notes
+    -----
+    Sockets are of Linux's abstract namespace: they have names, no files, and are gone with their process. Names follow
+    from the token, and both ends see to it that the other one belongs to the same user.
+    """
+
+    def __init__(self, token: bytes) -> None:
+        self._token = token
+        self._lock = threading.Lock()
+        self._meetings: dict[int, _Meeting] = {}  # those that wait for their next rounds
+        self._open: set[_Meeting] = set()  # all of them
+        self._closed = False
+
+    @contextlib.contextmanager
+    def among(self, circle: Circle) -> Iterator[Callable[[Any], list[Any]]]:
+        """Meet those that share some rounds.
+
+        Yields
+        ------
+        callable
+            Hands what one found to all, and returns what all found, in order; to be called as often by each of them.
+
+        Raises
+        ------
+        ApartError
+            If they do not meet, or one of them gives up; also raised by what is yielded.
+        Stopped
+            If this is closed, likewise.
+        """
+        meeting = self._take(circle)
+        numbers = itertools.count()
+
+        def gather(part: Any) -> list[Any]:
+            return meeting.gather((circle.flight, next(numbers)), part)
+
+        try:
+            meeting.wait_for(_MEET_S)
+            gather(None)
+            meeting.wait_for(_TURN_S)
+            yield gather
+        except BaseException as err:
+            meeting.close()
+            with self._lock:
+                self._open.discard(meeting)
+                closed = self._closed
+            if isinstance(err, OSError):
+                raise (Stopped() if closed else ApartError(f"{type(err).__name__}: {err}")) from err
+            raise
+        with self._lock:
+            if not self._closed:
+                self._meetings[circle.mine] = meeting
+
+    def give_up(self, attempt: int) -> None:
+        """Have nobody wait for rounds of attempts before this one, which are played again."""
+        with self._lock:
+            old = [meeting for meeting in self._open if meeting.circle.attempt < attempt]
+        for meeting in old:
+            meeting.shut_down()
+
+    def close(self) -> None:
+        """Have nobody wait here any more, and leave nothing behind. Idempotent."""
+        with self._lock:
+            self._closed = True
+            left, idle = list(self._open), list(self._meetings.values())
+            self._meetings.clear()
+            self._open.clear()
+        for meeting in left:  # who waits is woken, and closes
+            meeting.shut_down()
+        for meeting in idle:
+            meeting.close()
+
+    def _take(self, circle: Circle) -> _Meeting:
+        with self._lock:
+            if self._closed:
+                raise Stopped
+            before = self._meetings.pop(circle.mine, None)
+            if before is not None and circle.meets_as(before.circle):
+                return before
+            new = _Meeting(circle, self._token)
+            self._open.add(new)
+            self._open.discard(before) if before is not None else None
+        if before is not None:
+            before.close()
+        return new
+
+
+class _Meeting:
+    """The sockets from one that shares rounds to all others."""
+
+    def __init__(self, circle: Circle, token: bytes) -> None:
+        self.circle, self._token = circle, token
+        self._listener: socket.socket | None = None
+        self._ends: dict[int, socket.socket] = {}
+        self._shut = False
+
+    def wait_for(self, seconds: float) -> None:
+        """Meet, if need be, and wait up to so many seconds for what others say from now on."""
+        if not self._ends:
+            self._meet(time.monotonic() + seconds)
+        for end in self._ends.values():
+            end.settimeout(seconds)
+
+    def gather(self, which: tuple[int, int], part: Any) -> list[Any]:
+        """Hand a part to all others, and return all parts; what is bigger than sockets take in, in pairs in order."""
+        mine = self.circle.mine
+        message = pickle.dumps((which, part), protocol=5)
+        data = _SIZE.pack(len(message)) + message
+        fits = len(data) <= _FITTING_BYTES
+        if fits:
+            for end in self._ends.values():
+                end.sendall(data)
+        found = {mine: part}
+        for index, end in sorted(self._ends.items()):
+            if not fits and index > mine:
+                end.sendall(data)
+            theirs, found[index] = pickle.loads(_read(end))
+            if theirs != which:
+                raise ApartError(f"others are elsewhere: at {theirs}, not {which}")
+            if not fits and index < mine:
+                end.sendall(data)
+        return [part for _, part in sorted(found.items())]
+
+    def _meet(self, until: float) -> None:
+        """Be called by those behind, and call those before."""
+        mine, n = self.circle.mine, len(self.circle.homes)
+        with socket.socket(socket.AF_UNIX) as listener:
+            self._listener = listener
+            listener.bind(self._name(mine))
+            listener.listen(n)
+            for index in range(mine):
+                self._ends[index] = self._call(index, until)
+                self._ends[index].sendall(_SIZE.pack(mine))
+            while len(self._ends) < n - 1:
+                listener.settimeout(max(_KNOCK_S, until - time.monotonic()))
+                end, _ = listener.accept()
+                end.settimeout(max(_KNOCK_S, until - time.monotonic()))
+                if _is_same_user(end):
+                    (index,) = _SIZE.unpack(_read_exactly(end, _SIZE.size))
+                    self._ends[index] = end
+                else:
+                    end.close()
+        self._listener = None
+
+    def _call(self, index: int, until: float) -> socket.socket:
+        while True:
+            if self._shut:
+                raise Stopped
+            end = socket.socket(socket.AF_UNIX)
+            try:
+                end.settimeout(_MEET_S)
+                end.connect(self._name(index))
+                if not _is_same_user(end):
+                    raise PermissionError("another user has taken the name of a worker's socket")
+                return end
+            except OSError as err:
+                end.close()
+                if not isinstance(err, ConnectionRefusedError) or time.monotonic() >= until:
+                    raise
+            time.sleep(_KNOCK_S)
+
+    def _name(self, index: int) -> str:
+        """Name the socket on which others call one, in Linux's abstract namespace."""
+        known = f"{self.circle.attempt} {index} {' '.join(self.circle.homes)}"
+        return "\0streamgd-" + hashlib.sha256(self._token + known.encode()).hexdigest()[:32]
+
+    def shut_down(self) -> None:
+        """Have whoever waits here wait no more."""
+        self._shut = True
+        for end in [self._listener, *list(self._ends.values())]:
+            if end is not None:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        for end in self._ends.values():
+            end.close()
+        self._ends.clear()
+
+
+def _is_same_user(end: socket.socket) -> bool:
+    _, user, _ = _CREDENTIALS.unpack(end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return bool(user == os.getuid())
+
+
+def _read(end: socket.socket) -> bytearray:
+    (size,) = _SIZE.unpack(_read_exactly(end, _SIZE.size))
+    return _read_exactly(end, size)
+
+
+def _read_exactly(end: socket.socket, size: int) -> bytearray:
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        n = end.recv_into(view)
+        if n == 0:
+            raise ConnectionResetError("the other one is gone, or gave up")
+        view = view[n:]
+    return data
