@@ -7,7 +7,9 @@ for it without end; here, whoever asks goes on without the answer.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,8 +65,16 @@ def reports_of_workers(
 
 
 def tell_workers(client: Any, function: Any, *arguments: Any) -> None:
-    """Run something on all workers that answer."""
-    client.run(function, *arguments, on_error="ignore", callback_timeout=ANSWER_S)
+    """Run something on all workers that answer; it is for the best, and no error if none does."""
+    with contextlib.suppress(Exception):
+        client.run(function, *arguments, on_error="ignore", callback_timeout=ANSWER_S)
+
+
+def tell_workers_soon(client: Any, function: Any, *arguments: Any) -> None:
+    """Do the same, but do not wait for those that are silent."""
+    telling = threading.Thread(target=tell_workers, args=(client, function, *arguments), name="streamgd-tell")
+    telling.daemon = True
+    telling.start()
 
 
 async def _who_answers(client: Any, addresses: Sequence[str]) -> tuple[list[str], set[str]]:

@@ -13,7 +13,6 @@ room, and it is as without.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -210,8 +209,7 @@ class Deliveries:
         if not self._keepers:
             return
         if self._work_key is not None:
-            with contextlib.suppress(Exception):
-                tell_workers(self._client, _free_readers, self._work_key, self._attempt + 1)
+            tell_workers(self._client, _free_readers, self._work_key, self._attempt + 1)
         self.clear()
 
     def _release_held(self) -> None:

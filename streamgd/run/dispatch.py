@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from streamgd.learn.recipe import Packed
 from streamgd.learn.state import State
-from streamgd.run.asking import tell_workers
+from streamgd.run.asking import tell_workers, tell_workers_soon
 from streamgd.run.delivery import Deliveries, Group
 from streamgd.run.exchange import Circle, can_meet
 from streamgd.run.flights import (
@@ -151,8 +151,7 @@ class Dispatch:
         """Forget what was handed over; flights are dropped before."""
         self._ahead, self._attempt = None, self._attempt + 1
         # Whoever waits for a silent worker would have no thread for what comes; and nobody waits here for that one.
-        telling = self._client, _give_up, self._work.key, self._attempt
-        threading.Thread(target=tell_workers, args=telling, name="streamgd-tell", daemon=True).start()
+        tell_workers_soon(self._client, _give_up, self._work.key, self._attempt)
         if self._deliveries is not None:
             self._deliveries.start_again()
         # The cluster was started afresh; or who has the work may be silent, and with it what others would fetch.
@@ -165,8 +164,7 @@ class Dispatch:
         if self._deliveries is not None:
             self._deliveries.close()
         if self._client.status == "running":
-            with contextlib.suppress(Exception):
-                tell_workers(self._client, _close, self._work.key)
+            tell_workers(self._client, _close, self._work.key)
         del self._work
 
     def _stretch(self, epoch: int, row: int) -> Stretch:
