@@ -34,8 +34,9 @@ from streamgd.run.versions import differing_versions, versions
 from streamgd.run.worker_memory import WorkerMemory
 from streamgd.run.workers import usable_memory
 
-#: What has more bytes of arrays than this travels array by array, without a copy.
-_SMALL_BYTES = 1 << 16
+#: What has more bytes of arrays than this, and arrays of more than these on average, travels array by array, without a
+#: copy.
+_SMALL_BYTES, _SMALL_ARRAY_BYTES = 1 << 16, 1 << 14
 
 
 class Unfit(Exception):
@@ -119,7 +120,7 @@ class _InOnePiece:
     def __reduce_ex__(self, protocol: Any) -> Any:
         arrays: list[pickle.PickleBuffer] = []
         rest = pickle.dumps(self.__dict__, protocol=5, buffer_callback=arrays.append)
-        if sum(array.raw().nbytes for array in arrays) > _SMALL_BYTES:
+        if sum(array.raw().nbytes for array in arrays) > max(_SMALL_BYTES, len(arrays) * _SMALL_ARRAY_BYTES):
             return super().__reduce_ex__(protocol)
         return _put_together, (type(self), rest, [bytearray(array) for array in arrays])
 
