@@ -27,7 +27,7 @@ from streamgd.run.config import RunOptions
 from streamgd.run.dispatch import Dispatch, Flight, drop
 from streamgd.run.epochs import Watcher
 from streamgd.run.exchange import ApartError
-from streamgd.run.flights import Unfit
+from streamgd.run.flights import Flown, Unfit
 from streamgd.run.members import Members
 from streamgd.run.rounds import Crew, Round
 from streamgd.run.runs import Run
@@ -124,9 +124,10 @@ class ClusterCrew(Crew):
                         return None
                     self._look()
                     self._say_if_long(time.monotonic() - began)
-                self._played.extend(self._result(flight))
+                flown = self._result(flight)
+                self._played.extend(flown.rounds)
                 took_s = time.monotonic() - began
-                self._pace.ended(flight.stretch, flight.chained, self._played, took_s)
+                self._pace.ended(flight.stretch, flight.chained, self._played, took_s, flown.took_s)
                 self._round_s = took_s / len(self._played)
                 return self._hand_out()
             except _Again as again:
@@ -219,7 +220,7 @@ class ClusterCrew(Crew):
             self._awaited = None
         return finished
 
-    def _result(self, flight: Flight) -> list[Round]:
+    def _result(self, flight: Flight) -> Flown:
         """Fetch what came of rounds, or say what kept them from ending."""
         from concurrent.futures import CancelledError
 
@@ -258,7 +259,7 @@ class ClusterCrew(Crew):
             "by itself, or training without the cluster, shows it too"
         )
 
-    def _fetched(self, flight: Flight) -> list[Round]:
+    def _fetched(self, flight: Flight) -> Flown:
         """Fetch what came of rounds, unless it is lost meanwhile with the worker that has it."""
         size = len(flight.stretch.spans) * self._dispatch.state_bytes
         patience_s = _FETCH_S + size / _FETCH_RATE
@@ -266,11 +267,11 @@ class ClusterCrew(Crew):
             if self._stop.is_set():
                 break
             try:
-                found: list[Round] = flight.merged.result(timeout=patience_s).rounds
-                if not found:
+                found: Flown = flight.merged.result(timeout=patience_s)
+                if not found.rounds:
                     raise ApartError("its workers did not meet")
                 # A worker in this process has the same objects still, of which the client changes its own.
-                return [replace(each, state=replace(each.state)) for each in found]
+                return replace(found, rounds=[replace(each, state=replace(each.state)) for each in found.rounds])
             except TimeoutError as err:
                 if flight.merged.status == "error":  # it is the task's own
                     raise _Failed(str(err)) from err

@@ -11,6 +11,7 @@ import contextlib
 import pickle
 import secrets
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -161,9 +162,12 @@ class Flown(_InOnePiece):
     ----------
     rounds : list of Round
         In order; none if those that were to play them did not meet.
+    took_s : float
+        Seconds from when these met; 0 if they did not have to.
     """
 
     rounds: list[Round]
+    took_s: float = 0.0
 
 
 #: Where rounds begin: a state, what came of a flight, or the groups of a round that is not merged yet.
@@ -331,15 +335,17 @@ def share_rounds(
 
     work.make_ready()
     played: list[Round] = []
+    met = time.perf_counter()
     try:
         with _unless_over(work), work.exchange.among(circle) as gather:
+            met = time.perf_counter()
             if get_worker().address != circle.home:
                 raise ApartError("this was given to another worker")
             state, _ = work.begin(beginning, packed, spans[0].epoch)
             played = play_rounds(work, state, packed, spans, delivered, lanes=lanes, gather=gather)
     except ApartError:
         return Flown([])
-    return Flown(played if 0 in lanes else played[-1:])
+    return Flown(played if 0 in lanes else played[-1:], time.perf_counter() - met)
 
 
 def merge_flight(firsts: Sequence[Taken], last: Sequence[Taken], packed: Packed) -> Flown:

@@ -28,13 +28,13 @@ _FLIGHT_S, _MOST_IN_FLIGHT, _FEW_GROUPS = 0.25, 8, 8
 #: When what was handed over last took longer than this, in seconds, nothing is handed over behind what is under way; of
 #: others so many are chained at most.
 _LONG_S, _MOST_CHAINED = 1.0, 32
-#: Rounds of an exchange are handed over for as long, so many of them at most; not those that take longer than so many
-#: seconds each, next to which tasks are nothing. Before it is known how long they take, for so many bytes of rows; and
-#: so many times as many behind these.
-_MOST_EXCHANGED, _LONG_ROUND_S = 500, 1.0
+#: Rounds of an exchange are handed over for so many seconds at once, so many of them at most; not those that take longer
+#: than so many seconds each, next to which tasks are nothing. Before it is known how long they take, for so many bytes
+#: of rows; and so many times as many behind these.
+_EXCHANGED_S, _MOST_EXCHANGED, _LONG_ROUND_S = 0.5, 500, 1.0
 _UNKNOWN_BYTES, _MORE_BEHIND = 32_000_000, 3
-#: What rounds that are handed over at once take beside their rows, all together and each.
-_BESIDE_S, _EACH_BESIDE_S = 0.01, 0.0005
+#: What each of them takes beside its rows, which take this part of the whole at least.
+_EACH_BESIDE_S, _LEAST_PART = 0.0005, 10
 
 
 def shared_s(n_groups: int) -> float:
@@ -159,11 +159,14 @@ class Pace:
         """
         return self._last_s < _LONG_S and chained < _MOST_CHAINED
 
-    def ended(self, stretch: Stretch, chained: int, rounds: Sequence[Round], took_s: float) -> None:
-        """Learn from what has ended, how long that took."""
+    def ended(
+        self, stretch: Stretch, chained: int, rounds: Sequence[Round], took_s: float, exchanged_s: float = 0.0
+    ) -> None:
+        """Learn from what has ended, how long that took: the client, and those that shared it by an exchange."""
         self._last_s = took_s
-        beside_s = _BESIDE_S + len(rounds) * _EACH_BESIDE_S if stretch.exchanged else 0.0
-        self._row_s = max(took_s - beside_s, took_s / 10) / stretch.rows.n_rows
+        if stretch.exchanged:
+            took_s = max(exchanged_s - len(rounds) * _EACH_BESIDE_S, exchanged_s / _LEAST_PART)
+        self._row_s = took_s / stretch.rows.n_rows
         if stretch.together and chained:  # the first one opens files, and compiles
             self._alone_s = max(self._alone_s, sum(each.took_s for each in rounds) / stretch.rows.n_rows)
 
@@ -197,7 +200,7 @@ class Pace:
             return []
         spans = [span]
         if self._row_s:
-            most_rows = min(most_rows, int(_FLIGHT_S / self._row_s))
+            most_rows = min(most_rows, int(_EXCHANGED_S / self._row_s))
         else:
             most_rows = min(most_rows, self._unknown_bytes // (self._n_lanes * self._row_bytes))
             self._unknown_bytes *= _MORE_BEHIND

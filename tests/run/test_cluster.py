@@ -131,7 +131,7 @@ SINGLY = {"_SHORT_BYTES": 0, "_SHARED_S": -1.0, "_FEW_GROUPS": 0}
 CHAINED = {"_SHORT_BYTES": 0, "_SHARED_S": -1.0, "_FLIGHT_S": 100.0}
 TOGETHER = {"_SHARED_S": 100.0}
 #: As on one machine, where workers hand one another what they found without tasks: all else is as on several.
-EXCHANGED = {"_FLIGHT_S": 100.0}
+EXCHANGED = {"_EXCHANGED_S": 100.0}
 
 
 def hand_over(monkeypatch: pytest.MonkeyPatch, way: dict[str, Any]) -> None:
