@@ -30,7 +30,7 @@ _FLIGHT_S, _MOST_IN_FLIGHT, _FEW_GROUPS = 0.25, 8, 8
 _LONG_S, _MOST_CHAINED = 1.0, 32
 #: Rounds of an exchange are handed over for so many seconds at once, so many of them at most; not those that take longer
 #: than so many seconds each, next to which tasks are nothing. Before it is known how long they take, for so many bytes
-#: of rows; and so many times as many behind these.
+#: of rows, and so many times as many behind these; and as much more of what lies in memory.
 _EXCHANGED_S, _MOST_EXCHANGED, _LONG_ROUND_S = 0.5, 500, 1.0
 _UNKNOWN_BYTES, _MORE_BEHIND = 32_000_000, 3
 #: What each of them takes beside its rows, which take this part of the whole at least.
@@ -136,7 +136,7 @@ class Pace:
             Whether workers can share rounds by an exchange.
         """
         most_rows = sys.maxsize if kept else self._most_rows
-        if exchanged and (spans := self._exchanged_spans(epoch, row, most_rows)):
+        if exchanged and (spans := self._exchanged_spans(epoch, row, most_rows, kept=kept)):
             self._shared = True
             return Stretch(spans, together=False, exchanged=True)
         if room and not self._shared:
@@ -193,7 +193,7 @@ class Pace:
             return size <= _SHORT_BYTES
         return n_rows * self._alone_s * (1 - 1 / n_groups) <= shared_s(n_groups)
 
-    def _exchanged_spans(self, epoch: int, row: int, most_rows: int) -> list[Span]:
+    def _exchanged_spans(self, epoch: int, row: int, most_rows: int, *, kept: bool) -> list[Span]:
         """Return rounds that are over in a moment, as far as is known; none if they are long, each by itself."""
         span = self._turns.at(epoch, row)
         if span.n_rows * self._row_s > _LONG_ROUND_S:
@@ -202,7 +202,8 @@ class Pace:
         if self._row_s:
             most_rows = min(most_rows, int(_EXCHANGED_S / self._row_s))
         else:
-            most_rows = min(most_rows, self._unknown_bytes // (self._n_lanes * self._row_bytes))
+            most_bytes = self._unknown_bytes * (_MORE_BEHIND if kept else 1)
+            most_rows = min(most_rows, most_bytes // (self._n_lanes * self._row_bytes))
             self._unknown_bytes *= _MORE_BEHIND
         most = min(_MOST_EXCHANGED, _STATES_BYTES // self._state_bytes)
         while len(spans) < most and spans[-1].end < self._turns.lane_rows:
