@@ -31,8 +31,8 @@ from streamgd.data.window import Stopped
 
 #: Seconds to wait for others at the start, who may be busy with other tasks; and then, for a turn of theirs.
 _MEET_S, _TURN_S = 2.0, 60.0
-#: Seconds between attempts to reach who is not there yet.
-_KNOCK_S = 0.001
+#: Seconds between attempts to reach who is not there yet; and between looks whether to wait on for who is to come.
+_KNOCK_S, _LISTEN_S = 0.001, 0.05
 #: Seconds to look for what comes before sleeping until it does. Linux wakes who sleeps on the processor of who sent,
 #: which is about to sleep too; then both take their turns there, one after the other, and another one is idle.
 _LOOK_S = 0.0005
@@ -145,6 +145,8 @@ class Exchange:
         with self._lock:
             if not self._closed:
                 self._meetings[circle.mine] = meeting
+                return
+        meeting.close()
 
     def give_up(self, attempt: int) -> None:
         """Have nobody wait for rounds of attempts before this one, which are played again."""
@@ -185,7 +187,6 @@ class _Meeting:
 
     def __init__(self, circle: Circle, token: bytes) -> None:
         self.circle, self._token = circle, token
-        self._listener: socket.socket | None = None
         self._ends: dict[int, socket.socket] = {}
         self._polls: dict[int, Any] = {}
         self._shut = False
@@ -230,27 +231,28 @@ class _Meeting:
         """Be called by those behind, and call those before."""
         mine, n = self.circle.mine, len(self.circle.homes)
         with socket.socket(socket.AF_UNIX) as listener:
-            self._listener = listener
             listener.bind(self._name(mine))
             listener.listen(n)
             for index in range(mine):
                 self._ends[index] = self._call(index, until)
                 self._ends[index].sendall(_SIZE.pack(mine))
+            listener.settimeout(_LISTEN_S)
             while len(self._ends) < n - 1:
-                listener.settimeout(max(_KNOCK_S, until - time.monotonic()))
-                end, _ = listener.accept()
-                end.settimeout(max(_KNOCK_S, until - time.monotonic()))
-                if _is_same_user(end):
-                    (index,) = _SIZE.unpack(_read_exactly(end, _SIZE.size))
-                    self._ends[index] = end
-                else:
-                    end.close()
-        self._listener = None
+                try:
+                    end, _ = listener.accept()
+                except TimeoutError:
+                    self._go_on(until)
+                    continue
+                with contextlib.ExitStack() as held:
+                    held.enter_context(end)
+                    end.settimeout(_MEET_S)
+                    if _is_same_user(end):
+                        (index,) = _SIZE.unpack(_read_exactly(end, _SIZE.size))
+                        self._ends[index] = end
+                        held.pop_all()
 
     def _call(self, index: int, until: float) -> socket.socket:
         while True:
-            if self._shut:
-                raise Stopped
             end = socket.socket(socket.AF_UNIX)
             try:
                 end.settimeout(_MEET_S)
@@ -260,9 +262,14 @@ class _Meeting:
                 return end
             except OSError as err:
                 end.close()
-                if not isinstance(err, ConnectionRefusedError) or time.monotonic() >= until:
+                if not isinstance(err, ConnectionRefusedError):  # it listens not yet
                     raise
+            self._go_on(until)
             time.sleep(_KNOCK_S)
+
+    def _go_on(self, until: float) -> None:
+        if self._shut or time.monotonic() >= until:
+            raise TimeoutError("not all have come")
 
     def _name(self, index: int) -> str:
         """Name the socket on which others call one, in Linux's abstract namespace."""
@@ -272,10 +279,9 @@ class _Meeting:
     def shut_down(self) -> None:
         """Have whoever waits here wait no more."""
         self._shut = True
-        for end in [self._listener, *list(self._ends.values())]:
-            if end is not None:
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
+        for end in list(self._ends.values()):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         for end in self._ends.values():

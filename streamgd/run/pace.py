@@ -28,9 +28,9 @@ _FLIGHT_S, _MOST_IN_FLIGHT, _FEW_GROUPS = 0.25, 8, 8
 #: When what was handed over last took longer than this, in seconds, nothing is handed over behind what is under way; of
 #: others so many are chained at most.
 _LONG_S, _MOST_CHAINED = 1.0, 32
-#: Rounds of an exchange are handed over for so many seconds at once, so many of them at most; not those that take longer
-#: than so many seconds each, next to which tasks are nothing. Before it is known how long they take, for so many bytes
-#: of rows, and so many times as many behind these; and as much more of what lies in memory.
+#: Rounds of an exchange are handed over for so many seconds at once, so many of them at most; not those that take
+#: longer than so many seconds each, next to which tasks are nothing. Before it is known how long they take, for so many
+#: bytes of rows, and so many times as many behind these; and as much more of what lies in memory.
 _EXCHANGED_S, _MOST_EXCHANGED, _LONG_ROUND_S = 0.5, 500, 1.0
 _UNKNOWN_BYTES, _MORE_BEHIND = 32_000_000, 3
 #: What each of them takes beside its rows, which take this part of the whole at least.

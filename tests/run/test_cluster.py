@@ -126,6 +126,13 @@ def open_data_files() -> int:
     return found
 
 
+def records_of(path: Path) -> list[dict[str, Any]]:
+    """Return what the only run in a folder has recorded, but for the time that it took."""
+    (found,) = path.glob("*/metrics.jsonl")
+    lines = map(json.loads, found.read_text().splitlines())
+    return [{name: value for name, value in record.items() if name != "wall_s"} for record in lines]
+
+
 #: Ways to hand rounds over: what `pace` is told.
 SINGLY = {"_SHORT_BYTES": 0, "_SHARED_S": -1.0, "_FEW_GROUPS": 0}
 CHAINED = {"_SHORT_BYTES": 0, "_SHARED_S": -1.0, "_FLIGHT_S": 100.0}
@@ -141,10 +148,13 @@ def hand_over(monkeypatch: pytest.MonkeyPatch, way: dict[str, Any]) -> None:
         monkeypatch.setattr(pace, name, value)
 
 
-@pytest.fixture(params=[CHAINED, TOGETHER, EXCHANGED], ids=["chained", "together", "exchanged"])
+WAYS = {"chained": CHAINED, "together": TOGETHER, "exchanged": EXCHANGED}
+
+
+@pytest.fixture(params=WAYS)
 def rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hand rounds over several at once, and as many as make one task."""
-    hand_over(monkeypatch, request.param)
+    """Hand rounds over several at once, as many as make one task, and without tasks of their own."""
+    hand_over(monkeypatch, WAYS[request.param])
 
 
 @pytest.mark.parametrize("kind", KINDS[:-1])
@@ -163,14 +173,9 @@ def test_every_round_is_told_wherever_lane_0_is(two, folder, here, monkeypatch, 
         lambda n_lanes, threads, before: {lane: max(threads) if lane < 2 else min(threads) for lane in range(n_lanes)},
     )
 
-    def records(path: Path) -> list[dict[str, Any]]:
-        (found,) = path.glob("*/metrics.jsonl")
-        lines = map(json.loads, found.read_text().splitlines())
-        return [{name: value for name, value in record.items() if name != "wall_s"} for record in lines]
-
     fit(folder, "hdf5", checkpoint_dir=tmp_path / "here")
     assert fit(folder, "hdf5", client=two[1], checkpoint_dir=tmp_path / "there") == here("hdf5")
-    assert records(tmp_path / "there") == records(tmp_path / "here")
+    assert records_of(tmp_path / "there") == records_of(tmp_path / "here")
 
 
 def test_workers_read_for_who_plays_alone(four, folder, here, monkeypatch):
@@ -385,12 +390,19 @@ class StopAt(Watcher):
 
 
 class TestFaults:
-    @pytest.mark.usefixtures("rounds")
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_workers_are_killed(self, two, folder, kind):
+    @pytest.mark.parametrize(
+        ("way", "kind"),
+        [
+            *((way, kind) for way in ("chained", "exchanged") for kind in KINDS),
+            ("together", "hdf5"),
+            ("together", "persisted"),
+        ],
+    )
+    def test_workers_are_killed(self, two, folder, monkeypatch, way, kind):
+        hand_over(monkeypatch, WAYS[way])
         client, rng = two[1], random.Random(kind)
         await_workers(client, 2)
-        expected = fit(folder, kind, max_iter=40)
+        expected = fit(folder, kind, max_iter=120)
         fit(folder, kind, client=client, max_iter=1)  # who starts takes its time
         killed: list[float] = []
 
@@ -400,7 +412,7 @@ class TestFaults:
 
         killing = threading.Timer(rng.uniform(0.05, 0.3), kill)
         killing.start()
-        found = fit(folder, kind, client=client, max_iter=40)
+        found = fit(folder, kind, client=client, max_iter=120)
         ended = time.monotonic()
         killing.join()
         assert found == expected
@@ -961,6 +973,93 @@ def deliveries(monkeypatch):
 
     monkeypatch.setattr(graph.Graph, "add", noted)
     return found
+
+
+@pytest.fixture
+def shared_by(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """How rounds that workers share were handed over, in order."""
+    found: list[str] = []
+
+    def record(name: str) -> None:
+        real = getattr(dispatch.Dispatch, name)
+
+        def recorded(self: Any, *arguments: Any) -> Any:
+            found.append(name)
+            return real(self, *arguments)
+
+        monkeypatch.setattr(dispatch.Dispatch, name, recorded)
+
+    record("_add_exchanged")
+    record("_add_shared")
+    return found
+
+
+def _set_patience(seconds: float) -> None:
+    from streamgd.run import exchange
+
+    exchange._MEET_S = seconds
+
+
+class TestExchange:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_workers_of_one_machine_need_no_tasks_for_rounds(self, two, folder, here, shared_by, kind):
+        assert fit(folder, kind, client=two[1]) == here(kind)
+        assert set(shared_by) == {"_add_exchanged"}
+        assert not task_states(two[1])
+
+    def test_metrics_are_those_of_a_run_here(self, two, folder, here, tmp_path):
+        for path, client in ((tmp_path / "here", None), (tmp_path / "there", two[1])):
+            assert fit(folder, "parquet", client=client, checkpoint_dir=path) == here("parquet")
+        assert records_of(tmp_path / "there") == records_of(tmp_path / "here")
+
+    def test_threads_of_a_worker_take_part_too(self, folder, here, shared_by):
+        with cluster(2, threads_per_worker=2) as (_, client):
+            assert fit(folder, "hdf5", client=client) == here("hdf5")
+            assert fit(folder, "persisted", client=client) == here("persisted")
+        assert set(shared_by) == {"_add_exchanged"}
+
+    def test_who_is_busy_with_other_tasks_is_not_waited_for(self, two, folder, here, shared_by):
+        """Rounds are shared by tasks then, which wait as tasks do; nobody holds a thread meanwhile."""
+        client = two[1]
+        fit(folder, "parquet", client=client, max_iter=1)
+        shared_by.clear()
+        client.run(_set_patience, 0.2)
+        try:
+            busy = client.submit(time.sleep, 2.0, workers=[max(client.nthreads())], pure=False, priority=100)
+            time.sleep(0.2)
+            assert fit(folder, "parquet", client=client) == here("parquet")
+            busy.result()
+        finally:
+            client.run(_set_patience, 2.0)
+        assert shared_by[0] == "_add_exchanged"
+        assert shared_by[-1] == "_add_shared"
+
+    def test_fits_at_once(self, two, folder, here):
+        """Each may get one of two threads, and wait for the other."""
+        found: dict[str, Any] = {}
+        fitting = [
+            threading.Thread(target=lambda kind=kind: found.update({kind: fit(folder, kind, client=two[1])}))
+            for kind in ("hdf5", "parquet", "dask", "persisted")
+        ]
+        for each in fitting:
+            each.start()
+        for each in fitting:
+            each.join(60)
+        assert found == {kind: here(kind) for kind in ("hdf5", "parquet", "dask", "persisted")}
+        assert not task_states(two[1])
+
+    def test_workers_are_left_as_they_were(self, two, folder):
+        def sockets_and_threads() -> tuple[int, int]:
+            names = [thread.name for thread in threading.enumerate() if thread.name.startswith("streamgd")]
+            return Path("/proc/net/unix").read_text().count("@streamgd-"), len(names)
+
+        fit(folder, "hdf5", client=two[1])
+        for _ in range(50):
+            found = two[1].run(sockets_and_threads)
+            if set(found.values()) == {(0, 0)}:
+                break
+            time.sleep(0.1)
+        assert set(found.values()) == {(0, 0)}
 
 
 class TestKeptBlocks:

@@ -1,0 +1,258 @@
+"""Threads that share rounds hand one another what they found, and nobody waits for who does not come."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from streamgd.data.window import Stopped
+from streamgd.run import exchange
+from streamgd.run.exchange import ApartError, Circle, Exchange, can_meet
+
+TOKEN = os.urandom(16)
+
+
+class Party:
+    """Some that share rounds, each in a thread, and each with an exchange of its own as in a process of its own."""
+
+    def __init__(self, n: int, *tokens: bytes) -> None:
+        self.exchanges = [Exchange(tokens[index] if tokens else TOKEN) for index in range(n)]
+        self.found: list[Any] = [None] * n
+        self.seconds = [0.0] * n
+
+    def circle(self, index: int, flight: int = 1, attempt: int = 0) -> Circle:
+        return Circle(attempt, flight, [f"worker {each}" for each in range(len(self.exchanges))], index)
+
+    def start(self, index: int, what: Callable[[int, Any], Any], circle: Circle | None = None) -> threading.Thread:
+        def run() -> None:
+            began = time.monotonic()
+            try:
+                with self.exchanges[index].among(circle or self.circle(index)) as gather:
+                    self.found[index] = what(index, gather)
+            except Exception as err:
+                self.found[index] = err
+            self.seconds[index] = time.monotonic() - began
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        return thread
+
+    def play(self, *circles: Circle, what: Callable[[int, Any], Any]) -> list[Any]:
+        threads = [self.start(index, what, circle) for index, circle in enumerate(circles)]
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive()
+        return self.found
+
+    def close(self) -> None:
+        for each in self.exchanges:
+            each.close()
+
+
+@pytest.fixture
+def party() -> Any:
+    made: list[Party] = []
+
+    def of(n: int, *tokens: bytes) -> Party:
+        made.append(Party(n, *tokens))
+        return made[-1]
+
+    yield of
+    for each in made:
+        each.close()
+
+
+def count_sockets() -> int:
+    found = 0
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the one that lists them
+            found += descriptor.readlink().name.startswith("socket:")
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 200_000])
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_all_get_what_all_found_in_order(party, n, size):
+    def rounds(index: int, gather: Any) -> list[Any]:
+        return [gather(np.full(size, 100.0 * number + index)) for number in range(4)]
+
+    made = party(n)
+    for found in made.play(*map(made.circle, range(n)), what=rounds):
+        for number, parts in enumerate(found):
+            assert [part[-1] for part in parts] == [100 * number + index for index in range(n)]
+            assert {part.size for part in parts} == {size}
+
+
+def test_they_meet_once_for_rounds_that_follow_one_another(party, monkeypatch):
+    meetings = []
+    real = exchange._Meeting._meet
+    monkeypatch.setattr(exchange._Meeting, "_meet", lambda self, until: (meetings.append(self), real(self, until)))
+    made = party(2)
+    for flight in range(3):
+        made.play(*(made.circle(index, flight) for index in range(2)), what=lambda index, gather: gather(index))
+        assert made.found == [[0, 1]] * 2
+    assert len(meetings) == 2
+    made.play(*(made.circle(index, 3, attempt=1) for index in range(2)), what=lambda index, gather: gather(index))
+    assert made.found == [[0, 1]] * 2
+    assert len(meetings) == 4
+
+
+def test_who_does_not_come_is_not_waited_for(party, monkeypatch):
+    monkeypatch.setattr(exchange, "_MEET_S", 0.3)
+    made = party(3)
+    made.play(made.circle(0), made.circle(1), what=lambda index, gather: gather(index))
+    assert all(isinstance(each, ApartError) for each in made.found[:2])
+    assert 0.2 < max(made.seconds) < 2
+
+
+def test_who_comes_late_is_waited_for(party):
+    made = party(2)
+    first = made.start(0, lambda index, gather: gather(index))
+    time.sleep(0.3)
+    made.start(1, lambda index, gather: gather(index)).join(5)
+    first.join(5)
+    assert made.found == [[0, 1]] * 2
+
+
+@pytest.mark.parametrize("n_rounds", [0, 2])
+def test_nobody_waits_for_who_fails(party, n_rounds):
+    """And the error is told by who had it."""
+
+    def rounds(index: int, gather: Any) -> None:
+        for _ in range(n_rounds):
+            gather(index)
+        if index == 1:
+            raise ValueError("the disk is on fire")
+        gather(index)
+
+    made = party(3)
+    made.play(*map(made.circle, range(3)), what=rounds)
+    assert [type(each) for each in made.found] == [ApartError, ValueError, ApartError]
+    assert max(made.seconds) < 1
+
+
+def test_they_meet_anew_after_one_has_failed(party):
+    def fail(index: int, gather: Any) -> None:
+        raise ValueError
+
+    made = party(2)
+    made.play(*map(made.circle, range(2)), what=fail)
+    made.play(*(made.circle(index, 2) for index in range(2)), what=lambda index, gather: gather(index))
+    assert made.found == [[0, 1]] * 2
+
+
+def test_who_is_too_slow_is_not_waited_for(party, monkeypatch):
+    """As a process that was stopped."""
+    monkeypatch.setattr(exchange, "_TURN_S", 0.3)
+    made = party(2)
+    made.play(*map(made.circle, range(2)), what=lambda index, gather: time.sleep(1.5 * index) or (gather(0), gather(0)))
+    assert [type(each) for each in made.found] == [ApartError, ApartError]
+    assert 0.2 < made.seconds[0] < 1.3
+
+
+def test_rounds_of_different_flights_are_not_taken_for_one_another(party):
+    made = party(2)
+    made.play(*map(made.circle, range(2)), what=lambda index, gather: gather(index))
+    made.play(made.circle(0, 2), made.circle(1, 3), what=lambda index, gather: gather(index))
+    assert all(isinstance(each, ApartError) for each in made.found)
+
+
+def test_only_those_that_know_the_token_meet(party, monkeypatch):
+    monkeypatch.setattr(exchange, "_MEET_S", 0.2)
+    made = party(2, TOKEN, os.urandom(16))
+    made.play(*map(made.circle, range(2)), what=lambda index, gather: gather(index))
+    assert all(isinstance(each, ApartError) for each in made.found)
+
+
+def test_only_processes_of_one_user_meet(party, monkeypatch):
+    monkeypatch.setattr(exchange, "_MEET_S", 0.2)
+    user = os.getuid()
+    monkeypatch.setattr(exchange.os, "getuid", lambda: user + 1)
+    made = party(2)
+    made.play(*map(made.circle, range(2)), what=lambda index, gather: gather(index))
+    assert all(isinstance(each, ApartError) for each in made.found)
+
+
+@pytest.mark.parametrize("when", ["meeting", "in a round"])
+def test_closing_wakes_whoever_waits(party, when):
+    made = party(2)
+    threads = [made.start(0, lambda index, gather: gather(index))]
+    if when == "in a round":
+        threads.append(made.start(1, lambda index, gather: time.sleep(1)))
+    time.sleep(0.2)
+    made.exchanges[0].close()
+    threads[0].join(5)
+    assert isinstance(made.found[0], Stopped)
+    assert made.seconds[0] < 0.9
+    with pytest.raises(Stopped), made.exchanges[0].among(made.circle(0, 2)):
+        pass
+
+
+def test_giving_up_wakes_those_of_earlier_attempts_alone(party):
+    made = party(2)
+    waiting = made.start(0, lambda index, gather: gather(index), made.circle(0, attempt=3))
+    time.sleep(0.1)
+    made.exchanges[0].give_up(3)
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    made.exchanges[0].give_up(4)
+    waiting.join(5)
+    assert isinstance(made.found[0], ApartError)
+    assert made.seconds[0] < 1
+
+
+def test_who_goes_on_to_another_attempt_leaves_those_who_wait(party):
+    """With one thread they could not come to it otherwise."""
+    made = party(2)
+    made.play(*map(made.circle, range(2)), what=lambda index, gather: gather(index))
+    behind = made.start(0, lambda index, gather: gather(index), made.circle(0, 2))
+    time.sleep(0.1)
+    ahead = made.start(1, lambda index, gather: gather(index), made.circle(1, 3, attempt=1))
+    behind.join(5)
+    assert isinstance(made.found[0], ApartError)
+    assert made.seconds[0] < 1
+    made.start(0, lambda index, gather: gather(index), made.circle(0, 3, attempt=1)).join(5)
+    ahead.join(5)
+    assert made.found == [[0, 1]] * 2
+
+
+def test_nothing_is_left_open(party, monkeypatch):
+    monkeypatch.setattr(exchange, "_MEET_S", 0.2)
+    before, threads = count_sockets(), threading.active_count()
+    made = party(3)
+    made.play(*map(made.circle, range(3)), what=lambda index, gather: gather(index))
+    assert count_sockets() == before + 6
+    made.play(*(made.circle(index, 2, attempt=1) for index in range(2)), what=lambda index, gather: gather(index))
+    assert count_sockets() == before + 2
+    made.close()
+    made.close()
+    assert count_sockets() == before
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize(
+    ("addresses", "expected"),
+    [
+        (["tcp://10.0.0.1:1", "tcp://10.0.0.1:2"], True),
+        (["tls://10.0.0.1:1", "tls://10.0.0.1:2"], True),
+        (["tcp://10.0.0.1:1", "tcp://10.0.0.1:1"], True),
+        (["tcp://10.0.0.1:1", "tcp://10.0.0.2:1"], False),
+        (["tcp://10.0.0.1:1"], False),
+        (["inproc://10.0.0.1/1/2", "inproc://10.0.0.1/1/3"], False),
+    ],
+)
+def test_processes_of_one_machine_can_meet(addresses, expected):
+    assert can_meet(addresses) == expected
+
+
+def test_other_systems_have_no_such_sockets(monkeypatch):
+    monkeypatch.setattr(exchange.sys, "platform", "darwin")
+    assert not can_meet(["tcp://10.0.0.1:1", "tcp://10.0.0.1:2"])
