@@ -4,8 +4,8 @@
 own: one that idles beside the other would take 4 % of a core. ``dask-ml``: rows/s of whole fits, of one epoch and of
 several, beside dask-ml's ``Incremental(SGDRegressor)`` on the same persisted Dask array and the same workers; each pair
 has a new array, about half of which lies where no lane needs it, and who is first alternates. ``round``: milliseconds
-of rounds with little work, eight lanes, none of them made one task with others, for a small state and one of 1 MB; and
-of the same ones here.
+of rounds with little work, eight lanes, for a small state and one of 1 MB: as on one machine, by an exchange; by tasks,
+as on several, none of them made one task with others; and of the same ones here.
 
     python benchmarks/cluster_speed.py [workers] [dask-ml] [round] [--rows 8000000] [--epochs 5] [--repeats 5]
 """
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import streamgd
 from streamgd.estimators.inputs import training_source
 from streamgd.learn.recipe import Recipe
-from streamgd.run import pace
+from streamgd.run import dispatch, pace
 from streamgd.run.config import Config
 from streamgd.run.loop import Watcher, train
 from streamgd.run.runs import prepare
@@ -141,21 +141,21 @@ def measure_rounds(folder: Path, repeats: int) -> None:
             )
             file.create_dataset("y", data=rng.standard_normal(n_rows))
         source = streamgd.open_source(path, "y")
-        rounds: list[float] = []
-        here: list[float] = []
+        found: dict[str, list[float]] = {"by an exchange": [], "by tasks": [], "in threads here": []}
         pace._SHORT_BYTES, pace._SHARED_S = 0, -1.0
+        can_meet = dispatch.can_meet
         with cluster(2) as (_, client):
             rounds_of(source, client, 8)
             for _ in range(repeats):
-                rounds += rounds_of(source, client, 8)
-                here += rounds_of(source, None, 8)
-        state = 3 * 8 * (n_features + 1)
-        there_ms, here_ms = (1e3 * statistics.median(each) for each in (rounds, here))
-        print(
-            f"rounds of 8 lanes, state of {state / 1e3:,.0f} kB, {len(rounds) // repeats} a run: median {there_ms:.1f} "
-            f"ms, nine in ten up to {1e3 * np.quantile(rounds, 0.9):.1f}; in threads here {here_ms:.1f}; between the "
-            f"medians {there_ms - here_ms:.1f} ms"
-        )
+                for way, seconds in found.items():
+                    dispatch.can_meet = can_meet if way == "by an exchange" else lambda _: False
+                    seconds += rounds_of(source, None if way == "in threads here" else client, 8)
+        dispatch.can_meet = can_meet
+        state, here_ms = 3 * 8 * (n_features + 1), 1e3 * statistics.median(found["in threads here"])
+        print(f"rounds of 8 lanes, state of {state / 1e3:,.0f} kB, {len(found['by tasks']) // repeats} a run, ms:")
+        for way, seconds in found.items():
+            median, most = 1e3 * statistics.median(seconds), 1e3 * np.quantile(seconds, 0.9)
+            print(f"  {way}: median {median:.1f}, {median - here_ms:.1f} more than here; nine in ten up to {most:.1f}")
 
 
 def main() -> None:

@@ -3,11 +3,13 @@
 A round is a task for the lanes of each worker's thread; it begins by merging what the round before found, and several
 rounds are handed over at once, with one task that tells the client what came of them: a flight
 (`streamgd.run.dispatch`). Rounds that one worker plays sooner by itself, as the first ones are, make one task together
-(`streamgd.run.pace`). Each task is pure and has a key of its own, made of the run, the epoch, the round and the lanes,
-so Dask may run it anywhere, again or late. The client keeps the state of the last round that it was told of, from which
-rounds that are lost with a worker are played again; the next flight is handed over while one is under way, also into
-the next epoch, which workers close as the client does, so that no worker waits for the client. Nothing that happens on
-the cluster can change what comes of it.
+(`streamgd.run.pace`). Workers of one machine take all turns of a flight in a task each, and hand one another what they
+found without Dask (`streamgd.run.exchange`). Each task has a key of its own, made of the run, the epoch, the round and
+the lanes, and what comes of it is a pure function of what it is given, so Dask may run it anywhere, again or late; a
+flight whose workers do not find one another comes to nothing, and is played again. The client keeps the state of the
+last round that it was told of, from which rounds that are lost with a worker are played again; the next flight is
+handed over while one is under way, also into the next epoch, which workers close as the client does, so that no worker
+waits for the client. Nothing that happens on the cluster can change what comes of it.
 """
 
 from __future__ import annotations

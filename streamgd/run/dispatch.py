@@ -3,7 +3,8 @@
 How much is handed over at once is decided in `streamgd.run.pace`, and which worker has which lanes in
 `streamgd.run.members`; what tasks do is in `streamgd.run.flights`. While one worker plays the first rounds of all
 lanes, the others read: what they will need themselves or, of rows that are slow to decode, what that one needs of
-their lanes (`streamgd.run.sent_rows`). Blocks of Dask collections are brought by `streamgd.run.delivery`.
+their lanes (`streamgd.run.sent_rows`). Nothing of that is needed where workers hand one another what they found
+(`streamgd.run.exchange`). Blocks of Dask collections are brought by `streamgd.run.delivery`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -42,6 +44,9 @@ from streamgd.run.worker_memory import WorkerMemory
 _EMBEDDED_BYTES = 100_000
 #: Seconds in which workers that did not meet do not try again.
 _APART_S = 30.0
+#: Groups that hand one another what they found, each to each, at most; and bytes of what the threads of a worker hold
+#: of it beside each other.
+_MOST_EXCHANGING, _COPIES_BYTES = 32, 20_000_000
 
 
 @dataclass(frozen=True)
@@ -173,13 +178,20 @@ class Dispatch:
         sent = self._sends and bool(self._others()) and members.has_room_to_send
         groups = members.groups()
         kept = self._deliveries is not None and self._deliveries.kept(groups, epoch)
-        exchanged = (
-            time.monotonic() >= self._apart_until
-            and members.fit is None
-            and self.pace.few(len(groups))
-            and can_meet([address for _, address in groups])
-        )
+        exchanged = self._can_exchange(groups)
         return self.pace.next(epoch, row, len(groups), room=members.has_room, sent=sent, kept=kept, exchanged=exchanged)
+
+    def _can_exchange(self, groups: Sequence[Group]) -> bool:
+        """Whether the tasks of groups can hand one another what they found, which each of them holds by itself."""
+        homes = [address for _, address in groups]
+        n_copies = (max(Counter(homes).values()) - 1) * len(groups)  # beyond those that the plan counts
+        return (
+            time.monotonic() >= self._apart_until
+            and self._members.fit is None
+            and len(groups) <= _MOST_EXCHANGING
+            and n_copies * self.state_bytes <= _COPIES_BYTES
+            and can_meet(homes)
+        )
 
     def keep_apart(self) -> None:
         """Share rounds by tasks alone for a while: workers are busy with other tasks, or one of them was lost."""

@@ -2,7 +2,8 @@
 
 Rounds follow one another without the client, and without a task of their own for merging: a turn is handed what the
 round before found, in a few parts, and merges it itself. That is one way to the scheduler and back less in each round,
-for milliseconds of arithmetic that every worker does for itself. All of it is pure: see `streamgd.run.lanes`.
+for milliseconds of arithmetic that every worker does for itself. With an exchange a flight is one task for each group
+of lanes. All of it is pure: see `streamgd.run.lanes`.
 """
 
 from __future__ import annotations

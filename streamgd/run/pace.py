@@ -2,8 +2,9 @@
 
 A round costs some milliseconds beside its work: its tasks are scheduled, and what lanes found goes from worker to
 worker. So one worker plays rounds by itself for as long as that is over sooner, many of them as one task; longer ones
-are shared, several of them at once, so that nobody waits for the client. Only where and when rounds are played depends
-on it, and not what comes of them.
+are shared, several of them at once, so that nobody waits for the client. Where workers have an exchange, it costs a
+fraction of a millisecond, and they share all rounds but those next to which a task is nothing. Only where and when
+rounds are played depends on it, and not what comes of them.
 """
 
 from __future__ import annotations

@@ -152,3 +152,71 @@ class TestChaining:
         pacing = pace_of()
         flown(pacing, self.STRETCH, seconds)
         assert pacing.may_chain(0) is may
+
+
+class TestExchange:
+    def exchanged(self, made: Pace, row: int = 0, *, kept: bool = False) -> Stretch:
+        return made.next(0, row, 2, room=True, kept=kept, exchanged=True)
+
+    def test_all_rounds_are_shared_from_the_first_one_on(self):
+        made, row, found = pace_of(), 0, []
+        while row < LANE_ROWS:
+            found.append(self.exchanged(made, row))
+            row = found[-1].rows.end
+            made.ended(found[-1], 1, rounds_of(found[-1], 0.0), 1.0, 0.1)
+        assert all(stretch.exchanged and not stretch.together for stretch in found)
+        spans = [span for stretch in found for span in stretch.spans]
+        assert spans[0] == TURNS.at(0, 0)
+        assert [span.row for span in spans[1:]] == [span.end for span in spans[:-1]]
+
+    @pytest.mark.parametrize(("kept", "most_rows"), [(False, 80_000), (True, 240_000)])
+    def test_until_it_is_known_how_long_they_take_rows_bound_them(self, kept, most_rows):
+        """32 MB of rows of 100 bytes in 4 lanes; three times as many behind, and of what lies in memory."""
+        made = pace_of()
+        first = self.exchanged(made, kept=kept)
+        assert most_rows / 1.2 < first.rows.n_rows <= most_rows
+        second = self.exchanged(made, first.rows.end, kept=kept)
+        assert 3 * most_rows / 1.4 < second.rows.n_rows <= 3 * most_rows
+
+    @pytest.mark.parametrize(("seconds", "most_rows"), [(0.5, 100_000), (0.1, 500_000), (5.0, 30_000)])
+    def test_then_time_does_what_each_of_them_takes_beside_left_out(self, seconds, most_rows):
+        made = pace_of()
+        first = self.exchanged(made)
+        rounds = [*rounds_of(first, 0.0)]
+        beside_s = len(rounds) * pace._EACH_BESIDE_S
+        made.ended(first, 1, rounds, 100.0, seconds * first.rows.n_rows / 100_000 + beside_s)
+        found = self.exchanged(made, first.rows.end).rows.n_rows
+        assert found <= most_rows
+        assert found > most_rows / 1.3 or found == TURNS.at(0, first.rows.end).n_rows
+
+    def test_a_tenth_of_the_time_is_that_of_rows_at_least(self):
+        made = pace_of()
+        first = self.exchanged(made)
+        seconds = len(first.spans) * pace._EACH_BESIDE_S  # nothing is left for rows
+        made.ended(first, 1, rounds_of(first, 0.0), 100.0, seconds)
+        most_rows = pace._EXCHANGED_S * 10 * first.rows.n_rows / seconds
+        made = pace_of(Turns(64, 10**9, 10**9, grow=True))
+        made.ended(first, 1, rounds_of(first, 0.0), 100.0, seconds)
+        assert most_rows / 1.3 < self.exchanged(made, first.rows.end).rows.n_rows <= most_rows
+
+    def test_long_rounds_are_handed_over_as_tasks(self):
+        made = pace_of()
+        first = self.exchanged(made)
+        made.ended(first, 1, rounds_of(first, 0.0), 100.0, 1e-2 * first.rows.n_rows)
+        assert not self.exchanged(made, first.rows.end).exchanged
+        assert self.exchanged(made, 0).exchanged
+
+    def test_blocks_that_wait_in_memory_bound_them(self):
+        turns = Turns(64, 10_000, LANE_ROWS, grow=True)
+        assert self.exchanged(pace_of(turns, bounded=True)).rows.n_rows <= 10_000
+        assert self.exchanged(pace_of(turns, bounded=True), kept=True).rows.n_rows > 10_000
+
+    def test_states_that_travel_bound_them(self):
+        assert len(self.exchanged(pace_of(state_bytes=2_000_000)).spans) == 10
+        assert len(self.exchanged(pace_of(state_bytes=10**9)).spans) == 1
+
+    def test_once_shared_no_worker_plays_alone(self):
+        """As when workers no longer meet: lanes that went back to one worker would be read anew there."""
+        made = pace_of()
+        first = self.exchanged(made)
+        assert not made.next(0, first.rows.end, 2, room=True).together
