@@ -138,7 +138,6 @@ class Pace:
         """
         most_rows = sys.maxsize if kept else self._most_rows
         if exchanged and (spans := self._exchanged_spans(epoch, row, most_rows, kept=kept)):
-            self._shared = True
             return Stretch(spans, together=False, exchanged=True)
         if room and not self._shared:
             most_bytes = min(_TOGETHER_BYTES, self._sent_bytes) if sent else _TOGETHER_BYTES
@@ -166,6 +165,7 @@ class Pace:
         """Learn from what has ended, how long that took: the client, and those that shared it by an exchange."""
         self._last_s = took_s
         if stretch.exchanged:
+            self._shared = True  # those that did not meet have read nothing
             took_s = max(exchanged_s - len(rounds) * _EACH_BESIDE_S, exchanged_s / _LEAST_PART)
         self._row_s = took_s / stretch.rows.n_rows
         if stretch.together and chained:  # the first one opens files, and compiles

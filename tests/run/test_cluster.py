@@ -976,21 +976,17 @@ def deliveries(monkeypatch):
 
 
 @pytest.fixture
-def shared_by(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """How rounds that workers share were handed over, in order."""
+def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """How rounds were handed over, in order."""
     found: list[str] = []
+    real = dispatch.Dispatch.hand_over
 
-    def record(name: str) -> None:
-        real = getattr(dispatch.Dispatch, name)
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        flight = real(*arguments, **options)
+        found.append(next((way for way in ("together", "exchanged") if getattr(flight.stretch, way)), "by tasks"))
+        return flight
 
-        def recorded(self: Any, *arguments: Any) -> Any:
-            found.append(name)
-            return real(self, *arguments)
-
-        monkeypatch.setattr(dispatch.Dispatch, name, recorded)
-
-    record("_add_exchanged")
-    record("_add_shared")
+    monkeypatch.setattr(dispatch.Dispatch, "hand_over", recorded)
     return found
 
 
@@ -1002,9 +998,9 @@ def _set_patience(seconds: float) -> None:
 
 class TestExchange:
     @pytest.mark.parametrize("kind", KINDS)
-    def test_workers_of_one_machine_need_no_tasks_for_rounds(self, two, folder, here, shared_by, kind):
+    def test_workers_of_one_machine_need_no_tasks_for_rounds(self, two, folder, here, ways, kind):
         assert fit(folder, kind, client=two[1]) == here(kind)
-        assert set(shared_by) == {"_add_exchanged"}
+        assert set(ways) == {"exchanged"}
         assert not task_states(two[1])
 
     def test_metrics_are_those_of_a_run_here(self, two, folder, here, tmp_path):
@@ -1012,17 +1008,17 @@ class TestExchange:
             assert fit(folder, "parquet", client=client, checkpoint_dir=path) == here("parquet")
         assert records_of(tmp_path / "there") == records_of(tmp_path / "here")
 
-    def test_threads_of_a_worker_take_part_too(self, folder, here, shared_by):
+    def test_threads_of_a_worker_take_part_too(self, folder, here, ways):
         with cluster(2, threads_per_worker=2) as (_, client):
             assert fit(folder, "hdf5", client=client) == here("hdf5")
             assert fit(folder, "persisted", client=client) == here("persisted")
-        assert set(shared_by) == {"_add_exchanged"}
+        assert set(ways) == {"exchanged"}
 
-    def test_who_is_busy_with_other_tasks_is_not_waited_for(self, two, folder, here, shared_by):
+    def test_who_is_busy_with_other_tasks_is_not_waited_for(self, two, folder, here, ways):
         """Rounds are shared by tasks then, which wait as tasks do; nobody holds a thread meanwhile."""
         client = two[1]
         fit(folder, "parquet", client=client, max_iter=1)
-        shared_by.clear()
+        ways.clear()
         client.run(_set_patience, 0.2)
         try:
             busy = client.submit(time.sleep, 2.0, workers=[max(client.nthreads())], pure=False, priority=100)
@@ -1031,8 +1027,8 @@ class TestExchange:
             busy.result()
         finally:
             client.run(_set_patience, 2.0)
-        assert shared_by[0] == "_add_exchanged"
-        assert shared_by[-1] == "_add_shared"
+        assert ways[0] == "exchanged"
+        assert ways[-1] != "exchanged"
 
     def test_fits_at_once(self, two, folder, here):
         """Each may get one of two threads, and wait for the other."""

@@ -219,4 +219,7 @@ class TestExchange:
         """As when workers no longer meet: lanes that went back to one worker would be read anew there."""
         made = pace_of()
         first = self.exchanged(made)
+        assert made.next(0, 0, 2, room=True).together  # they never met
+        made = pace_of()
+        made.ended(first, 1, rounds_of(first, 0.0), 1.0, 0.1)
         assert not made.next(0, first.rows.end, 2, room=True).together
