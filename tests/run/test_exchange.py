@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
+import pickle
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from streamgd.data.sources import open_source
 from streamgd.data.window import Stopped
-from streamgd.run import exchange
+from streamgd.learn.state import State
+from streamgd.run import exchange, flights
+from streamgd.run.config import Config
+from streamgd.run.dispatch import Dispatch
 from streamgd.run.exchange import ApartError, Circle, Exchange, can_meet
+from streamgd.run.flights import Flown, WorkerWork
+from streamgd.run.rounds import Round
+from streamgd.run.runs import prepare
 
 TOKEN = os.urandom(16)
 
@@ -165,6 +176,13 @@ def test_rounds_of_different_flights_are_not_taken_for_one_another(party):
     assert all(isinstance(each, ApartError) for each in made.found)
 
 
+def test_rounds_of_different_attempts_are_not_taken_for_one_another(party, monkeypatch):
+    monkeypatch.setattr(exchange, "_MEET_S", 0.2)
+    made = party(2)
+    made.play(made.circle(0), made.circle(1, attempt=1), what=lambda index, gather: gather(index))
+    assert all(isinstance(each, ApartError) for each in made.found)
+
+
 def test_only_those_that_know_the_token_meet(party, monkeypatch):
     monkeypatch.setattr(exchange, "_MEET_S", 0.2)
     made = party(2, TOKEN, os.urandom(16))
@@ -172,10 +190,20 @@ def test_only_those_that_know_the_token_meet(party, monkeypatch):
     assert all(isinstance(each, ApartError) for each in made.found)
 
 
-def test_only_processes_of_one_user_meet(party, monkeypatch):
+@pytest.mark.parametrize("who", ["who calls", "who is called"])
+def test_only_processes_of_one_user_meet(party, monkeypatch, who):
+    """Whoever has another one at the other end refuses, whatever that one does."""
     monkeypatch.setattr(exchange, "_MEET_S", 0.2)
-    user = os.getuid()
-    monkeypatch.setattr(exchange.os, "getuid", lambda: user + 1)
+    user, real = os.getuid(), exchange._is_same_user
+
+    def is_same_user(end: Any) -> bool:
+        called = not end.getpeername()  # whoever calls has no name
+        with pytest.MonkeyPatch.context() as patch:
+            if called == (who == "who is called"):
+                patch.setattr(exchange.os, "getuid", lambda: user + 1)
+            return real(end)
+
+    monkeypatch.setattr(exchange, "_is_same_user", is_same_user)
     made = party(2)
     made.play(*map(made.circle, range(2)), what=lambda index, gather: gather(index))
     assert all(isinstance(each, ApartError) for each in made.found)
@@ -236,6 +264,73 @@ def test_nothing_is_left_open(party, monkeypatch):
     made.close()
     assert count_sockets() == before
     assert threading.active_count() == threads
+
+
+def test_sockets_are_closed_with_the_work_of_a_run(party):
+    """As on a worker that nobody tells that the run is over, since the client is gone."""
+    run = prepare(open_source(np.ones((100, 2)), np.arange(100.0)), Config(n_lanes=2))
+    work = WorkerWork(run, run.source)
+    before = count_sockets()
+    made = party(2)
+    made.exchanges[0] = work.exchange
+    made.exchanges[1] = Exchange(work._token)
+    made.play(*map(made.circle, range(2)), what=lambda index, gather: gather(index))
+    assert count_sockets() == before + 2
+    made.exchanges.pop(0)
+    del work
+    gc.collect()  # which would complain
+    until = time.monotonic() + 5
+    while count_sockets() > before + 1:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_rounds_behind_those_that_were_not_played_are_not_played_either():
+    with pytest.raises(ApartError):
+        flights._begun([Flown([])], None)
+
+
+def test_many_small_states_travel_in_one_piece():
+    """Dask sends each array by itself, which takes longer than all of them."""
+    run = prepare(open_source(np.ones((100, 2)), np.arange(100.0)), Config(n_lanes=2))
+    rounds = [Round(replace(run.state), False, 0, 0.0) for _ in range(1000)]
+    for some, expected in ((rounds, 0), ([Round(wide_state(), False, 0, 0.0)], 1)):
+        apart: list[Any] = []
+        made = pickle.loads(pickle.dumps(Flown(some), 5, buffer_callback=apart.append), buffers=apart)
+        assert (len(apart) > 0) == expected
+        assert len(made.rounds) == len(some)
+        np.testing.assert_array_equal(made.rounds[-1].state.theta, some[-1].state.theta)
+
+
+def wide_state() -> State:
+    run = prepare(open_source(np.ones((3, 50_000)), np.arange(3.0)), Config(n_lanes=2))
+    return run.state
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, True),
+        ({"fit": ["tcp://a:1"]}, False),
+        ({"state_bytes": 10**9}, True),
+        ({"state_bytes": 10_000_001, "homes": ["tcp://a:1", "tcp://a:1"]}, False),
+        ({"state_bytes": 10_000_000, "homes": ["tcp://a:1", "tcp://a:1"]}, True),
+        ({"homes": [f"tcp://a:{port}" for port in range(32)]}, True),
+        ({"homes": [f"tcp://a:{port}" for port in range(33)]}, False),
+        ({"homes": ["tcp://a:1", "tcp://b:1"]}, False),
+        ({"apart_s": 1.0}, False),
+    ],
+)
+def test_who_exchanges(given, expected):
+    """Not where only some workers may take part, nor where threads would hold more than was planned."""
+    options = {"fit": None, "state_bytes": 1000, "homes": ["tcp://a:1", "tcp://a:2"], "apart_s": 0.0, **given}
+    some = SimpleNamespace(
+        _apart_until=time.monotonic() + options["apart_s"],
+        _members=SimpleNamespace(fit=options["fit"]),
+        state_bytes=options["state_bytes"],
+    )
+    groups = [([lane], home) for lane, home in enumerate(options["homes"])]
+    assert Dispatch._can_exchange(some, groups) == expected
 
 
 @pytest.mark.parametrize(
