@@ -9,7 +9,6 @@ import pickle
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -293,7 +292,7 @@ def test_rounds_behind_those_that_were_not_played_are_not_played_either():
 def test_many_small_states_travel_in_one_piece():
     """Dask sends each array by itself, which takes longer than all of them."""
     run = prepare(open_source(np.ones((100, 2)), np.arange(100.0)), Config(n_lanes=2))
-    rounds = [Round(replace(run.state), False, 0, 0.0) for _ in range(1000)]
+    rounds = [Round(run.state.copy(), False, 0, 0.0) for _ in range(1000)]
     for some, expected in ((rounds, 0), ([Round(wide_state(), False, 0, 0.0)], 1)):
         apart: list[Any] = []
         made = pickle.loads(pickle.dumps(Flown(some), 5, buffer_callback=apart.append), buffers=apart)
