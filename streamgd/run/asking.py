@@ -70,11 +70,13 @@ def tell_workers(client: Any, function: Any, *arguments: Any) -> None:
         client.run(function, *arguments, on_error="ignore", callback_timeout=ANSWER_S)
 
 
-def tell_workers_soon(client: Any, function: Any, *arguments: Any) -> None:
-    """Do the same, but do not wait for those that are silent."""
-    telling = threading.Thread(target=tell_workers, args=(client, function, *arguments), name="streamgd-tell")
-    telling.daemon = True
-    telling.start()
+def tell_workers_soon(client: Any, function: Any, *arguments: Any, held: Any) -> None:
+    """Do the same without waiting for it; what it is about is `held` until they are told."""
+
+    def tell(held: Any) -> None:
+        tell_workers(client, function, *arguments)
+
+    threading.Thread(target=tell, args=(held,), name="streamgd-tell", daemon=True).start()
 
 
 async def _who_answers(client: Any, addresses: Sequence[str]) -> tuple[list[str], set[str]]:

@@ -129,6 +129,8 @@ class ClusterCrew(Crew):
                 flown = self._result(flight)
                 self._played.extend(flown.rounds)
                 took_s = time.monotonic() - began
+                if flown.took_s:
+                    self._dispatch.met()
                 self._pace.ended(flight.stretch, flight.chained, self._played, took_s, flown.took_s)
                 self._round_s = took_s / len(self._played)
                 return self._hand_out()
@@ -142,7 +144,7 @@ class ClusterCrew(Crew):
                         f"a round was lost {lost + left} times: {again}. If workers die, see their logs; they may have "
                         "too little memory" + self._perhaps_gone()
                     ) from again.__cause__
-                self._start_again()
+                self._start_again(apart=again.apart)
             finally:
                 drop(flight)
         return None
@@ -185,15 +187,15 @@ class ClusterCrew(Crew):
                 "The run waits for them"
             )
 
-    def _start_again(self) -> None:
-        """Forget what was handed over, and see which workers are left."""
-        self._dispatch.start_again()
-        self._look(now=True, lose=False)
+    def _start_again(self, *, apart: bool) -> None:
+        """See which workers are left, and forget what was handed over."""
+        gone = self._members.look(now=True)
+        self._dispatch.start_again(lost=gone is not None or not apart)
 
-    def _look(self, *, now: bool = False, lose: bool = True) -> None:
+    def _look(self) -> None:
         """See whether workers came or went; a round is lost with one that had lanes."""
-        gone = self._members.look(now=now)
-        if gone is not None and lose:
+        gone = self._members.look()
+        if gone is not None:
             raise _Again(f"{gone} left", counts=False)
 
     def _hand_out(self) -> Round:
@@ -232,8 +234,9 @@ class ClusterCrew(Crew):
         try:
             return self._fetched(flight)
         except ApartError as err:
+            err.__traceback__ = None
             self._dispatch.keep_apart()
-            raise _Again(str(err), counts=False) from err
+            raise _Again(str(err), counts=False, apart=True) from err
         except (Unfit, UnreachableError) as err:
             err.__traceback__ = None  # the future keeps the error, which would keep what these frames hold
             raise _Again(str(err)) from err
@@ -312,11 +315,14 @@ def require_client(client: Any) -> None:
 
 
 class _Again(Exception):
-    """A round was lost, and is to be played again; `counts` unless it was because a worker left."""
+    """A round was lost, and is to be played again.
 
-    def __init__(self, message: str, *, counts: bool = True) -> None:
+    It `counts` unless it was because a worker left, or because workers did not meet, which was `apart`.
+    """
+
+    def __init__(self, message: str, *, counts: bool = True, apart: bool = False) -> None:
         super().__init__(message)
-        self.counts = counts
+        self.counts, self.apart = counts, apart
 
 
 class _Failed(Exception):

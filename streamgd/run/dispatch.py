@@ -42,11 +42,13 @@ from streamgd.run.worker_memory import WorkerMemory
 
 #: States up to this size are sent with each task that needs them, others once.
 _EMBEDDED_BYTES = 100_000
-#: Seconds in which workers that did not meet do not try again.
+#: Seconds in which workers that did not meet do not try again, the first time.
 _APART_S = 30.0
 #: Groups that hand one another what they found, each to each, at most; and bytes of what the threads of a worker hold
 #: of it beside each other.
 _MOST_EXCHANGING, _COPIES_BYTES = 32, 20_000_000
+#: After so many seconds, what is older goes behind what is newer, once.
+_WRAP_S = 1e6
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ class Dispatch:
             bounded=self._deliveries is not None,
         )
         self._flights = self._attempt = 0
-        self._apart_until = float("-inf")  # when workers that did not meet may do so again
+        # When workers that did not meet may do so again, and after how long if they do not meet then.
+        self._apart_until, self._apart_s = float("-inf"), _APART_S
         self._ahead: _Ahead | None = None
         self._lane_work = WorkerWork(run, source)
         self._hand_over_work()
@@ -152,12 +155,12 @@ class Dispatch:
         """Whether blocks have to be computed, as those of a Dask collection."""
         return self._deliveries is not None
 
-    def start_again(self) -> None:
-        """Forget what was handed over; flights are dropped before."""
+    def start_again(self, *, lost: bool) -> None:
+        """Forget what was handed over; flights are dropped before. Blocks stay where they are if no worker was lost."""
         self._ahead, self._attempt = None, self._attempt + 1
         # Whoever waits for a silent worker would have no thread for what comes; and nobody waits here for that one.
-        tell_workers_soon(self._client, _give_up, self._work.key, self._attempt)
-        if self._deliveries is not None:
+        tell_workers_soon(self._client, _give_up, self._work.key, self._attempt, held=self._work)
+        if self._deliveries is not None and lost:
             self._deliveries.start_again()
         # The cluster was started afresh; or who has the work may be silent, and with it what others would fetch.
         if self._work.status not in ("pending", "finished") or self._members.fit is not None:
@@ -182,20 +185,32 @@ class Dispatch:
         return self.pace.next(epoch, row, len(groups), room=members.has_room, sent=sent, kept=kept, exchanged=exchanged)
 
     def _can_exchange(self, groups: Sequence[Group]) -> bool:
-        """Whether the tasks of groups can hand one another what they found, which each of them holds by itself."""
+        """Whether the tasks of groups can hand one another what they found.
+
+        Each of them holds by itself what it gets, and reads all of its lanes at once.
+        """
         homes = [address for _, address in groups]
         n_copies = (max(Counter(homes).values()) - 1) * len(groups)  # beyond those that the plan counts
         return (
             time.monotonic() >= self._apart_until
             and self._members.fit is None
+            and self._members.have_room
             and len(groups) <= _MOST_EXCHANGING
             and n_copies * self.state_bytes <= _COPIES_BYTES
             and can_meet(homes)
         )
 
     def keep_apart(self) -> None:
-        """Share rounds by tasks alone for a while: workers are busy with other tasks, or one of them was lost."""
-        self._apart_until = time.monotonic() + _APART_S
+        """Share rounds by tasks alone for a while: workers are busy with other tasks, or one of them was lost.
+
+        Longer each time, until they have met.
+        """
+        self._apart_until = time.monotonic() + self._apart_s
+        self._apart_s *= 2
+
+    def met(self) -> None:
+        """Note that workers have met."""
+        self._apart_s = _APART_S
 
     def _groups(self, stretch: Stretch) -> list[Group]:
         """Say which lanes take their turns in one task, and where."""
@@ -283,12 +298,14 @@ class Dispatch:
     ) -> list[Key]:
         """Add rounds that workers share by an exchange; return what comes of them, by group."""
         rows, homes = stretch.rows, [address for _, address in groups]
+        # Those that were handed over first go first on all workers: else two fits could wait for one another.
+        priority = 10 - time.time() % _WRAP_S / _WRAP_S
         last: list[Key] = []
         for index, ((lanes, address), start, delivery) in enumerate(zip(groups, starts, deliveries, strict=True)):
             key: Key = (f"lane-rounds-{name}", rows.epoch, rows.row, len(stretch.spans), _text(lanes))
             circle = Circle(self._attempt, self._flights, homes, index)
             arguments = self._work, start, packed, lanes, stretch.spans, delivery, circle
-            last.append(graph.add(key, address, 10, share_rounds, *arguments))
+            last.append(graph.add(key, address, priority, share_rounds, *arguments))
         return last
 
     def _add_sent(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import hmac
 import itertools
 import os
 import pickle
@@ -30,7 +31,7 @@ from typing import Any
 from streamgd.data.window import Stopped
 
 #: Seconds to wait for others at the start, who may be busy with other tasks; and then, for a turn of theirs.
-_MEET_S, _TURN_S = 2.0, 60.0
+_MEET_S, _TURN_S = 1.0, 60.0
 #: Seconds between attempts to reach who is not there yet; and between looks whether to wait on for who is to come.
 _KNOCK_S, _LISTEN_S = 0.001, 0.05
 #: Seconds to look for what comes before sleeping until it does. Linux wakes who sleeps on the processor of who sent,
@@ -40,6 +41,7 @@ _LOOK_S = 0.0005
 _FITTING_BYTES = 32_000
 _SIZE = struct.Struct("<Q")
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
+_PROOF_BYTES = 32  # of SHA-256
 
 
 class ApartError(Exception):
@@ -96,8 +98,8 @@ class Exchange:
 
     Notes
     -----
-    Sockets are of Linux's abstract namespace: they have names, no files, and are gone with their process. Names follow
-    from the token, and both ends see to it that the other one belongs to the same user.
+    Sockets are of Linux's abstract namespace: they have names, no files, and are gone with their process. Both ends see
+    to it that the other one belongs to the same user, and knows the token, before they take anything from it.
     """
 
     def __init__(self, token: bytes) -> None:
@@ -195,6 +197,8 @@ class _Meeting:
         """Meet, if need be, and wait up to so many seconds for what others say from now on."""
         if not self._ends:
             self._meet(time.monotonic() + seconds)
+        if self._shut:
+            raise TimeoutError("it is over")
         for index, end in self._ends.items():
             end.settimeout(seconds)
             if index not in self._polls:
@@ -205,21 +209,23 @@ class _Meeting:
         """Hand a part to all others, and return all parts; what is bigger than sockets take in, in pairs in order."""
         mine = self.circle.mine
         message = pickle.dumps((which, part), protocol=5)
-        data = _SIZE.pack(len(message)) + message
-        fits = len(data) <= _FITTING_BYTES
+        size = _SIZE.pack(len(message))
+        fits = len(message) <= _FITTING_BYTES
         if fits:
             for end in self._ends.values():
-                end.sendall(data)
+                end.sendall(size + message)
         found = {mine: part}
         for index, end in sorted(self._ends.items()):
             if not fits and index > mine:
-                end.sendall(data)
+                end.sendall(size)
+                end.sendall(message)
             self._look(index)
             theirs, found[index] = pickle.loads(_read(end))
             if theirs != which:
                 raise ApartError(f"others are elsewhere: at {theirs}, not {which}")
             if not fits and index < mine:
-                end.sendall(data)
+                end.sendall(size)
+                end.sendall(message)
         return [part for _, part in sorted(found.items())]
 
     def _look(self, index: int) -> None:
@@ -230,12 +236,13 @@ class _Meeting:
     def _meet(self, until: float) -> None:
         """Be called by those behind, and call those before."""
         mine, n = self.circle.mine, len(self.circle.homes)
+        if not sys.platform.startswith("linux"):
+            raise ApartError(f"{sys.platform} has no such sockets")
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(self._name(mine))
             listener.listen(n)
             for index in range(mine):
                 self._ends[index] = self._call(index, until)
-                self._ends[index].sendall(_SIZE.pack(mine))
             listener.settimeout(_LISTEN_S)
             while len(self._ends) < n - 1:
                 try:
@@ -243,11 +250,13 @@ class _Meeting:
                 except TimeoutError:
                     self._go_on(until)
                     continue
-                with contextlib.ExitStack() as held:
+                with contextlib.suppress(OSError), contextlib.ExitStack() as held:
                     held.enter_context(end)
                     end.settimeout(_MEET_S)
-                    if _is_same_user(end):
-                        (index,) = _SIZE.unpack(_read_exactly(end, _SIZE.size))
+                    _require_same_user(end)
+                    (index,) = _SIZE.unpack(_read_exactly(end, _SIZE.size))
+                    self._require_token(end, b"is called", b"calls %d" % index)
+                    if mine < index < n and index not in self._ends:
                         self._ends[index] = end
                         held.pop_all()
 
@@ -257,8 +266,9 @@ class _Meeting:
             try:
                 end.settimeout(_MEET_S)
                 end.connect(self._name(index))
-                if not _is_same_user(end):
-                    raise PermissionError("another user has taken the name of a worker's socket")
+                _require_same_user(end)
+                end.sendall(_SIZE.pack(self.circle.mine))
+                self._require_token(end, b"calls %d" % self.circle.mine, b"is called")
                 return end
             except OSError as err:
                 end.close()
@@ -266,6 +276,15 @@ class _Meeting:
                     raise
             self._go_on(until)
             time.sleep(_KNOCK_S)
+
+    def _require_token(self, end: socket.socket, mine: bytes, theirs: bytes) -> None:
+        """Prove to know the token, by what only who does makes of the other's random bytes; and require the same."""
+        ours = os.urandom(_PROOF_BYTES)
+        end.sendall(ours)
+        asked = _read_exactly(end, _PROOF_BYTES)
+        end.sendall(hmac.digest(self._token, mine + asked, "sha256"))
+        if not hmac.compare_digest(_read_exactly(end, _PROOF_BYTES), hmac.digest(self._token, theirs + ours, "sha256")):
+            raise PermissionError("the other end does not know the token")
 
     def _go_on(self, until: float) -> None:
         if self._shut or time.monotonic() >= until:
@@ -289,9 +308,10 @@ class _Meeting:
         self._ends.clear()
 
 
-def _is_same_user(end: socket.socket) -> bool:
+def _require_same_user(end: socket.socket) -> None:
     _, user, _ = _CREDENTIALS.unpack(end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    return bool(user == os.getuid())
+    if user != os.getuid():
+        raise PermissionError(f"the other end belongs to user {user}")
 
 
 def _read(end: socket.socket) -> bytearray:

@@ -346,7 +346,7 @@ def share_rounds(
             played = play_rounds(work, state, packed, spans, delivered, lanes=lanes, gather=gather)
     except ApartError:
         return Flown([])
-    return Flown(played if 0 in lanes else played[-1:], time.perf_counter() - met)
+    return Flown(played, time.perf_counter() - met)
 
 
 def merge_flight(firsts: Sequence[Taken], last: Sequence[Taken], packed: Packed) -> Flown:

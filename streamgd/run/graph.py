@@ -26,9 +26,9 @@ class Graph:
 
     def __init__(self, client: Any, fit: Sequence[str] | None) -> None:
         self._client, self._fit = client, fit
-        self._tasks: dict[tuple[str | None, int], dict[Key, Any]] = {}
+        self._tasks: dict[tuple[str | None, float], dict[Key, Any]] = {}
 
-    def add(self, key: Key, address: str | None, priority: int, function: Any, *arguments: Any) -> Key:
+    def add(self, key: Key, address: str | None, priority: float, function: Any, *arguments: Any) -> Key:
         """Add a task; return its key, which stands for what comes of it in arguments of others, also in lists.
 
         Parameters

@@ -90,6 +90,12 @@ class Members:
         return self._lanes_kept(self.first) >= self._n_lanes
 
     @property
+    def have_room(self) -> bool:
+        """Whether each worker has room for all of its own lanes at once."""
+        held = Counter(self._lanes.values())
+        return all(self._lanes_kept(address) >= n for address, n in held.items())
+
+    @property
     def has_room_to_send(self) -> bool:
         """Whether workers have room for their lanes and as much again: rows that they send, and those of all others."""
         held = Counter(self._lanes.values())

@@ -180,7 +180,7 @@ def play_rounds(
     Returns
     -------
     list of Round
-        What came of each.
+        What came of each; of the last one alone if others take the turns of lane 0, and tell the rest.
     """
     lanes = range(work.plans.n_lanes) if lanes is None else lanes
     own: list[LaneReader] = []
@@ -203,7 +203,11 @@ def play_rounds(
             if gather is not None:
                 parts = gather(joined(parts, work.plans.n_lanes))
             found = merge_parts(state, parts, packed, span.end)
-            played.append(found if gather is not None else replace(found, took_s=time.perf_counter() - began))
+            if gather is None:
+                found = replace(found, took_s=time.perf_counter() - began)
+            elif 0 not in lanes:
+                played.clear()
+            played.append(found)
             state = played[-1].state
             if played[-1].done or state.counters[kernels.STATUS] != kernels.OK:
                 break

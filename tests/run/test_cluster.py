@@ -47,6 +47,7 @@ from streamgd.run import cluster as cluster_module
 from streamgd.run.checkpoint import CheckpointFolder
 from streamgd.run.config import Config, RunOptions
 from streamgd.run.epochs import Watcher
+from streamgd.run.exchange import ApartError
 from streamgd.run.loop import train
 from streamgd.run.runs import prepare
 from streamgd.run.survey import take_survey
@@ -96,6 +97,15 @@ def here(folder: Path) -> Any:
 def two() -> Any:
     with cluster(2) as made:
         yield made
+
+
+@pytest.fixture(scope="class")
+def two_to_kill() -> Any:
+    """A client of two workers, and what kills and replaces these: a nanny may give up who is killed early."""
+    with cluster(0) as (made, client):
+        processes = Processes(made.scheduler_address, 2)
+        yield client, processes
+        processes.close()
 
 
 @pytest.fixture(scope="module")
@@ -398,17 +408,17 @@ class TestFaults:
             ("together", "persisted"),
         ],
     )
-    def test_workers_are_killed(self, two, folder, monkeypatch, way, kind):
+    def test_workers_are_killed(self, two_to_kill, folder, monkeypatch, way, kind):
         hand_over(monkeypatch, WAYS[way])
-        client, rng = two[1], random.Random(kind)
+        (client, processes), rng = two_to_kill, random.Random(kind)
         await_workers(client, 2)
         expected = fit(folder, kind, max_iter=120)
         fit(folder, kind, client=client, max_iter=1)  # who starts takes its time
         killed: list[float] = []
 
         def kill() -> None:
-            kill_worker(client, rng.randrange(2))
             killed.append(time.monotonic())
+            processes.kill(rng.randrange(2))
 
         killing = threading.Timer(rng.uniform(0.05, 0.3), kill)
         killing.start()
@@ -1029,9 +1039,32 @@ class TestExchange:
             assert fit(folder, "parquet", client=client) == here("parquet")
             busy.result()
         finally:
-            client.run(_set_patience, 2.0)
+            client.run(_set_patience, 1.0)
         assert ways[0] == "exchanged"
         assert ways[-1] != "exchanged"
+
+    def test_blocks_are_read_in_place_though_workers_do_not_meet(self, two, folder, here, monkeypatch, ways):
+        """Nothing is lost then."""
+        fetched, computed = cluster_module.ClusterCrew._fetched, delivery._ComputedBlocks._computed
+        flights_seen: list[Any] = []
+        sent: list[int] = []
+
+        def apart_once(self: Any, flight: Any) -> Any:
+            flights_seen.append(flight.stretch)
+            if len(flights_seen) == 1:
+                raise ApartError("nobody came")
+            return fetched(self, flight)
+
+        def recorded(self: Any, blocks: Any, workers: Any) -> Any:
+            sent.extend(blocks)
+            return computed(self, blocks, workers)
+
+        monkeypatch.setattr(cluster_module.ClusterCrew, "_fetched", apart_once)
+        monkeypatch.setattr(delivery._ComputedBlocks, "_computed", recorded)
+        assert fit(folder, "persisted", client=two[1]) == here("persisted")
+        assert ways[0] == "exchanged"
+        assert ways[-1] != "exchanged"
+        assert not sent
 
     def test_fits_at_once(self, two, folder, here):
         """Each may get one of two threads, and wait for the other."""
@@ -1050,7 +1083,13 @@ class TestExchange:
     def test_workers_are_left_as_they_were(self, two, folder):
         def sockets_and_threads() -> tuple[int, int]:
             names = [thread.name for thread in threading.enumerate() if thread.name.startswith("streamgd")]
-            return Path("/proc/net/unix").read_text().count("@streamgd-"), len(names)
+            rows = map(str.split, Path("/proc/net/unix").read_text().splitlines())
+            named = {f"socket:[{row[6]}]" for row in rows if row[-1].startswith("@streamgd-")}
+            found = 0
+            for descriptor in Path("/proc/self/fd").iterdir():
+                with contextlib.suppress(OSError):  # the one that lists them
+                    found += str(descriptor.readlink()) in named
+            return found, len(names)
 
         fit(folder, "hdf5", client=two[1])
         for _ in range(50):
@@ -1145,8 +1184,8 @@ class TestKeptBlocks:
                 raise cluster_module._Again("a worker left", counts=False)
             look(self, **options)
 
-        def started_again(self: Any) -> None:
-            start_again(self)
+        def started_again(self: Any, **options: Any) -> None:
+            start_again(self, **options)
             for _ in range(100):
                 after.append(two[1].run(_kept_bytes, self._work.key))
                 if not any(after[-1].values()):

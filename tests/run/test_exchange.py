@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import pickle
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from streamgd.data.window import Stopped
 from streamgd.learn.state import State
 from streamgd.run import exchange, flights
 from streamgd.run.config import Config
-from streamgd.run.dispatch import Dispatch
+from streamgd.run.dispatch import Dispatch, _beginnings
 from streamgd.run.exchange import ApartError, Circle, Exchange, can_meet
 from streamgd.run.flights import Flown, WorkerWork
 from streamgd.run.rounds import Round
@@ -113,6 +114,10 @@ def test_they_meet_once_for_rounds_that_follow_one_another(party, monkeypatch):
     made.play(*(made.circle(index, 3, attempt=1) for index in range(2)), what=lambda index, gather: gather(index))
     assert made.found == [[0, 1]] * 2
     assert len(meetings) == 4
+    others = [Circle(1, 4, ["worker 0", "another worker"], index) for index in range(2)]
+    made.play(*others, what=lambda index, gather: gather(index))
+    assert made.found == [[0, 1]] * 2
+    assert len(meetings) == 6
 
 
 def test_who_does_not_come_is_not_waited_for(party, monkeypatch):
@@ -193,19 +198,62 @@ def test_only_those_that_know_the_token_meet(party, monkeypatch):
 def test_only_processes_of_one_user_meet(party, monkeypatch, who):
     """Whoever has another one at the other end refuses, whatever that one does."""
     monkeypatch.setattr(exchange, "_MEET_S", 0.2)
-    user, real = os.getuid(), exchange._is_same_user
+    user, real = os.getuid(), exchange._require_same_user
 
-    def is_same_user(end: Any) -> bool:
+    def require_same_user(end: Any) -> None:
         called = not end.getpeername()  # whoever calls has no name
         with pytest.MonkeyPatch.context() as patch:
             if called == (who == "who is called"):
                 patch.setattr(exchange.os, "getuid", lambda: user + 1)
-            return real(end)
+            real(end)
 
-    monkeypatch.setattr(exchange, "_is_same_user", is_same_user)
+    monkeypatch.setattr(exchange, "_require_same_user", require_same_user)
     made = party(2)
     made.play(*map(made.circle, range(2)), what=lambda index, gather: gather(index))
     assert all(isinstance(each, ApartError) for each in made.found)
+
+
+@pytest.mark.parametrize("who", ["who calls", "who is called"])
+def test_nothing_is_taken_from_who_does_not_know_the_token(party, monkeypatch, who):
+    """Though names of sockets are there for all to read."""
+    monkeypatch.setattr(exchange, "_MEET_S", 0.3)
+    monkeypatch.setattr(exchange._Meeting, "_name", lambda self, index: f"\0streamgd-test-{os.getpid()}-{index}")
+    taken = []
+    made = party(2)
+    real = exchange._Meeting._require_token
+
+    def require_token(self: Any, end: Any, mine: bytes, theirs: bytes) -> None:
+        """Have one of them take whatever it gets, and say what it made up."""
+        if mine.startswith(b"calls") != (who == "who calls"):
+            real(self, end, mine, theirs)
+            return
+        for _ in range(2):
+            end.sendall(bytes(32))
+            exchange._read_exactly(end, 32)
+
+    monkeypatch.setattr(exchange._Meeting, "_require_token", require_token)
+    made.play(*map(made.circle, range(2)), what=lambda index, gather: taken.append(gather(index)))
+    assert all(isinstance(each, ApartError) for each in made.found)
+    assert not taken
+
+
+def test_strangers_are_not_waited_for(party):
+    """Whoever calls and is not the one who is awaited is turned away, and the others meet."""
+    made = party(2)
+    first = made.start(0, lambda index, gather: gather(index))
+    time.sleep(0.1)
+    meeting = next(iter(made.exchanges[0]._open))
+    for said in (b"", b"GET / HTTP/1.1\r\n\r\n" * 10, exchange._SIZE.pack(1) + bytes(64), exchange._SIZE.pack(7)):
+        with socket.socket(socket.AF_UNIX) as stranger:
+            stranger.connect(meeting._name(0))
+            with contextlib.suppress(OSError):
+                stranger.sendall(said)
+                stranger.shutdown(socket.SHUT_WR)
+                stranger.recv(200)
+                stranger.recv(200)
+    made.start(1, lambda index, gather: gather(index)).join(5)
+    first.join(5)
+    assert made.found == [[0, 1]] * 2
 
 
 @pytest.mark.parametrize("when", ["meeting", "in a round"])
@@ -301,6 +349,19 @@ def test_many_small_states_travel_in_one_piece():
         np.testing.assert_array_equal(made.rounds[-1].state.theta, some[-1].state.theta)
 
 
+def test_each_goes_on_from_its_own_unless_lanes_have_moved():
+    groups = [([0, 1], "tcp://a:1"), ([2, 3], "tcp://a:2")]
+    moved = [([0, 1], "tcp://a:1"), ([2, 3], "tcp://a:3")]
+    exchanged = SimpleNamespace(
+        stretch=SimpleNamespace(exchanged=True), groups=groups, last=["one", "two"], merged="one"
+    )
+    assert _beginnings(exchanged, groups) == [["one"], ["two"]]
+    assert _beginnings(exchanged, moved) == [["one"], ["one"]]
+    assert _beginnings(exchanged, groups[:1]) == [["one"]]
+    by_tasks = SimpleNamespace(stretch=SimpleNamespace(exchanged=False), groups=groups, last=["one", "two"])
+    assert _beginnings(by_tasks, moved) == [["one", "two"]] * 2
+
+
 def wide_state() -> State:
     run = prepare(open_source(np.ones((3, 50_000)), np.arange(3.0)), Config(n_lanes=2))
     return run.state
@@ -318,14 +379,15 @@ def wide_state() -> State:
         ({"homes": [f"tcp://a:{port}" for port in range(33)]}, False),
         ({"homes": ["tcp://a:1", "tcp://b:1"]}, False),
         ({"apart_s": 1.0}, False),
+        ({"have_room": False}, False),
     ],
 )
 def test_who_exchanges(given, expected):
-    """Not where only some workers may take part, nor where threads would hold more than was planned."""
-    options = {"fit": None, "state_bytes": 1000, "homes": ["tcp://a:1", "tcp://a:2"], "apart_s": 0.0, **given}
+    """Not where only some workers may take part, nor where they would hold more than was planned."""
+    options = {"fit": None, "have_room": True, "state_bytes": 1000, "homes": ["tcp://a:1", "tcp://a:2"]} | given
     some = SimpleNamespace(
-        _apart_until=time.monotonic() + options["apart_s"],
-        _members=SimpleNamespace(fit=options["fit"]),
+        _apart_until=time.monotonic() + options.get("apart_s", 0.0),
+        _members=SimpleNamespace(fit=options["fit"], have_room=options["have_room"]),
         state_bytes=options["state_bytes"],
     )
     groups = [([lane], home) for lane, home in enumerate(options["homes"])]
