@@ -30,8 +30,9 @@ from typing import Any
 
 from streamgd.data.window import Stopped
 
-#: Seconds to wait for others at the start, who may be busy with other tasks; and then, for a turn of theirs.
-_MEET_S, _TURN_S = 1.0, 60.0
+#: Seconds to wait for others at the start, who may be busy with other tasks; where they have met before, and come from
+#: the same rounds; and then, for a turn of theirs.
+_MEET_S, _MEET_AGAIN_S, _TURN_S = 1.0, 0.3, 60.0
 #: Seconds between attempts to reach who is not there yet; and between looks whether to wait on for who is to come.
 _KNOCK_S, _LISTEN_S = 0.001, 0.05
 #: Seconds to look for what comes before sleeping until it does. Linux wakes who sleeps on the processor of who sent,
@@ -132,7 +133,7 @@ class Exchange:
             return meeting.gather((circle.flight, next(numbers)), part)
 
         try:
-            meeting.wait_for(_MEET_S)
+            meeting.wait_for(_MEET_AGAIN_S if meeting.met else _MEET_S)
             gather(None)
             meeting.wait_for(_TURN_S)
             yield gather
@@ -193,9 +194,14 @@ class _Meeting:
         self._polls: dict[int, Any] = {}
         self._shut = False
 
+    @property
+    def met(self) -> bool:
+        """Whether all have met."""
+        return bool(self._ends)
+
     def wait_for(self, seconds: float) -> None:
         """Meet, if need be, and wait up to so many seconds for what others say from now on."""
-        if not self._ends:
+        if not self.met:
             self._meet(time.monotonic() + seconds)
         if self._shut:
             raise TimeoutError("it is over")

@@ -128,6 +128,14 @@ def test_who_does_not_come_is_not_waited_for(party, monkeypatch):
     assert 0.2 < max(made.seconds) < 2
 
 
+def test_who_came_before_is_waited_for_less_long(party):
+    made = party(2)
+    made.play(*map(made.circle, range(2)), what=lambda index, gather: gather(index))
+    made.play(made.circle(0, 2), what=lambda index, gather: gather(index))
+    assert isinstance(made.found[0], ApartError)
+    assert 0.2 < made.seconds[0] < 0.8
+
+
 def test_who_comes_late_is_waited_for(party):
     made = party(2)
     first = made.start(0, lambda index, gather: gather(index))
