@@ -166,11 +166,14 @@ def await_workers(client: Any, n_workers: int, timeout_s: float = 60.0) -> None:
 def main() -> None:
     from distributed import Client
 
-    from streamgd.run import pace
+    from streamgd.run import dispatch, pace
 
     kind, folder, scheduler, optimizer, *way = sys.argv[1:]
-    for name, value in (json.loads(way[0]) if way else {}).items():
+    given = json.loads(way[0]) if way else {}
+    for name, value in given.items():
         setattr(pace, name, value)
+    if given and "_EXCHANGED_S" not in given:
+        dispatch.can_meet = lambda addresses: False
     run = Path(folder) / f"run-{kind}-{optimizer}"
     with Client(scheduler, set_as_default=False) as client:
         found = fit(Path(folder), kind, optimizer, client, checkpoint_dir=run, checkpoint_every_s=0)

@@ -190,6 +190,11 @@ class Deliveries:
         self._free()
         self.close()
 
+    def play_again(self) -> None:
+        """Forget what came for rounds that are played again, though no worker was lost."""
+        if self._all or self._held:
+            self._free()
+
     def close(self) -> None:
         """Release all."""
         self.clear()

@@ -42,12 +42,12 @@ from streamgd.run.worker_memory import WorkerMemory
 
 #: States up to this size are sent with each task that needs them, others once.
 _EMBEDDED_BYTES = 100_000
-#: Seconds in which workers that did not meet do not try again, the first time.
-_APART_S = 30.0
+#: Seconds in which workers that did not meet do not try again, the first time and at most.
+_APART_S, _MOST_APART_S = 30.0, 600.0
 #: Groups that hand one another what they found, each to each, at most; and bytes of what the threads of a worker hold
 #: of it beside each other.
-_MOST_EXCHANGING, _COPIES_BYTES = 32, 20_000_000
-#: After so many seconds, what is older goes behind what is newer, once.
+_MOST_EXCHANGING, _COPIES_BYTES = 32, 40_000_000
+#: Priorities by age begin anew every so many seconds; at that moment newer tasks go before older ones.
 _WRAP_S = 1e6
 
 
@@ -156,12 +156,15 @@ class Dispatch:
         return self._deliveries is not None
 
     def start_again(self, *, lost: bool) -> None:
-        """Forget what was handed over; flights are dropped before. Blocks stay where they are if no worker was lost."""
+        """Forget what was handed over; flights are dropped before. If no worker was `lost`, blocks stay in place."""
         self._ahead, self._attempt = None, self._attempt + 1
         # Whoever waits for a silent worker would have no thread for what comes; and nobody waits here for that one.
         tell_workers_soon(self._client, _give_up, self._work.key, self._attempt, held=self._work)
-        if self._deliveries is not None and lost:
-            self._deliveries.start_again()
+        if self._deliveries is not None:
+            if lost:
+                self._deliveries.start_again()
+            else:
+                self._deliveries.play_again()
         # The cluster was started afresh; or who has the work may be silent, and with it what others would fetch.
         if self._work.status not in ("pending", "finished") or self._members.fit is not None:
             self._hand_over_work()
@@ -181,7 +184,8 @@ class Dispatch:
         sent = self._sends and bool(self._others()) and members.has_room_to_send
         groups = members.groups()
         kept = self._deliveries is not None and self._deliveries.kept(groups, epoch)
-        exchanged = self._can_exchange(groups)
+        # Where blocks have to come, whoever waits would keep the thread that computes them.
+        exchanged = (kept or self._deliveries is None) and self._can_exchange(groups)
         return self.pace.next(epoch, row, len(groups), room=members.has_room, sent=sent, kept=kept, exchanged=exchanged)
 
     def _can_exchange(self, groups: Sequence[Group]) -> bool:
@@ -190,7 +194,8 @@ class Dispatch:
         Each of them holds by itself what it gets, and reads all of its lanes at once.
         """
         homes = [address for _, address in groups]
-        n_copies = (max(Counter(homes).values()) - 1) * len(groups)  # beyond those that the plan counts
+        # Beyond those that the plan counts, with a message that goes out and one that comes in.
+        n_copies = (max(Counter(homes).values()) - 1) * len(groups) + 2
         return (
             time.monotonic() >= self._apart_until
             and self._members.fit is None
@@ -206,7 +211,7 @@ class Dispatch:
         Longer each time, until they have met.
         """
         self._apart_until = time.monotonic() + self._apart_s
-        self._apart_s *= 2
+        self._apart_s = min(2 * self._apart_s, _MOST_APART_S)
 
     def met(self) -> None:
         """Note that workers have met."""
@@ -298,7 +303,7 @@ class Dispatch:
     ) -> list[Key]:
         """Add rounds that workers share by an exchange; return what comes of them, by group."""
         rows, homes = stretch.rows, [address for _, address in groups]
-        # Those that were handed over first go first on all workers: else two fits could wait for one another.
+        # Those that were handed over first go first on all workers: else fits would often wait for one another.
         priority = 10 - time.time() % _WRAP_S / _WRAP_S
         last: list[Key] = []
         for index, ((lanes, address), start, delivery) in enumerate(zip(groups, starts, deliveries, strict=True)):
@@ -361,8 +366,13 @@ class Dispatch:
     def _with_blocks(self, epoch: int, row: int) -> _Ahead:
         """Say which rounds come next and where, and have their blocks come, if they were not delivered ahead."""
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.starts_at(epoch, row) and self._groups(ahead.stretch) == ahead.groups:
-            return ahead  # else lanes have gone elsewhere
+        if (
+            ahead is not None
+            and ahead.starts_at(epoch, row)
+            and self._groups(ahead.stretch) == ahead.groups
+            and (not ahead.stretch.exchanged or self._can_exchange(ahead.groups))
+        ):
+            return ahead  # else lanes have gone elsewhere, or are apart
         stretch = self._stretch(epoch, row)
         groups = self._groups(stretch)
         if self._deliveries is None:

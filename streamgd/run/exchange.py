@@ -30,9 +30,9 @@ from typing import Any
 
 from streamgd.data.window import Stopped
 
-#: Seconds to wait for others at the start, who may be busy with other tasks; where they have met before, and come from
-#: the same rounds; and then, for a turn of theirs.
-_MEET_S, _MEET_AGAIN_S, _TURN_S = 1.0, 0.3, 60.0
+#: Seconds to wait for others at the start, who may be importing, or busy with other tasks; the same where they have met
+#: before for rounds of this attempt; and for another's turn.
+_MEET_S, _MEET_AGAIN_S, _TURN_S = 2.0, 0.3, 60.0
 #: Seconds between attempts to reach who is not there yet; and between looks whether to wait on for who is to come.
 _KNOCK_S, _LISTEN_S = 0.001, 0.05
 #: Seconds to look for what comes before sleeping until it does. Linux wakes who sleeps on the processor of who sent,
@@ -41,7 +41,7 @@ _LOOK_S = 0.0005
 #: Bytes of a message that a socket takes in before the other end reads.
 _FITTING_BYTES = 32_000
 _SIZE = struct.Struct("<Q")
-_CREDENTIALS = struct.Struct("3i")  # process, user, group
+_CREDENTIALS = struct.Struct("iII")  # process, user, group
 _PROOF_BYTES = 32  # of SHA-256
 
 
@@ -108,6 +108,7 @@ class Exchange:
         self._lock = threading.Lock()
         self._meetings: dict[int, _Meeting] = {}  # those that wait for their next rounds
         self._open: set[_Meeting] = set()  # all of them
+        self._attempt = 0  # the latest
         self._closed = False
 
     @contextlib.contextmanager
@@ -130,30 +131,29 @@ class Exchange:
         numbers = itertools.count()
 
         def gather(part: Any) -> list[Any]:
-            return meeting.gather((circle.flight, next(numbers)), part)
+            with self._apart_if_broken():
+                return meeting.gather((circle.flight, next(numbers)), part)
 
         try:
-            meeting.wait_for(_MEET_AGAIN_S if meeting.met else _MEET_S)
-            gather(None)
-            meeting.wait_for(_TURN_S)
+            with self._apart_if_broken():
+                meeting.wait_for(_MEET_AGAIN_S if meeting.met else _MEET_S)
+                gather(None)
+                meeting.wait_for(_TURN_S)
             yield gather
-        except BaseException as err:
-            meeting.close()
-            with self._lock:
-                self._open.discard(meeting)
-                closed = self._closed
-            if isinstance(err, OSError):
-                raise (Stopped() if closed else ApartError(f"{type(err).__name__}: {err}")) from err
+        except BaseException:
+            self._drop(meeting)
             raise
         with self._lock:
-            if not self._closed:
+            stays = not self._closed and circle.attempt >= self._attempt
+            if stays:
                 self._meetings[circle.mine] = meeting
-                return
-        meeting.close()
+        if not stays:
+            self._drop(meeting)
 
     def give_up(self, attempt: int) -> None:
-        """Have nobody wait for rounds of attempts before this one, which are played again."""
+        """Have nobody wait for rounds of attempts before this one, which are played again, now or later."""
         with self._lock:
+            self._attempt = max(self._attempt, attempt)
             old = [meeting for meeting in self._open if meeting.circle.attempt < attempt]
         for meeting in old:
             meeting.shut_down()
@@ -174,15 +174,30 @@ class Exchange:
         with self._lock:
             if self._closed:
                 raise Stopped
+            if circle.attempt < self._attempt:
+                raise ApartError("these rounds are played again")
+            self._attempt = circle.attempt
             before = self._meetings.pop(circle.mine, None)
             if before is not None and circle.meets_as(before.circle):
                 return before
             new = _Meeting(circle, self._token)
             self._open.add(new)
-            self._open.discard(before) if before is not None else None
         if before is not None:
-            before.close()
+            self._drop(before)
         return new
+
+    def _drop(self, meeting: _Meeting) -> None:
+        meeting.close()
+        with self._lock:
+            self._open.discard(meeting)
+
+    @contextlib.contextmanager
+    def _apart_if_broken(self) -> Iterator[None]:
+        """Take what goes wrong with sockets for others having gone, unless this was closed."""
+        try:
+            yield
+        except OSError as err:
+            raise (Stopped() if self._closed else ApartError(f"{type(err).__name__}: {err}")) from err
 
 
 class _Meeting:
@@ -196,7 +211,7 @@ class _Meeting:
 
     @property
     def met(self) -> bool:
-        """Whether all have met."""
+        """Whether all have met; if some did not, it was closed."""
         return bool(self._ends)
 
     def wait_for(self, seconds: float) -> None:
@@ -251,10 +266,10 @@ class _Meeting:
                 self._ends[index] = self._call(index, until)
             listener.settimeout(_LISTEN_S)
             while len(self._ends) < n - 1:
+                self._go_on(until)
                 try:
                     end, _ = listener.accept()
                 except TimeoutError:
-                    self._go_on(until)
                     continue
                 with contextlib.suppress(OSError), contextlib.ExitStack() as held:
                     held.enter_context(end)

@@ -3,7 +3,7 @@
 Rounds follow one another without the client, and without a task of their own for merging: a turn is handed what the
 round before found, in a few parts, and merges it itself. That is one way to the scheduler and back less in each round,
 for milliseconds of arithmetic that every worker does for itself. With an exchange a flight is one task for each group
-of lanes. All of it is pure: see `streamgd.run.lanes`.
+of lanes. What comes of all of it is a pure function of what it is given, or nothing: see `streamgd.run.lanes`.
 """
 
 from __future__ import annotations
@@ -338,11 +338,11 @@ def share_rounds(
     played: list[Round] = []
     met = time.perf_counter()
     try:
+        state, _ = work.begin(beginning, packed, spans[0].epoch)
         with _unless_over(work), work.exchange.among(circle) as gather:
             met = time.perf_counter()
             if get_worker().address != circle.home:
                 raise ApartError("this was given to another worker")
-            state, _ = work.begin(beginning, packed, spans[0].epoch)
             played = play_rounds(work, state, packed, spans, delivered, lanes=lanes, gather=gather)
     except ApartError:
         return Flown([])

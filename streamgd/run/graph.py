@@ -37,7 +37,7 @@ class Graph:
             Its name.
         address : str or None
             The worker where it belongs; elsewhere if that one is gone or busy, but never where it cannot be.
-        priority : int
+        priority : float
             Greater ones go first.
         function : callable
             What to do.

@@ -165,7 +165,7 @@ class Pace:
         """Learn from what has ended, how long that took: the client, and those that shared it by an exchange."""
         self._last_s = took_s
         if stretch.exchanged:
-            self._shared = True  # those that did not meet have read nothing
+            self._shared = True  # those that never met have read nothing
             took_s = max(exchanged_s - len(rounds) * _EACH_BESIDE_S, exchanged_s / _LEAST_PART)
         self._row_s = took_s / stretch.rows.n_rows
         if stretch.together and chained:  # the first one opens files, and compiles
@@ -205,6 +205,8 @@ class Pace:
         else:
             most_bytes = self._unknown_bytes * (_MORE_BEHIND if kept else 1)
             most_rows = min(most_rows, most_bytes // (self._n_lanes * self._row_bytes))
+            if span.n_rows > most_rows:
+                return []
             self._unknown_bytes *= _MORE_BEHIND
         most = min(_MOST_EXCHANGED, _STATES_BYTES // self._state_bytes)
         while len(spans) < most and spans[-1].end < self._turns.lane_rows:

@@ -145,20 +145,21 @@ def test_who_comes_late_is_waited_for(party):
     assert made.found == [[0, 1]] * 2
 
 
+@pytest.mark.parametrize("error", [ValueError, FileNotFoundError])
 @pytest.mark.parametrize("n_rounds", [0, 2])
-def test_nobody_waits_for_who_fails(party, n_rounds):
+def test_nobody_waits_for_who_fails(party, n_rounds, error):
     """And the error is told by who had it."""
 
     def rounds(index: int, gather: Any) -> None:
         for _ in range(n_rounds):
             gather(index)
         if index == 1:
-            raise ValueError("the disk is on fire")
+            raise error("the disk is on fire")
         gather(index)
 
     made = party(3)
     made.play(*map(made.circle, range(3)), what=rounds)
-    assert [type(each) for each in made.found] == [ApartError, ValueError, ApartError]
+    assert [type(each) for each in made.found] == [ApartError, error, ApartError]
     assert max(made.seconds) < 1
 
 
@@ -292,6 +293,15 @@ def test_giving_up_wakes_those_of_earlier_attempts_alone(party):
     assert made.seconds[0] < 1
 
 
+def test_who_comes_late_for_an_earlier_attempt_disturbs_nobody(party):
+    made = party(2)
+    made.play(*(made.circle(index, 1, attempt=1) for index in range(2)), what=lambda index, gather: gather(index))
+    made.start(0, lambda index, gather: gather(index), made.circle(0, attempt=0)).join(5)
+    assert isinstance(made.found[0], ApartError)
+    made.play(*(made.circle(index, 2, attempt=1) for index in range(2)), what=lambda index, gather: gather(index))
+    assert made.found == [[0, 1]] * 2
+
+
 def test_who_goes_on_to_another_attempt_leaves_those_who_wait(party):
     """With one thread they could not come to it otherwise."""
     made = party(2)
@@ -380,7 +390,8 @@ def wide_state() -> State:
     [
         ({}, True),
         ({"fit": ["tcp://a:1"]}, False),
-        ({"state_bytes": 10**9}, True),
+        ({"state_bytes": 20_000_000}, True),
+        ({"state_bytes": 20_000_001}, False),
         ({"state_bytes": 10_000_001, "homes": ["tcp://a:1", "tcp://a:1"]}, False),
         ({"state_bytes": 10_000_000, "homes": ["tcp://a:1", "tcp://a:1"]}, True),
         ({"homes": [f"tcp://a:{port}" for port in range(32)]}, True),
