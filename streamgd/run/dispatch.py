@@ -10,7 +10,6 @@ their lanes (`streamgd.run.sent_rows`). Nothing of that is needed where workers 
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 import uuid
 from collections import Counter
@@ -34,6 +33,7 @@ from streamgd.run.flights import (
 )
 from streamgd.run.graph import Graph, Key, keep
 from streamgd.run.lane_rows import LanePlans
+from streamgd.run.lanes import close_soon
 from streamgd.run.members import Members
 from streamgd.run.pace import Pace, Stretch
 from streamgd.run.runs import Run
@@ -225,7 +225,8 @@ class Dispatch:
 
     def hand_over(self, start: State | None, packed: Packed, epoch: int, row: int, *, behind: Flight | None) -> Flight:
         """Hand the tasks of rounds to the scheduler, to begin from a state or from what came of the flight before."""
-        stretch, groups, deliveries = self._with_blocks(epoch, row)
+        ahead = self._with_blocks(epoch, row)
+        stretch, groups, deliveries = ahead
         self._flights += 1
         name = f"{self._name}-{self._flights}"
         graph = Graph(self._client, self._members.fit)
@@ -249,10 +250,10 @@ class Dispatch:
             merged = graph.add(key, self._members.first, 10, play_short, *several)
             last = [merged]
         elif stretch.exchanged:
-            last = self._add_exchanged(graph, name, starts, packed, stretch, groups, deliveries)
+            last = self._add_exchanged(graph, name, starts, packed, ahead)
             merged = last[0]
         else:
-            merged, last = self._add_shared(graph, name, starts, packed, stretch, groups, deliveries)
+            merged, last = self._add_shared(graph, name, starts, packed, ahead)
         wanted = [merged, *last, *sent.values(), *aside]
         futures = dict(zip(wanted, graph.hand_over(wanted), strict=True))
         held = [*filter(None, deliveries), *(futures[key] for key in aside)]
@@ -267,16 +268,10 @@ class Dispatch:
         )
 
     def _add_shared(
-        self,
-        graph: Graph,
-        name: str,
-        starts: Sequence[Any],
-        packed: Packed,
-        stretch: Stretch,
-        groups: Sequence[Group],
-        deliveries: Sequence[Any],
+        self, graph: Graph, name: str, starts: Sequence[Any], packed: Packed, ahead: _Ahead
     ) -> tuple[Key, list[Key]]:
         """Add rounds that workers share; return what comes of them, and what the next flight begins from."""
+        stretch, groups, deliveries = ahead
         firsts: list[Key] = []
         last: list[Key] = []
         for span in stretch.spans:
@@ -292,16 +287,10 @@ class Dispatch:
         return merged, last if self.pace.few(len(groups)) else [merged]
 
     def _add_exchanged(
-        self,
-        graph: Graph,
-        name: str,
-        starts: Sequence[Any],
-        packed: Packed,
-        stretch: Stretch,
-        groups: Sequence[Group],
-        deliveries: Sequence[Any],
+        self, graph: Graph, name: str, starts: Sequence[Any], packed: Packed, ahead: _Ahead
     ) -> list[Key]:
         """Add rounds that workers share by an exchange; return what comes of them, by group."""
+        stretch, groups, deliveries = ahead
         rows, homes = stretch.rows, [address for _, address in groups]
         # Those that were handed over first go first on all workers: else fits would often wait for one another.
         priority = 10 - time.time() % _WRAP_S / _WRAP_S
@@ -417,4 +406,4 @@ def _close(key: Any, dask_worker: Any = None) -> None:
     """Close a run's readers on a worker."""
     work = dask_worker.data.get(key)
     if work is not None:
-        threading.Thread(target=work.close, name="streamgd-close", daemon=True).start()
+        close_soon(work)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import pickle
 import secrets
-import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from streamgd.run.epochs import closed_epoch
 from streamgd.run.exchange import ApartError, Circle, Exchange
 from streamgd.run.in_place import Handed
 from streamgd.run.lane_rows import Delivery
-from streamgd.run.lanes import LaneWork, open_reader, read_ahead, take_turn
+from streamgd.run.lanes import LaneWork, close_soon, open_reader, read_ahead, take_turn
 from streamgd.run.rounds import Part, Round, joined, merge_parts, play_rounds
 from streamgd.run.runs import Run
 from streamgd.run.sent_rows import SentRows
@@ -69,7 +68,7 @@ class WorkerWork(LaneWork):
     def _start_afresh(self) -> None:
         super()._start_afresh()
         self.exchange = Exchange(self._token)
-        weakref.finalize(self, _close_soon, self.exchange).atexit = False
+        weakref.finalize(self, close_soon, self.exchange).atexit = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process."""
@@ -110,10 +109,6 @@ class WorkerWork(LaneWork):
         if state.epoch < epoch and state.counters[kernels.STATUS] == kernels.OK:
             state = replace(state, **closed_epoch(state, self._config, self._tol))
         return state, before
-
-
-def _close_soon(exchange: Exchange) -> None:
-    threading.Thread(target=exchange.close, name="streamgd-close", daemon=True).start()
 
 
 class _InOnePiece:

@@ -96,7 +96,7 @@ class LaneWork:
     def _start_afresh(self) -> None:
         self.readers = Readers()
         # In a thread of its own: whatever runs when this is collected may be what a reader waits for.
-        weakref.finalize(self, _close_soon, self.readers).atexit = False
+        weakref.finalize(self, close_soon, self.readers).atexit = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process."""
@@ -108,8 +108,9 @@ class LaneWork:
         self._start_afresh()
 
 
-def _close_soon(readers: Readers) -> None:
-    threading.Thread(target=readers.close, name="streamgd-close", daemon=True).start()
+def close_soon(what: Any) -> None:
+    """Close something without waiting for it."""
+    threading.Thread(target=what.close, name="streamgd-close", daemon=True).start()
 
 
 def take_turn(

@@ -199,7 +199,6 @@ class Pace:
         span = self._turns.at(epoch, row)
         if span.n_rows * self._row_s > _LONG_ROUND_S:
             return []
-        spans = [span]
         if self._row_s:
             most_rows = min(most_rows, int(_EXCHANGED_S / self._row_s))
         else:
@@ -208,24 +207,22 @@ class Pace:
             if span.n_rows > most_rows:
                 return []
             self._unknown_bytes *= _MORE_BEHIND
-        most = min(_MOST_EXCHANGED, _STATES_BYTES // self._state_bytes)
-        while len(spans) < most and spans[-1].end < self._turns.lane_rows:
-            span = self._turns.at(epoch, spans[-1].end)
-            if span.end - row > most_rows:
-                break
-            spans.append(span)
-        return spans
+        return self._following(span, min(_MOST_EXCHANGED, _STATES_BYTES // self._state_bytes), most_rows)
 
     def _shared_spans(self, epoch: int, row: int, n_groups: int, most_rows: int) -> list[Span]:
         """Return rounds that follow one another without the client: a moment's work, as far as is known."""
-        spans = [self._turns.at(epoch, row)]
+        first = self._turns.at(epoch, row)
         if not self._row_s or not self.few(n_groups):
-            return spans
+            return [first]
         most = min(_MOST_IN_FLIGHT, _STATES_BYTES // (2 * self._state_bytes))
-        most_rows = min(most_rows, int(_FLIGHT_S / self._row_s))
+        return self._following(first, most, min(most_rows, int(_FLIGHT_S / self._row_s)))
+
+    def _following(self, first: Span, most: int, most_rows: int) -> list[Span]:
+        """Return a round and those that follow it in its epoch, up to so many, and so many rows of a lane."""
+        spans = [first]
         while len(spans) < most and spans[-1].end < self._turns.lane_rows:
-            span = self._turns.at(epoch, spans[-1].end)
-            if span.end - row > most_rows:
+            span = self._turns.at(first.epoch, spans[-1].end)
+            if span.end - first.row > most_rows:
                 break
             spans.append(span)
         return spans
