@@ -96,7 +96,7 @@ def fit(folder: Path, kind: str, optimizer: str = "auto", client: Any = None, **
 def apart() -> Iterator[None]:
     """Have no worker show its blocks, as if each had a machine of its own."""
 
-    def nothing(*_: Any) -> None:  # a mock would remember the futures
+    def nothing(*_: Any, **__: Any) -> None:  # a mock would remember the futures
         pass
 
     with mock.patch.object(dask_shown.ShownBlocks, "_show", nothing):

@@ -100,10 +100,13 @@ class SGDEstimator(BaseEstimator):  # type: ignore[misc]
             start = None
             if trained is not None:
                 start = trained.warm_start(source, config, np.atleast_2d(self.coef_), self.intercept_)
+            if source is not X:
+                held.callback(source.close)
             if client is not None and not resume:  # perhaps there is nothing left to do
                 from streamgd.run.members import refuse_unfit
 
-                refuse_unfit(client, source, config)
+                source.get_ready()
+                options = replace(options, reports=refuse_unfit(client, source, config))
             run, self.run_dir_ = self._train(source, config, options, start, resume=resume, client=client)
         self._adopt(Trained.of(run))
         if run.finished == "max_iter" and isinstance(config.tol, (int, float)) and config.tol > -np.inf:

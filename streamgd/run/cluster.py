@@ -82,7 +82,7 @@ class ClusterCrew(Crew):
         self._flown_from: State | None = None
         self._played: deque[Round] = deque()  # rounds that came with others before them
         self._round_s, self._said, self._watcher = 0.0, False, watcher
-        self._members = Members(run, client, options.workers_timeout_s, watcher, stop)
+        self._members = Members(run, client, options, watcher, stop)
         self._tell_idle_threads()
         self._dispatch = Dispatch(run, client, self._members)
         self._pace = self._dispatch.pace

@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from streamgd.errors import OptionError
 from streamgd.learn.recipe import Recipe
+
+if TYPE_CHECKING:
+    from streamgd.run.workers import Reports
 
 #: Updates after which the default stops adding epochs, and the most epochs it runs.
 AUTO_UPDATES, AUTO_MAX_EPOCHS = 10_000, 1_000
@@ -189,12 +192,15 @@ class RunOptions:
     cache : path-like or None
         Folder for a cache of the rows; see `streamgd.run.caching`. That there is one changes the order of rows, where
         it lies changes nothing.
+    reports : Reports or None
+        What a cluster's workers said of themselves before the survey; they need not be asked again at once.
     """
 
     n_threads: int | None = None
     checkpoint_every_s: float = 60.0
     workers_timeout_s: float = 300.0
     cache: str | os.PathLike[str] | None = None
+    reports: Reports | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""

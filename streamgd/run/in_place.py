@@ -7,14 +7,12 @@ of permission, on another system or another machine, blocks are sent; see `strea
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from streamgd.data.sources.dask_clients import ANSWER_S
 from streamgd.data.sources.dask_shown import ShownBlocks
-from streamgd.data.sources.neighbours import NeighbourArray, Owner
+from streamgd.data.sources.neighbours import NeighbourArray
 
 
 @dataclass(frozen=True)
@@ -50,16 +48,9 @@ class InPlace:
         """Have workers show their blocks, and ask some what they can read of them, unless they were asked before."""
         if self._shown is None or not self._shown.handles:  # workers may have been busy
             self._shown = ShownBlocks(self._client, self._source.lying())
-        new, owners = sorted(set(addresses) - self._readable.keys()), self._shown.owners
-        if not new or not owners:
-            return
-        found: dict[str, list[bool]] = {}
-        with contextlib.suppress(Exception):  # who is asked for workers finds out what that means
-            found = self._client.run(_answering, owners, workers=new, on_error="ignore", callback_timeout=ANSWER_S)
-        for address in new:
-            answers = found.get(address, [False] * len(owners))
-            readable = [owner for owner, yes in zip(owners, answers, strict=True) if yes]
-            self._readable[address] = self._shown.of(readable)
+        new = sorted(set(addresses) - self._readable.keys())
+        if new and self._shown.handles:
+            self._readable |= self._shown.readable(new)
 
     def at(self, address: str) -> dict[int, list[NeighbourArray]]:
         """Return what stands for the blocks that a worker can read where they lie; none if it was not asked."""
@@ -70,8 +61,3 @@ class InPlace:
         if self._shown is not None:
             self._shown.release()
         self._shown, self._readable = None, {}
-
-
-def _answering(owners: Sequence[Owner]) -> list[bool]:
-    """Say of each owner whether this process can read what it shows."""
-    return [owner.answers() for owner in owners]

@@ -15,18 +15,18 @@ from streamgd.data.sources.base import Source
 from streamgd.data.sources.dask_clients import idle_workers, threads_of_workers
 from streamgd.errors import ClusterError, UnfitWorkerError
 from streamgd.run.asking import reports_of_workers
-from streamgd.run.config import Config
+from streamgd.run.config import Config, RunOptions
 from streamgd.run.epochs import Watcher
 from streamgd.run.runs import Run, least_state_bytes, plan_for
 from streamgd.run.worker_memory import PROCESS_BYTES, WorkerMemory
-from streamgd.run.workers import WorkerReport, assign, unfit
+from streamgd.run.workers import Reports, WorkerReport, assign, unfit
 
 #: How often to look whether workers came or went, and, while there are none, whether one came.
 _LOOK_S, _POLL_S = 1.0, 0.25
 #: How often to look which workers are idle. One that is so twice in a row gets no lanes.
 _LOOK_IDLE_S = 5.0
-#: Workers that do not answer are asked again after so many seconds.
-_ASK_AGAIN_S = 30.0
+#: Workers that do not answer are asked again after so many seconds; what others said holds for so many.
+_ASK_AGAIN_S, _FRESH_S = 30.0, 5.0
 #: A wait for workers is told after this, and then now and again.
 _SAY_AFTER_S, _SAY_EVERY_S = 2.0, 60.0
 
@@ -40,16 +40,16 @@ class Members:
         What is trained.
     client : distributed.Client
         Of the cluster.
-    timeout_s : float
-        How long to wait while there is no worker.
+    options : RunOptions
+        How long to wait while there is no worker, and what workers said of themselves before.
     watcher : Watcher
         Told of workers that are awaited or cannot take part.
     stop : threading.Event
         Set by whoever wants training to stop; then workers are not waited for.
     """
 
-    def __init__(self, run: Run, client: Any, timeout_s: float, watcher: Watcher, stop: threading.Event) -> None:
-        self._run, self._client, self._timeout_s = run, client, timeout_s
+    def __init__(self, run: Run, client: Any, options: RunOptions, watcher: Watcher, stop: threading.Event) -> None:
+        self._client, self._timeout_s = client, options.workers_timeout_s
         self._watcher, self._stop = watcher, stop
         self._n_lanes = run.config.n_lanes
         self._memory = WorkerMemory.of(run)
@@ -59,6 +59,7 @@ class Members:
         self._lanes: dict[int, str] = {}
         self._silent: dict[str, float] = {}  # when workers did not answer
         self._trial = run.source if run.source.lies_in_files else None
+        self._asked = options.reports
         self._idle: dict[str, str] = {}  # for a while, and why
         self._seen_idle: dict[str, str] = {}  # at the last look
         self._looked = self._looked_idle = float("-inf")
@@ -232,7 +233,10 @@ class Members:
 
     def _check(self, addresses: Sequence[str]) -> None:
         """Let workers in, or refuse them: before training all must be fit, later those that are not are left out."""
-        reports, silent = reports_of_workers(self._client, self._trial, addresses)
+        known = self._known_already()
+        missing = [address for address in addresses if address not in known]
+        reports, silent = reports_of_workers(self._client, self._trial, missing) if missing else ({}, set())
+        reports |= known
         for address in addresses:
             report = reports.get(address)
             told = self._silent.pop(address, None) is not None
@@ -255,8 +259,15 @@ class Members:
                 self._refused.add(address)
                 self._watcher.message(f"{why}. The run goes on without it")
 
+    def _known_already(self) -> Mapping[str, WorkerReport]:
+        """Return what workers said a moment ago, once; files they have not opened then."""
+        asked, self._asked = self._asked, None
+        if asked is None or self._trial is not None or time.monotonic() - asked.at > _FRESH_S:
+            return {}
+        return asked.by_address
 
-def refuse_unfit(client: Any, source: Source, config: Config) -> None:
+
+def refuse_unfit(client: Any, source: Source, config: Config) -> Reports | None:
     """Refuse workers that lack memory or have other versions, before the survey, which computes blocks on them.
 
     Parameters
@@ -268,6 +279,11 @@ def refuse_unfit(client: Any, source: Source, config: Config) -> None:
     config : Config
         How.
 
+    Returns
+    -------
+    Reports or None
+        What they say of themselves; None if there are no workers.
+
     Raises
     ------
     UnfitWorkerError
@@ -277,14 +293,16 @@ def refuse_unfit(client: Any, source: Source, config: Config) -> None:
     """
     threads = threads_of_workers(client)
     if not threads:
-        return
+        return None
     layout, state_bytes = plan_for(source, config), least_state_bytes(source, config)
     memory = WorkerMemory.planned(layout, source, state_bytes, config.n_lanes)
+    began = time.monotonic()
     reports, _ = reports_of_workers(client, None, sorted(threads))
     for address, report in sorted(reports.items()):
         why = None if isinstance(report, OSError) else unfit(address, report, memory)
         if why is not None:
             raise UnfitWorkerError(why)
+    return Reports({address: each for address, each in reports.items() if isinstance(each, WorkerReport)}, began)
 
 
 def _nothing() -> None:

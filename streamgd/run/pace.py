@@ -31,9 +31,9 @@ _FLIGHT_S, _MOST_IN_FLIGHT, _FEW_GROUPS = 0.25, 8, 8
 _LONG_S, _MOST_CHAINED = 1.0, 32
 #: Rounds of an exchange are handed over for so many seconds at once, so many of them at most; not those that take
 #: longer than so many seconds each, next to which tasks are nothing. Before it is known how long they take, for so many
-#: bytes of rows, and so many times as many behind these; and as much more of what lies in memory.
+#: bytes of rows, and so many times as many behind these; and so many times as many of what lies in memory.
 _EXCHANGED_S, _MOST_EXCHANGED, _LONG_ROUND_S = 0.5, 500, 1.0
-_UNKNOWN_BYTES, _MORE_BEHIND = 32_000_000, 3
+_UNKNOWN_BYTES, _MORE_BEHIND, _MORE_IN_MEMORY = 32_000_000, 3, 6
 #: What each of them takes beside its rows, which take this part of the whole at least.
 _EACH_BESIDE_S, _LEAST_PART = 0.0005, 10
 
@@ -202,7 +202,7 @@ class Pace:
         if self._row_s:
             most_rows = min(most_rows, int(_EXCHANGED_S / self._row_s))
         else:
-            most_bytes = self._unknown_bytes * (_MORE_BEHIND if kept else 1)
+            most_bytes = self._unknown_bytes * (_MORE_IN_MEMORY if kept else 1)
             most_rows = min(most_rows, most_bytes // (self._n_lanes * self._row_bytes))
             if span.n_rows > most_rows:
                 return []

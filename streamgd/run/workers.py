@@ -50,6 +50,22 @@ class WorkerReport:
     free_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Reports:
+    """What workers said of themselves.
+
+    Attributes
+    ----------
+    by_address : mapping of str to WorkerReport
+        Of each that can take part.
+    at : float
+        When, by `time.monotonic`.
+    """
+
+    by_address: Mapping[str, WorkerReport]
+    at: float
+
+
 def describe(source: Source | None, dask_worker: Any = None) -> WorkerReport:
     """Describe the worker that this runs on.
 

@@ -169,9 +169,9 @@ class TestExchange:
         assert spans[0] == TURNS.at(0, 0)
         assert [span.row for span in spans[1:]] == [span.end for span in spans[:-1]]
 
-    @pytest.mark.parametrize(("kept", "most_rows"), [(False, 80_000), (True, 240_000)])
+    @pytest.mark.parametrize(("kept", "most_rows"), [(False, 80_000), (True, 480_000)])
     def test_until_it_is_known_how_long_they_take_rows_bound_them(self, kept, most_rows):
-        """32 MB of rows of 100 bytes in 4 lanes; three times as many behind, and of what lies in memory."""
+        """32 MB of rows of 100 bytes in 4 lanes, six times as many of what lies in memory; three times as many behind."""
         made = pace_of()
         first = self.exchanged(made, kept=kept)
         assert most_rows / 1.2 < first.rows.n_rows <= most_rows

@@ -380,6 +380,9 @@ class Source(abc.ABC):
             If one is another, or was changed.
         """
 
+    def get_ready(self) -> None:  # noqa: B027 - only what lies elsewhere has to be made ready
+        """Begin with what takes others a moment; called before a run. Only a hint."""
+
     def announce(self, blocks: Sequence[int]) -> None:  # noqa: B027 - only sources that compute can use it
         """Tell which blocks will be opened next, in order, so that a source that computes may begin. Only a hint."""
 

@@ -314,11 +314,21 @@ class DaskSource(Source):
         """Whether features are made of what is persisted on a cluster alone, and nothing is read for them."""
         return self._graph(targets_only=False).lies_in_cluster
 
-    def shown(self, client: Any) -> ShownBlocks:
+    def get_ready(self) -> None:
+        """Have the cluster's workers begin to show what they hold, unless they are computing it still."""
+        client = self._computing_client()
+        if client is not None:
+            lying = self.lying()
+            if lying and all(future.done() for futures in lying.values() for future in futures):
+                self.shown(client, lying, to_workers=True)
+
+    def shown(
+        self, client: Any, lying: Mapping[int, Sequence[Any]] | None = None, *, to_workers: bool = False
+    ) -> ShownBlocks:
         """Have a cluster's workers show what they hold of arrays, unless they do; see `ShownBlocks`."""
         with self._showing:
             if self._shown is None:
-                self._shown = ShownBlocks(client, self.lying())
+                self._shown = ShownBlocks(client, self.lying() if lying is None else lying, to_workers=to_workers)
             return self._shown
 
     def take_shown(self) -> ShownBlocks | None:
