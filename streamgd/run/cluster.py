@@ -14,10 +14,12 @@ waits for the client. Nothing that happens on the cluster can change what comes 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -235,7 +237,9 @@ class ClusterCrew(Crew):
             return self._fetched(flight)
         except ApartError as err:
             err.__traceback__ = None
-            self._dispatch.keep_apart()
+            apart_s = self._dispatch.keep_apart()
+            why = "; ".join(dict.fromkeys([str(err), *_reasons(flight.last[1:])]))
+            self._watcher.note(f"workers share rounds by tasks for {apart_s:.0f} s, since an exchange failed: {why}")
             raise _Again(str(err), counts=False, apart=True) from err
         except (Unfit, UnreachableError) as err:
             err.__traceback__ = None  # the future keeps the error, which would keep what these frames hold
@@ -274,7 +278,7 @@ class ClusterCrew(Crew):
             try:
                 found: Flown = flight.merged.result(timeout=patience_s)
                 if not found.rounds:
-                    raise ApartError("its workers did not meet")
+                    raise ApartError(found.apart)
                 # A worker in this process has the same objects still, of which the client changes its own.
                 return replace(found, rounds=[replace(each, state=replace(each.state)) for each in found.rounds])
             except TimeoutError as err:
@@ -290,6 +294,16 @@ class ClusterCrew(Crew):
         self._closed = True
         self._drop_next()
         self._dispatch.close()
+
+
+def _reasons(futures: Sequence[Any]) -> Iterator[str]:
+    """Yield why others that were to share rounds came apart, as far as they have said so."""
+    for future in futures:
+        with contextlib.suppress(Exception):
+            if future.status == "error":
+                yield f"{type(future.exception()).__name__}: {future.exception()}"
+            elif future.done() and (found := future.result(timeout=_FETCH_S)).apart:
+                yield found.apart
 
 
 def require_client(client: Any) -> None:

@@ -8,12 +8,13 @@ What is persisted is in memory anyway. Blocks that a lane's worker can read wher
 (`streamgd.run.in_place`). Where workers have room for the others of their lanes, these stay with them from the first
 shared rounds on; and as soon as there are none that have to come, lanes read on over all of them to the end of the run.
 Otherwise the same blocks would go from worker to worker in every epoch, in many tasks. After a loss there may be less
-room, and it is as without.
+room: then nothing stays, and what can be read in place is so after a while.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import numpy as np
 
 from streamgd.data.plan import EpochPlan, lanes_of_blocks
 from streamgd.run.asking import tell_workers
-from streamgd.run.flights import deliver, hold
+from streamgd.run.flights import deliver, hold, work_here
 from streamgd.run.graph import Graph, Key
 from streamgd.run.in_place import Handed, InPlace
 from streamgd.run.lane_rows import LanePlans
@@ -33,6 +34,9 @@ from streamgd.run.turns import Span
 
 #: Lanes that take their turns in one task, and the worker where they belong.
 Group: TypeAlias = tuple[list[int], str]
+
+#: Seconds after a loss in which all blocks are sent, the first time and at most: what was shown may be lost again.
+_SENT_S, _MOST_SENT_S = 30.0, 600.0
 
 
 class Deliveries:
@@ -48,9 +52,11 @@ class Deliveries:
         The workers.
     plans : LanePlans
         Which blocks the lanes' rows lie in.
+    token : bytes
+        Of the workers' `WorkerWork`.
     """
 
-    def __init__(self, run: Run, client: Any, members: Members, plans: LanePlans) -> None:
+    def __init__(self, run: Run, client: Any, members: Members, plans: LanePlans, token: bytes) -> None:
         self._client, self._members, self._plans = client, members, plans
         self._blocks = _ComputedBlocks(run, client, plans)
         self._name, self._attempt = uuid.uuid4().hex[:12], 0
@@ -60,22 +66,32 @@ class Deliveries:
         self._lanes = lanes_of_blocks(plans.block_rows, plans.n_lanes, plans.seed, shuffle=plans.shuffle)
         self._lane_bytes = [0] * plans.n_lanes  # of the blocks that have to come
         self._most_rows = plans.most_rows()
-        self._may_keep = bool(source.lies_in_cluster)
+        self._lies_there, self._may_keep = bool(source.lies_in_cluster), True
+        self._sent_until, self._sent_s = float("-inf"), _SENT_S
         self._groups: list[Group] = []  # those that were asked about last
+        self._looked = False  # whether it was seen what has to come to them
         self._keepers: list[Group] = []  # the same, if their blocks stay
         self._kept_from = plans.n_epochs  # the epoch from which they have them all
         self._held: dict[tuple[int, int], _Holding] = {}  # by lane and block, what came before that
         self._all: dict[str, Any] = {}  # and what they have since then
-        self._work_key: Any = None
+        self._token = token
 
     def kept(self, groups: Sequence[Group], epoch: int) -> bool:
         """Whether groups that share the rounds of an epoch have all blocks of their lanes, to the end of the run."""
         if self._groups != groups:
             self._free()
-            self._groups = list(groups)
-            if self._may_keep:
-                self._see_what_has_to_come(groups, epoch)
+            self._groups, self._looked = list(groups), False
+        if self._lies_there and not self._looked and time.monotonic() >= self._sent_until:
+            self._looked = True
+            self._see_what_has_to_come(groups, epoch)
         return epoch >= self._kept_from
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the blocks that are kept are all there, so that nobody waits for them."""
+        if not any(self._lane_bytes):
+            return True
+        return bool(self._all) and all(future.status == "finished" for future in self._all.values())
 
     def _see_what_has_to_come(self, groups: Sequence[Group], epoch: int) -> None:
         """Find out which blocks lanes can read where they lie, and whether there is room for the others to stay."""
@@ -92,10 +108,10 @@ class Deliveries:
         self._lane_bytes = (rows * self._row_bytes).astype(np.int64).tolist()
         if not rows.any():
             self._keepers, self._kept_from = list(groups), epoch
-        elif epoch < plans.n_epochs - 1 and members.have_room_beside(self._lane_bytes):
+        elif self._may_keep and epoch < plans.n_epochs - 1 and members.have_room_beside(self._lane_bytes):
             self._keepers, self._kept_from = list(groups), epoch + 1
 
-    def bring(self, work: Any, rows: Span, groups: Sequence[Group], *, shared: bool) -> list[Any]:
+    def bring(self, works: Mapping[str, Any], rows: Span, groups: Sequence[Group], *, shared: bool) -> list[Any]:
         """Have the blocks of some rounds come, and lanes fill windows meanwhile.
 
         A turn's own blocks would come only once the merge before it is done, because then it is given to a worker; and
@@ -103,8 +119,8 @@ class Deliveries:
 
         Parameters
         ----------
-        work : Future
-            Of the workers' `WorkerWork`.
+        works : mapping of str to Future
+            Of each worker's `WorkerWork`.
         rows : Span
             Of the rounds.
         groups : sequence of Group
@@ -119,20 +135,19 @@ class Deliveries:
         """
         from distributed import Future
 
-        self._work_key = work.key
         keep = shared and self._keepers == groups
         if not keep or rows.epoch < self._kept_from:
-            return self._deliver(work, rows, groups, keep=keep)
+            return self._deliver(works, rows, groups, keep=keep)
         if not self._all:
             whole = Span(rows.epoch, 0, self._most_rows)
-            found = self._deliver(work, whole, groups, keep=True, to_end=True)
+            found = self._deliver(works, whole, groups, keep=True, to_end=True)
             self._all = {_text(lanes): future for (lanes, _), future in zip(groups, found, strict=True)}
             self._release_held()
             self._blocks.clear()
         return [Future(self._all[_text(lanes)].key, self._client) for lanes, _ in groups]
 
     def _deliver(
-        self, work: Any, rows: Span, groups: Sequence[Group], *, keep: bool, to_end: bool = False
+        self, works: Mapping[str, Any], rows: Span, groups: Sequence[Group], *, keep: bool, to_end: bool = False
     ) -> list[Any]:
         """Hand over what delivers blocks; if they are to stay, each of them is held once, however often it is used."""
         at = {lane: address for lanes, address in groups for lane in lanes}
@@ -174,7 +189,18 @@ class Deliveries:
             handed = Handed(
                 {lane: {each: near[address][each] for each in behind[lane] if each in near[address]} for lane in lanes}
             )
-            arguments = work, rows, n_epochs, lanes, numbers, computed, sources, handed, n_bytes, self._attempt
+            arguments = (
+                works[address],
+                rows,
+                n_epochs,
+                lanes,
+                numbers,
+                computed,
+                sources,
+                handed,
+                n_bytes,
+                self._attempt,
+            )
             keys.append(graph.add(key, address, 15, deliver, *arguments))
         found = graph.hand_over([*keys, *(each.key for each in holdings)])
         for each, future in zip(holdings, found[len(keys) :], strict=True):
@@ -187,13 +213,10 @@ class Deliveries:
     def start_again(self) -> None:
         """Forget what was delivered after a loss, and keep no more."""
         self._may_keep = False
+        self._sent_until = time.monotonic() + self._sent_s
+        self._sent_s = min(2 * self._sent_s, _MOST_SENT_S)
         self._free()
         self.close()
-
-    def play_again(self) -> None:
-        """Forget what came for rounds that are played again, though no worker was lost."""
-        if self._all or self._held:
-            self._free()
 
     def close(self) -> None:
         """Release all."""
@@ -213,8 +236,7 @@ class Deliveries:
         """Let go of what stays, on workers too: lanes that moved, or a worker that is paused, would hold it on."""
         if not self._keepers:
             return
-        if self._work_key is not None:
-            tell_workers(self._client, _free_readers, self._work_key, self._attempt + 1)
+        tell_workers(self._client, _free_readers, self._token, self._attempt + 1)
         self.clear()
 
     def _release_held(self) -> None:
@@ -241,9 +263,9 @@ def _text(lanes: Sequence[int]) -> str:
     return " ".join(map(str, lanes))
 
 
-def _free_readers(key: Any, attempt: int, dask_worker: Any = None) -> None:
+def _free_readers(token: bytes, attempt: int) -> None:
     """Close what waits on a worker for its lanes' next turns, and have it hold nothing older than an attempt."""
-    work = dask_worker.data.get(key)
+    work = work_here(token)
     if work is not None:
         threading.Thread(target=work.readers.free, args=(attempt,), name="streamgd-close", daemon=True).start()
 

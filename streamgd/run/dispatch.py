@@ -30,6 +30,7 @@ from streamgd.run.flights import (
     send_rows,
     share_rounds,
     take_turns,
+    work_here,
 )
 from streamgd.run.graph import Graph, Key, keep
 from streamgd.run.lane_rows import LanePlans
@@ -44,9 +45,9 @@ from streamgd.run.worker_memory import WorkerMemory
 _EMBEDDED_BYTES = 100_000
 #: Seconds in which workers that did not meet do not try again, the first time and at most.
 _APART_S, _MOST_APART_S = 30.0, 600.0
-#: Groups that hand one another what they found, each to each, at most; and bytes of what the threads of a worker hold
-#: of it beside each other.
-_MOST_EXCHANGING, _COPIES_BYTES = 32, 40_000_000
+#: Messages that the threads of a worker send one another and others in a round, at most: each takes some 60 us of the
+#: interpreter, which one of them has at a time. And bytes of what they hold of what came, beside each other.
+_MOST_MESSAGES, _COPIES_BYTES = 32, 40_000_000
 #: Priorities by age begin anew every so many seconds; at that moment newer tasks go before older ones.
 _WRAP_S = 1e6
 
@@ -121,12 +122,15 @@ class Dispatch:
         self.state_bytes = memory.state_bytes
         self._name = uuid.uuid4().hex[:12]
         source: Any = run.source
-        self._deliveries: Deliveries | None = None
         self._plans = LanePlans.of(run)
         self._most_rows = self._plans.most_rows()
+        self._deliveries: Deliveries | None = None
         if source.kind == "dask":
-            self._deliveries = Deliveries(run, client, members, self._plans)
-            source = source.detached()
+            self._lane_work = WorkerWork(run, source.detached())
+            self._deliveries = Deliveries(run, client, members, self._plans, self._lane_work.token)
+        else:
+            self._lane_work = WorkerWork(run, source)
+        self._works: dict[str, Any] = {}  # its future of each worker
         self._sends = source.decodes_slowly
         self.pace = Pace(
             Turns.of(run),
@@ -141,14 +145,19 @@ class Dispatch:
         # When workers that did not meet may do so again, and after how long if they do not meet then.
         self._apart_until, self._apart_s = float("-inf"), _APART_S
         self._ahead: _Ahead | None = None
-        self._lane_work = WorkerWork(run, source)
         self._hand_over_work()
 
     def _hand_over_work(self) -> None:
-        self._lane_work.renew()
-        graph = Graph(self._client, self._members.fit)
-        key = graph.add(f"lane-work-{self._name}-{self._attempt}", None, 0, keep, self._lane_work)
-        (self._work,) = graph.hand_over([key])
+        """Have all workers that have lanes hold what their tasks need, unless they do."""
+        addresses = {address for _, address in self._members.groups()}
+        # The cluster may have been started afresh.
+        held = {at: each for at, each in self._works.items() if each.status in ("pending", "finished")}
+        self._works = {address: held[address] for address in addresses & held.keys()}
+        missing = sorted(addresses - held.keys())
+        if missing:
+            graph, name = Graph(self._client, None), f"lane-work-{self._name}-{self._flights}"
+            keys = [graph.add((name, at), at, 20, keep, self._lane_work, only=True) for at in missing]
+            self._works |= zip(missing, graph.hand_over(keys), strict=True)
 
     @property
     def computes(self) -> bool:
@@ -159,15 +168,9 @@ class Dispatch:
         """Forget what was handed over; flights are dropped before. If no worker was `lost`, blocks stay in place."""
         self._ahead, self._attempt = None, self._attempt + 1
         # Whoever waits for a silent worker would have no thread for what comes; and nobody waits here for that one.
-        tell_workers_soon(self._client, _give_up, self._work.key, self._attempt, held=self._work)
-        if self._deliveries is not None:
-            if lost:
-                self._deliveries.start_again()
-            else:
-                self._deliveries.play_again()
-        # The cluster was started afresh; or who has the work may be silent, and with it what others would fetch.
-        if self._work.status not in ("pending", "finished") or self._members.fit is not None:
-            self._hand_over_work()
+        tell_workers_soon(self._client, _give_up, self._lane_work.token, self._attempt, held=list(self._works.values()))
+        if lost and self._deliveries is not None:
+            self._deliveries.start_again()
 
     def close(self) -> None:
         """Release what the workers hold, and have them close what they opened."""
@@ -175,8 +178,8 @@ class Dispatch:
         if self._deliveries is not None:
             self._deliveries.close()
         if self._client.status == "running":
-            tell_workers(self._client, _close, self._work.key)
-        del self._work
+            tell_workers(self._client, _close, self._lane_work.token)
+        self._works.clear()
 
     def _stretch(self, epoch: int, row: int) -> Stretch:
         """Say which rounds to hand over next."""
@@ -185,7 +188,8 @@ class Dispatch:
         groups = members.groups()
         kept = self._deliveries is not None and self._deliveries.kept(groups, epoch)
         # Where blocks have to come, whoever waits would keep the thread that computes them.
-        exchanged = (kept or self._deliveries is None) and self._can_exchange(groups)
+        there = self._deliveries is None or (kept and self._deliveries.arrived)
+        exchanged = there and self._can_exchange(groups)
         return self.pace.next(epoch, row, len(groups), room=members.has_room, sent=sent, kept=kept, exchanged=exchanged)
 
     def _can_exchange(self, groups: Sequence[Group]) -> bool:
@@ -194,24 +198,27 @@ class Dispatch:
         Each of them holds by itself what it gets, and reads all of its lanes at once.
         """
         homes = [address for _, address in groups]
+        n_threads = max(Counter(homes).values())
         # Beyond those that the plan counts, with a message that goes out and one that comes in.
-        n_copies = (max(Counter(homes).values()) - 1) * len(groups) + 2
+        n_copies = (n_threads - 1) * len(groups) + 2
         return (
             time.monotonic() >= self._apart_until
             and self._members.fit is None
             and self._members.have_room
-            and len(groups) <= _MOST_EXCHANGING
+            and n_threads * (len(groups) - 1) <= _MOST_MESSAGES
             and n_copies * self.state_bytes <= _COPIES_BYTES
             and can_meet(homes)
         )
 
-    def keep_apart(self) -> None:
+    def keep_apart(self) -> float:
         """Share rounds by tasks alone for a while: workers are busy with other tasks, or one of them was lost.
 
-        Longer each time, until they have met.
+        Longer each time, until they have met. Return for how long.
         """
-        self._apart_until = time.monotonic() + self._apart_s
-        self._apart_s = min(2 * self._apart_s, _MOST_APART_S)
+        apart_s = self._apart_s
+        self._apart_until = time.monotonic() + apart_s
+        self._apart_s = min(2 * apart_s, _MOST_APART_S)
+        return apart_s
 
     def met(self) -> None:
         """Note that workers have met."""
@@ -246,7 +253,15 @@ class Dispatch:
                 leaving = [lane for lanes, _ in self._others() for lane in lanes]
                 aside = self._add_starts(graph, name, stretch)
             key: Key = (f"lane-rounds-{name}", epoch, row, len(stretch.spans))
-            several = self._work, starts[0], packed, stretch.spans, deliveries[0], leaving, list(sent.values())
+            several = (
+                self._works[groups[0][1]],
+                starts[0],
+                packed,
+                stretch.spans,
+                deliveries[0],
+                leaving,
+                list(sent.values()),
+            )
             merged = graph.add(key, self._members.first, 10, play_short, *several)
             last = [merged]
         elif stretch.exchanged:
@@ -278,7 +293,7 @@ class Dispatch:
             last = []
             for (lanes, address), start, delivery in zip(groups, starts, deliveries, strict=True):
                 key: Key = (f"lane-turns-{name}", span.epoch, span.row, _text(lanes))
-                arguments = self._work, start, packed, lanes, span, delivery
+                arguments = self._works[address], start, packed, lanes, span, delivery
                 last.append(graph.add(key, address, 10, take_turns, *arguments))
             firsts.append(last[0])
             starts = [last] * len(groups)
@@ -298,7 +313,7 @@ class Dispatch:
         for index, ((lanes, address), start, delivery) in enumerate(zip(groups, starts, deliveries, strict=True)):
             key: Key = (f"lane-rounds-{name}", rows.epoch, rows.row, len(stretch.spans), _text(lanes))
             circle = Circle(self._attempt, self._flights, homes, index)
-            arguments = self._work, start, packed, lanes, stretch.spans, delivery, circle
+            arguments = self._works[address], start, packed, lanes, stretch.spans, delivery, circle
             last.append(graph.add(key, address, priority, share_rounds, *arguments))
         return last
 
@@ -312,7 +327,7 @@ class Dispatch:
             # After what it sent before, if it has the same lanes still: whichever task comes to it first.
             before = None if behind is None else behind.sent.get(_text(lanes))
             key = (f"lane-rows-{name}", rows.epoch, rows.row, _text(lanes))
-            arguments = self._work, lanes, address, rows, before
+            arguments = self._works[address], lanes, address, rows, before
             sent[_text(lanes)] = graph.add(key, address, 15, send_rows, *arguments)
         if behind is not None:
             return sent, []
@@ -327,7 +342,7 @@ class Dispatch:
         if self._deliveries is not None:
             if not self._deliveries.kept(groups, epoch):
                 return []  # their blocks come with the next rounds
-            deliveries = self._deliveries.bring(self._work, stretch.rows, groups, shared=True)
+            deliveries = self._deliveries.bring(self._works, stretch.rows, groups, shared=True)
         return [
             self._add_start(graph, name, group, epoch, end, delivery)
             for group, delivery in zip(groups, deliveries, strict=True)
@@ -337,7 +352,7 @@ class Dispatch:
     def _add_start(self, graph: Graph, name: str, group: Group, epoch: int, row: int, delivery: Any = None) -> Key:
         lanes, address = group
         key = (f"lane-starts-{name}", epoch, row, _text(lanes))
-        return graph.add(key, address, 20, begin_reading, self._work, lanes, epoch, row, delivery)
+        return graph.add(key, address, 20, begin_reading, self._works[address], lanes, epoch, row, delivery)
 
     def _others(self) -> list[Group]:
         """Return the lanes of all workers but the one that plays by itself what is not shared."""
@@ -354,6 +369,7 @@ class Dispatch:
 
     def _with_blocks(self, epoch: int, row: int) -> _Ahead:
         """Say which rounds come next and where, and have their blocks come, if they were not delivered ahead."""
+        self._hand_over_work()
         ahead, self._ahead = self._ahead, None
         if (
             ahead is not None
@@ -367,7 +383,7 @@ class Dispatch:
         if self._deliveries is None:
             return _Ahead(stretch, groups, [None] * len(groups))
         shared = not stretch.together
-        return _Ahead(stretch, groups, self._deliveries.bring(self._work, stretch.rows, groups, shared=shared))
+        return _Ahead(stretch, groups, self._deliveries.bring(self._works, stretch.rows, groups, shared=shared))
 
 
 def drop(flight: Flight | None) -> None:
@@ -395,15 +411,15 @@ def _text(lanes: Sequence[int]) -> str:
     return " ".join(map(str, lanes))
 
 
-def _give_up(key: Any, attempt: int, dask_worker: Any = None) -> None:
+def _give_up(token: bytes, attempt: int) -> None:
     """Have nobody on a worker wait for others that were to share rounds of earlier attempts."""
-    work = dask_worker.data.get(key)
+    work = work_here(token)
     if work is not None:
         work.exchange.give_up(attempt)
 
 
-def _close(key: Any, dask_worker: Any = None) -> None:
+def _close(token: bytes) -> None:
     """Close a run's readers on a worker."""
-    work = dask_worker.data.get(key)
+    work = work_here(token)
     if work is not None:
         close_soon(work)

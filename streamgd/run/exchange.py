@@ -324,6 +324,7 @@ class _Meeting:
                 end.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        self.shut_down()  # a process that was forked from this one may have them open still
         for end in self._ends.values():
             end.close()
         self._ends.clear()
@@ -331,7 +332,7 @@ class _Meeting:
 
 def _require_same_user(end: socket.socket) -> None:
     _, user, _ = _CREDENTIALS.unpack(end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    if user != os.getuid():
+    if user != os.geteuid():
         raise PermissionError(f"the other end belongs to user {user}")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import secrets
+import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,26 +54,36 @@ class WorkerWork(LaneWork):
         What is trained.
     source : Source
         What stands for the run's source on workers.
+
+    Attributes
+    ----------
+    token : bytes
+        Of this run; what its workers know of one another by.
+
+    Notes
+    -----
+    However often it comes to a process, there is one of it: readers and exchange are its own. Each worker has a task
+    that holds it, of which no other worker has a replica: Dask drops one of several replicas when nobody waits for it.
     """
 
     def __init__(self, run: Run, source: Source) -> None:
-        self.renew()
+        self.token = secrets.token_bytes(16)
         super().__init__(run, source, n_threads=1, most_readers=1)
         self._config, self._tol = run.config, run.config.absolute_tol(run.survey.null_loss)
         self._versions, self._memory = versions(), WorkerMemory.of(run)
 
-    def renew(self) -> None:
-        """Have an exchange of its own, before this is handed over once more."""
-        self._token = secrets.token_bytes(16)
-
     def _start_afresh(self) -> None:
         super()._start_afresh()
-        self.exchange = Exchange(self._token)
+        self.exchange = Exchange(self.token)
         weakref.finalize(self, close_soon, self.exchange).atexit = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process."""
         return {name: value for name, value in super().__getstate__().items() if name != "exchange"}
+
+    def __reduce__(self) -> Any:
+        """Be what is in the process already that it comes to."""
+        return _unpickled, (self.token, self.__getstate__())
 
     def close(self) -> None:
         """Have nobody wait here any more, and close what is open."""
@@ -90,6 +101,7 @@ class WorkerWork(LaneWork):
         """
         from distributed import get_worker
 
+        _works.setdefault(self.token, self)  # which was not pickled, where workers are threads
         wrong = differing_versions(versions(), self._versions)
         if wrong is not None:
             raise Unfit(f"a worker has other versions: {wrong}")
@@ -109,6 +121,25 @@ class WorkerWork(LaneWork):
         if state.epoch < epoch and state.counters[kernels.STATUS] == kernels.OK:
             state = replace(state, **closed_epoch(state, self._config, self._tol))
         return state, before
+
+
+_works: weakref.WeakValueDictionary[bytes, WorkerWork] = weakref.WeakValueDictionary()
+_unpickling = threading.Lock()
+
+
+def work_here(token: bytes) -> WorkerWork | None:
+    """Return the work of a run in this process, if it came here."""
+    return _works.get(token)
+
+
+def _unpickled(token: bytes, state: dict[str, Any]) -> WorkerWork:
+    with _unpickling:
+        found = _works.get(token)
+        if found is None:
+            found = object.__new__(WorkerWork)
+            found.__setstate__(state)
+            _works[token] = found
+        return found
 
 
 class _InOnePiece:
@@ -157,13 +188,16 @@ class Flown(_InOnePiece):
     Attributes
     ----------
     rounds : list of Round
-        In order; none if those that were to play them did not meet.
+        In order; none if those that were to play them did not meet, or came apart.
     took_s : float
         Seconds from when these met; 0 if they did not have to.
+    apart : str
+        Why they did not.
     """
 
     rounds: list[Round]
     took_s: float = 0.0
+    apart: str = ""
 
 
 #: Where rounds begin: a state, what came of a flight, or the groups of a round that is not merged yet.
@@ -248,12 +282,10 @@ def send_rows(work: WorkerWork, lanes: Sequence[int], home: str, span: Span, aft
     Where the lanes have their `home`, their readers stay. `after` is what was sent before, if anything: so that rows
     are read in order.
     """
-    from distributed import get_worker
-
     del after
     work.make_ready()
     found = []
-    at_home = get_worker().address == home
+    at_home = _is_at(home)
     with _unless_over(work):
         if at_home:  # the first windows of all are filled before any lane's second
             for lane in lanes:
@@ -327,8 +359,6 @@ def share_rounds(
 
     The group of lane 0 tells all rounds, others the last one alone, from which they go on.
     """
-    from distributed import get_worker
-
     work.make_ready()
     played: list[Round] = []
     met = time.perf_counter()
@@ -336,12 +366,21 @@ def share_rounds(
         state, _ = work.begin(beginning, packed, spans[0].epoch)
         with _unless_over(work), work.exchange.among(circle) as gather:
             met = time.perf_counter()
-            if get_worker().address != circle.home:
+            if not _is_at(circle.home):
                 raise ApartError("this was given to another worker")
             played = play_rounds(work, state, packed, spans, delivered, lanes=lanes, gather=gather)
-    except ApartError:
-        return Flown([])
+    except ApartError as err:
+        return Flown([], apart=str(err))
     return Flown(played, time.perf_counter() - met)
+
+
+def _is_at(address: str) -> bool:
+    """Whether this worker is the one that the scheduler knows under an address; it may know itself by a name."""
+    from distributed import get_worker
+    from distributed.comm.addressing import resolve_address
+
+    mine = get_worker().address
+    return bool(mine == address or resolve_address(mine) == address)
 
 
 def merge_flight(firsts: Sequence[Taken], last: Sequence[Taken], packed: Packed) -> Flown:
@@ -377,5 +416,5 @@ def _begun(beginning: Beginning, packed: Packed) -> tuple[State, Round | None]:
         return found.state, found
     (flown,) = (each for each in beginning if isinstance(each, Flown))
     if not flown.rounds:
-        raise ApartError("the rounds before were not played")
+        raise ApartError(flown.apart)
     return flown.rounds[-1].state, None

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import time
 import warnings
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dask
@@ -990,12 +992,12 @@ def deliveries(monkeypatch):
     found: list[tuple[str, int]] = []
     real = graph.Graph.add
 
-    def noted(self: Any, key: Any, address: Any, priority: int, function: Any, *arguments: Any) -> Any:
+    def noted(self: Any, key: Any, address: Any, priority: int, function: Any, *arguments: Any, **options: Any) -> Any:
         if function is flights.hold:
             found.append(("hold", key[1]))
         if function is flights.deliver:
             found.append(("all" if key[-1] else "some", key[1]))
-        return real(self, key, address, priority, function, *arguments)
+        return real(self, key, address, priority, function, *arguments, **options)
 
     monkeypatch.setattr(graph.Graph, "add", noted)
     return found
@@ -1014,6 +1016,19 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(dispatch.Dispatch, "hand_over", recorded)
     return found
+
+
+def _refuse_meeting(refuse: bool) -> None:
+    from streamgd.run import exchange
+
+    def refused(*_: Any) -> None:
+        raise OSError("no sockets are left")
+
+    if refuse:
+        exchange._Meeting._real_meet = exchange._Meeting._meet
+        exchange._Meeting._meet = refused
+    else:
+        exchange._Meeting._meet = exchange._Meeting._real_meet
 
 
 def _set_patience(seconds: float) -> None:
@@ -1041,9 +1056,65 @@ class TestExchange:
         assert ways[0] == "by tasks"
         assert ways[-1] == "exchanged"
 
-    def test_blocks_that_came_are_forgotten_where_workers_do_not_meet(self, two, folder, monkeypatch, ways):
-        """Also those of the next epoch, of which rounds were under way."""
-        fetched, lost = cluster_module.ClusterCrew._fetched, []
+    def test_also_where_dask_drops_replicas(self, two, folder, here, monkeypatch, ways):
+        """As its memory manager does every two seconds with those of several that no task waits for."""
+        fetched = cluster_module.ClusterCrew._fetched
+
+        def dropping(self: Any, flight: Any) -> Any:
+            found = fetched(self, flight)
+            two[1].amm.run_once()
+            time.sleep(0.05)
+            return found
+
+        monkeypatch.setattr(cluster_module.ClusterCrew, "_fetched", dropping)
+        monkeypatch.setattr(pace.Pace, "may_chain", lambda *_: False)
+        fit(folder, "hdf5", client=two[1], max_iter=1)
+        ways.clear()
+        assert fit(folder, "hdf5", client=two[1]) == here("hdf5")
+        assert set(ways) == {"exchanged"}
+
+    def test_there_is_one_work_of_a_run_in_a_process(self, folder):
+        X, _ = load(folder, "hdf5")
+        run = prepare(X, Config(n_lanes=2))
+        pickled = pickle.dumps(flights.WorkerWork(run, run.source))
+        made = pickle.loads(pickled)
+        assert pickle.loads(pickled) is made
+        assert flights.work_here(made.token) is made
+        assert pickle.loads(pickle.dumps(flights.WorkerWork(run, run.source))) is not made
+
+    def test_workers_may_know_themselves_by_a_name(self, monkeypatch):
+        """As with ``dask worker --contact-address``: the scheduler knows them by a number."""
+        monkeypatch.setattr(distributed, "get_worker", lambda: SimpleNamespace(address="tcp://localhost:8790"))
+        assert flights._is_at("tcp://127.0.0.1:8790")
+        assert not flights._is_at("tcp://127.0.0.1:8791")
+
+    def test_why_workers_came_apart_is_told(self, two, folder, here, ways):
+        """Nobody else would know why rounds take longer."""
+        client, said = two[1], []
+        fit(folder, "parquet", client=client, max_iter=1)
+        ways.clear()
+        watcher = Watcher()
+        watcher.note = said.append
+        refused = max(client.nthreads())
+        client.run(_refuse_meeting, True, workers=[refused])
+        try:
+            run = prepare(load(folder, "parquet")[0], estimator()._config(0))
+            train(run, client=client, watcher=watcher)
+        finally:
+            client.run(_refuse_meeting, False, workers=[refused])
+        assert ways[0] == "exchanged"
+        assert ways[-1] != "exchanged"
+        (told,) = [text for text in said if "by tasks" in text]
+        assert "for 30 s, since an exchange failed" in told
+        assert "no sockets are left" in told
+
+    def test_blocks_that_came_stay_where_workers_do_not_meet(self, two, folder, monkeypatch, ways):
+        """None is sent twice."""
+        fetched, lost, held = cluster_module.ClusterCrew._fetched, [], []
+        size = delivery.Deliveries._bytes_of
+        monkeypatch.setattr(
+            delivery.Deliveries, "_bytes_of", lambda self, blocks: (held.extend(blocks), size(self, blocks))[1]
+        )
 
         def apart_at_times(self: Any, flight: Any) -> Any:
             rows = flight.stretch.rows
@@ -1057,7 +1128,43 @@ class TestExchange:
         monkeypatch.setattr(pace, "_SHORT_BYTES", 0)
         assert fit(folder, "sent", client=two[1], max_iter=6) == fit(folder, "sent", max_iter=6)
         assert lost == [1, 3]
+        assert sorted(held) == list(range(23))
         assert not task_states(two[1])
+
+    def test_not_before_blocks_are_there(self, two, folder, monkeypatch, ways):
+        """Workers would meet, or not, when those of the other have come."""
+        monkeypatch.setattr(pace, "_SHORT_BYTES", 0)
+        monkeypatch.setattr(delivery.Deliveries, "arrived", property(lambda self: not any(self._lane_bytes)))
+        assert fit(folder, "sent", client=two[1], max_iter=3) == fit(folder, "sent", max_iter=3)
+        assert set(ways) == {"by tasks"}
+        ways.clear()
+        fit(folder, "persisted", client=two[1], max_iter=3)
+        assert set(ways) == {"exchanged"}
+
+    @pytest.mark.parametrize(("seconds", "after"), [(0.0, {"exchanged"}), (600.0, {"by tasks"})])
+    def test_what_is_persisted_is_read_in_place_again_some_time_after_a_loss(
+        self, two, folder, monkeypatch, ways, deliveries, seconds, after
+    ):
+        monkeypatch.setattr(delivery, "_SENT_S", seconds)
+        monkeypatch.setattr(pace, "_SHORT_BYTES", 0)
+        look, epochs = cluster_module.ClusterCrew._look, []
+
+        def lose(self: Any) -> None:
+            if not epochs and ways and self._dispatch._flights > 4:
+                epochs.append(len(ways))
+                raise cluster_module._Again("a worker left", counts=False)
+            look(self)
+
+        monkeypatch.setattr(cluster_module.ClusterCrew, "_look", lose)
+        fit(folder, "persisted", client=two[1], max_iter=1)
+        ways.clear()
+        epochs.clear()
+        deliveries.clear()
+        assert fit(folder, "persisted", client=two[1], max_iter=12) == fit(folder, "persisted", max_iter=12)
+        assert epochs
+        assert set(ways[: epochs[0]]) == {"exchanged"}
+        assert set(ways[epochs[0] :]) == after
+        assert ("hold" in {name for name, _ in deliveries}) is False
 
     def test_metrics_are_those_of_a_run_here(self, two, folder, here, tmp_path):
         for path, client in ((tmp_path / "here", None), (tmp_path / "there", two[1])):
@@ -1202,7 +1309,7 @@ class TestKeptBlocks:
             found = kept(self, now, epoch)
             if not rooms and not left:
                 for _ in range(100):
-                    left.append(two[1].run(_kept_bytes, self._work_key))
+                    left.append(two[1].run(_kept_bytes, self._token))
                     if not any(left[-1].values()):
                         break
                     time.sleep(0.05)
@@ -1223,7 +1330,7 @@ class TestKeptBlocks:
         look, start_again = crew._look, dispatch.Dispatch.start_again
 
         def lose(self: Any, **options: Any) -> None:
-            held = not before and two[1].run(_kept_bytes, self._dispatch._work.key)
+            held = not before and two[1].run(_kept_bytes, self._dispatch._lane_work.token)
             if held and all(held.values()):
                 before.append(held)
                 raise cluster_module._Again("a worker left", counts=False)
@@ -1232,7 +1339,7 @@ class TestKeptBlocks:
         def started_again(self: Any, **options: Any) -> None:
             start_again(self, **options)
             for _ in range(100):
-                after.append(two[1].run(_kept_bytes, self._work.key))
+                after.append(two[1].run(_kept_bytes, self._lane_work.token))
                 if not any(after[-1].values()):
                     break
                 time.sleep(0.05)
@@ -1339,9 +1446,9 @@ def _refuse_reading(refuse: bool) -> None:
         neighbours._system_call = neighbours._known_call
 
 
-def _kept_bytes(key: Any, dask_worker: Any) -> int:
+def _kept_bytes(token: bytes) -> int:
     """Count what readers on a worker hold of blocks that were to stay."""
-    work = dask_worker.data.get(key)
+    work = flights.work_here(token)
     if work is None:
         return 0
     readers = [*work.readers._idle.values(), *work.readers._out]

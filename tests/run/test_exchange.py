@@ -89,6 +89,16 @@ def count_sockets() -> int:
     return found
 
 
+def settled_sockets() -> int:
+    """Count sockets when what earlier tests left is closed."""
+    gc.collect()
+    found: list[int] = []
+    while len(found) < 5 or len(set(found[-5:])) > 1:
+        found.append(count_sockets())
+        time.sleep(0.05)
+    return found[-1]
+
+
 @pytest.mark.parametrize("size", [1, 200_000])
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_all_get_what_all_found_in_order(party, n, size):
@@ -207,13 +217,13 @@ def test_only_those_that_know_the_token_meet(party, monkeypatch):
 def test_only_processes_of_one_user_meet(party, monkeypatch, who):
     """Whoever has another one at the other end refuses, whatever that one does."""
     monkeypatch.setattr(exchange, "_MEET_S", 0.2)
-    user, real = os.getuid(), exchange._require_same_user
+    user, real = os.geteuid(), exchange._require_same_user
 
     def require_same_user(end: Any) -> None:
         called = not end.getpeername()  # whoever calls has no name
         with pytest.MonkeyPatch.context() as patch:
             if called == (who == "who is called"):
-                patch.setattr(exchange.os, "getuid", lambda: user + 1)
+                patch.setattr(exchange.os, "geteuid", lambda: user + 1)
             real(end)
 
     monkeypatch.setattr(exchange, "_require_same_user", require_same_user)
@@ -317,9 +327,30 @@ def test_who_goes_on_to_another_attempt_leaves_those_who_wait(party):
     assert made.found == [[0, 1]] * 2
 
 
-def test_nothing_is_left_open(party, monkeypatch):
-    monkeypatch.setattr(exchange, "_MEET_S", 0.2)
-    before, threads = count_sockets(), threading.active_count()
+def test_others_hear_at_once_that_one_has_left_though_a_child_has_its_sockets_still(party, monkeypatch):
+    """A process that was forked meanwhile, as by `multiprocessing`, keeps them open."""
+    monkeypatch.setattr(exchange, "_TURN_S", 5.0)
+    made, kept = party(2), []
+
+    def leave(index: int, gather: Any) -> None:
+        gather(index)
+        if index == 1:
+            (meeting,) = made.exchanges[1]._open
+            kept.extend(end.dup() for end in meeting._ends.values())
+            raise ValueError("it has left")
+        began = time.monotonic()
+        with pytest.raises(ApartError):
+            gather(index)
+        assert time.monotonic() - began < 2
+
+    made.play(*map(made.circle, range(2)), what=leave)
+    assert made.found[0] is None
+    for end in kept:
+        end.close()
+
+
+def test_nothing_is_left_open(party):
+    before, threads = settled_sockets(), threading.active_count()
     made = party(3)
     made.play(*map(made.circle, range(3)), what=lambda index, gather: gather(index))
     assert count_sockets() == before + 6
@@ -335,10 +366,10 @@ def test_sockets_are_closed_with_the_work_of_a_run(party):
     """As on a worker that nobody tells that the run is over, since the client is gone."""
     run = prepare(open_source(np.ones((100, 2)), np.arange(100.0)), Config(n_lanes=2))
     work = WorkerWork(run, run.source)
-    before = count_sockets()
+    before = settled_sockets()
     made = party(2)
     made.exchanges[0] = work.exchange
-    made.exchanges[1] = Exchange(work._token)
+    made.exchanges[1] = Exchange(work.token)
     made.play(*map(made.circle, range(2)), what=lambda index, gather: gather(index))
     assert count_sockets() == before + 2
     made.exchanges.pop(0)
@@ -351,8 +382,8 @@ def test_sockets_are_closed_with_the_work_of_a_run(party):
 
 
 def test_rounds_behind_those_that_were_not_played_are_not_played_either():
-    with pytest.raises(ApartError):
-        flights._begun([Flown([])], None)
+    with pytest.raises(ApartError, match="nobody came"):
+        flights._begun([Flown([], apart="nobody came")], None)
 
 
 def test_many_small_states_travel_in_one_piece():
@@ -394,8 +425,11 @@ def wide_state() -> State:
         ({"state_bytes": 20_000_001}, False),
         ({"state_bytes": 10_000_001, "homes": ["tcp://a:1", "tcp://a:1"]}, False),
         ({"state_bytes": 10_000_000, "homes": ["tcp://a:1", "tcp://a:1"]}, True),
-        ({"homes": [f"tcp://a:{port}" for port in range(32)]}, True),
-        ({"homes": [f"tcp://a:{port}" for port in range(33)]}, False),
+        ({"homes": [f"tcp://a:{port}" for port in range(33)]}, True),
+        ({"homes": [f"tcp://a:{port}" for port in range(34)]}, False),
+        ({"homes": [f"tcp://a:{port}" for port in range(2) for _ in range(4)]}, True),
+        ({"homes": [f"tcp://a:{port}" for port in range(2) for _ in range(5)]}, False),
+        ({"homes": ["tcp://a:1"] * 7}, False),
         ({"homes": ["tcp://a:1", "tcp://b:1"]}, False),
         ({"apart_s": 1.0}, False),
         ({"have_room": False}, False),
