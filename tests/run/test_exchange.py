@@ -81,22 +81,12 @@ def party() -> Any:
         each.close()
 
 
-def count_sockets() -> int:
-    found = 0
+def sockets() -> set[str]:
+    found = set()
     for descriptor in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # the one that lists them
-            found += descriptor.readlink().name.startswith("socket:")
-    return found
-
-
-def settled_sockets() -> int:
-    """Count sockets when what earlier tests left is closed."""
-    gc.collect()
-    found: list[int] = []
-    while len(found) < 5 or len(set(found[-5:])) > 1:
-        found.append(count_sockets())
-        time.sleep(0.05)
-    return found[-1]
+            found.add(descriptor.readlink().name)
+    return {name for name in found if name.startswith("socket:")}
 
 
 @pytest.mark.parametrize("size", [1, 200_000])
@@ -350,33 +340,33 @@ def test_others_hear_at_once_that_one_has_left_though_a_child_has_its_sockets_st
 
 
 def test_nothing_is_left_open(party):
-    before, threads = settled_sockets(), threading.active_count()
+    before, threads = sockets(), set(threading.enumerate())
     made = party(3)
     made.play(*map(made.circle, range(3)), what=lambda index, gather: gather(index))
-    assert count_sockets() == before + 6
+    assert len(sockets() - before) == 6
     made.play(*(made.circle(index, 2, attempt=1) for index in range(2)), what=lambda index, gather: gather(index))
-    assert count_sockets() == before + 2
+    assert len(sockets() - before) == 2
     made.close()
     made.close()
-    assert count_sockets() == before
-    assert threading.active_count() == threads
+    assert not sockets() - before
+    assert not set(threading.enumerate()) - threads
 
 
 def test_sockets_are_closed_with_the_work_of_a_run(party):
     """As on a worker that nobody tells that the run is over, since the client is gone."""
     run = prepare(open_source(np.ones((100, 2)), np.arange(100.0)), Config(n_lanes=2))
     work = WorkerWork(run, run.source)
-    before = settled_sockets()
+    before = sockets()
     made = party(2)
     made.exchanges[0] = work.exchange
     made.exchanges[1] = Exchange(work.token)
     made.play(*map(made.circle, range(2)), what=lambda index, gather: gather(index))
-    assert count_sockets() == before + 2
+    assert len(sockets() - before) == 2
     made.exchanges.pop(0)
     del work
     gc.collect()  # which would complain
     until = time.monotonic() + 5
-    while count_sockets() > before + 1:
+    while len(sockets() - before) > 1:
         assert time.monotonic() < until
         time.sleep(0.01)
 
