@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import pkgutil
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import llvmlite
 import numba
@@ -29,3 +33,29 @@ def digest(*modules: str) -> str:
         package, _, name = module.rpartition(".")
         found.update(pkgutil.get_data(package, f"{name}.py") or b"")
     return found.hexdigest()
+
+
+def kept(function: Callable[..., Any], **options: Any) -> Any:
+    """Compile a function when it is first called, without the interpreter lock, and keep what comes of it.
+
+    Beside its source, or else in the user's cache or in ``NUMBA_CACHE_DIR``. Where none of them can be written, as for
+    the user of a service who has no home, each process compiles for itself, and a warning says so.
+    """
+    try:
+        return numba.njit(nogil=True, cache=True, **options)(function)
+    except RuntimeError as err:
+        if "cannot cache" not in str(err):
+            raise
+        _warn_once()
+        return numba.njit(nogil=True, **options)(function)
+
+
+@cache
+def _warn_once() -> None:
+    warnings.warn(
+        "compiled code cannot be kept, since neither the folder of streamgd nor the user's cache can be written: every "
+        "process will compile what it needs, which takes some ten seconds. Set NUMBA_CACHE_DIR to a folder that can be "
+        "written",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -151,12 +151,17 @@ def train(stop: StopRequest, /, data: tuple[str, ...], run_path: Path, **given: 
 def resume(stop: StopRequest, /, run_path: Path, epochs: int | None, data: tuple[str, ...], **given: Any) -> int:
     """Go on with the run in the folder RUN, exactly as if it had not been stopped."""
     from streamgd.commands.reading import open_again
+    from streamgd.errors import OptionError
     from streamgd.run.config import Config
     from streamgd.run.folder import RunFolder
     from streamgd.run.session import description_of, go_on, with_epochs
 
     described = description_of(RunFolder(run_path))  # before the folder is made or locked
     given["cache"] = given["cache"] or described.get("cache")
+    if given["cache"] is not None and given["scheduler"] is not None:
+        raise OptionError(
+            f"the run {run_path} has a cache ({given['cache']}), which is for one machine: resume without --scheduler"
+        )
     options, view = _options(given), _view(quiet=given["quiet"])
     with _cluster(given["scheduler"], options) as client, RunFolder(run_path) as folder:
         source = open_again(described, data)

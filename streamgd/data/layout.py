@@ -204,15 +204,20 @@ def plan_layout(
 
 def _too_small(source: Source, costs: Costs) -> BufferTooSmallError:
     hint = source.mixing_hint()
-    unit, name = (10**6, "MB") if costs.needed >= 10**7 else (1000, "kB")
     return BufferTooSmallError(
         f"buffer of {format_bytes(costs.buffer)} is too small for {source.name}: it takes {costs.needed:,} bytes "
-        f"(buffer='{-(-costs.needed // unit)}{name}') to hold two windows of {costs.min_window_rows:,} rows "
+        f"({buffer_option(costs.needed)}) to hold two windows of {costs.min_window_rows:,} rows "
         f"({format_bytes(2 * costs.min_window_rows * costs.row)}), an open block ({format_bytes(costs.open_block)}), "
         f"what is being decoded and a batch ({format_bytes(costs.carry)}). Give it a bigger buffer, choose fewer "
         "features or a smaller batch_size" + (f", or: {hint}" if hint else ""),
         costs.needed,
     )
+
+
+def buffer_option(n_bytes: int) -> str:
+    """Write the option that asks for a buffer of so many bytes, rounded up."""
+    unit, name = (10**6, "MB") if n_bytes >= 10**7 else (1000, "kB")
+    return f"buffer='{-(-n_bytes // unit)}{name}'"
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ from streamgd.run.turns import Span
 _POLL_S = 0.25
 #: A merged state comes to the client at so many bytes a second at least, after two seconds at most.
 _FETCH_RATE, _FETCH_S = 10e6, 2.0
-#: A wait for the first rounds is told after this.
-_SAY_AFTER_S = 30.0
+#: A wait for rounds is told after so many seconds, and after so many times what those before took.
+_SAY_AFTER_S, _SAY_AFTER_TIMES = 30.0, 5
 #: Times that a round is played again before what keeps it from ending is taken to be for good.
 _MOST_ATTEMPTS = 5
 #: Flights behind the one that is awaited. Those over collections are short where blocks do not stay with lanes, for
@@ -83,7 +83,7 @@ class ClusterCrew(Crew):
         self._next: deque[Flight] = deque()  # what was handed over behind what is awaited
         self._flown_from: State | None = None
         self._played: deque[Round] = deque()  # rounds that came with others before them
-        self._round_s, self._said, self._watcher = 0.0, False, watcher
+        self._round_s, self._flight_s, self._watcher = 0.0, 0.0, watcher
         self._members = Members(run, client, options, watcher, stop)
         self._tell_idle_threads()
         self._dispatch = Dispatch(run, client, self._members)
@@ -107,6 +107,7 @@ class ClusterCrew(Crew):
     def play(self, start: State, packed: Packed, span: Span, stop: threading.Event) -> Round | None:
         """Play a round, again if need be; see `Crew.play`."""
         lost = left = 0
+        said = False
         if self._played and self._flown_from is start:
             return self._hand_out()
         self._played.clear()
@@ -127,14 +128,14 @@ class ClusterCrew(Crew):
                     if stop.is_set():
                         return None
                     self._look()
-                    self._say_if_long(time.monotonic() - began)
+                    said = said or self._say_if_long(time.monotonic() - began)
                 flown = self._result(flight)
                 self._played.extend(flown.rounds)
                 took_s = time.monotonic() - began
                 if flown.took_s:
                     self._dispatch.met()
                 self._pace.ended(flight.stretch, flight.chained, self._played, took_s, flown.took_s)
-                self._round_s = took_s / len(self._played)
+                self._flight_s, self._round_s = took_s, took_s / len(self._played)
                 return self._hand_out()
             except _Again as again:
                 lost += again.counts
@@ -180,14 +181,15 @@ class ClusterCrew(Crew):
                 "(n_lanes, --lanes), which are part of what defines the model, use more of them"
             )
 
-    def _say_if_long(self, waited: float) -> None:
-        """Say once that the first rounds take long: nothing else tells workers that are at work from busy ones."""
-        if not self._said and not self._round_s and waited > _SAY_AFTER_S:
-            self._said = True
-            self._watcher.message(
-                f"no round has ended after {waited:.0f} s: reading is slow, or the workers are busy with other tasks. "
-                "The run waits for them"
-            )
+    def _say_if_long(self, waited: float) -> bool:
+        """Say that rounds take long, if they do: nothing else tells workers that are at work from busy ones."""
+        if waited <= max(_SAY_AFTER_S, _SAY_AFTER_TIMES * self._flight_s):
+            return False
+        self._watcher.message(
+            f"no round has ended for {waited:.0f} s: reading is slow, or workers are busy with other tasks, or do not "
+            "answer. The run waits for them"
+        )
+        return True
 
     def _start_again(self, *, apart: bool) -> None:
         """See which workers are left, and forget what was handed over."""

@@ -131,6 +131,7 @@ class Dispatch:
         else:
             self._lane_work = WorkerWork(run, source)
         self._works: dict[str, Any] = {}  # its future of each worker
+        self._works_fit: list[str] | None = None  # who alone was fit when these were handed over
         self._sends = source.decodes_slowly
         self.pace = Pace(
             Turns.of(run),
@@ -150,13 +151,15 @@ class Dispatch:
     def _hand_over_work(self) -> None:
         """Have all workers that have lanes hold what their tasks need, unless they do."""
         addresses = {address for _, address in self._members.groups()}
-        # The cluster may have been started afresh.
-        held = {at: each for at, each in self._works.items() if each.status in ("pending", "finished")}
+        # The cluster may have been started afresh; or that of one worker may be on another, which alone was fit.
+        same = self._works_fit == self._members.fit
+        held = {at: each for at, each in self._works.items() if same and each.status in ("pending", "finished")}
         self._works = {address: held[address] for address in addresses & held.keys()}
         missing = sorted(addresses - held.keys())
         if missing:
-            graph, name = Graph(self._client, None), f"lane-work-{self._name}-{self._flights}"
-            keys = [graph.add((name, at), at, 20, keep, self._lane_work, only=True) for at in missing]
+            self._works_fit = self._members.fit
+            graph, name = Graph(self._client, self._works_fit), f"lane-work-{self._name}-{self._flights}"
+            keys = [graph.add((name, at), at, 20, keep, self._lane_work) for at in missing]
             self._works |= zip(missing, graph.hand_over(keys), strict=True)
 
     @property

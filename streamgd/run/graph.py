@@ -26,11 +26,9 @@ class Graph:
 
     def __init__(self, client: Any, fit: Sequence[str] | None) -> None:
         self._client, self._fit = client, fit
-        self._tasks: dict[tuple[str | None, float, bool], dict[Key, Any]] = {}
+        self._tasks: dict[tuple[str | None, float], dict[Key, Any]] = {}
 
-    def add(
-        self, key: Key, address: str | None, priority: float, function: Any, *arguments: Any, only: bool = False
-    ) -> Key:
+    def add(self, key: Key, address: str | None, priority: float, function: Any, *arguments: Any) -> Key:
         """Add a task; return its key, which stands for what comes of it in arguments of others, also in lists.
 
         Parameters
@@ -45,10 +43,8 @@ class Graph:
             What to do.
         *arguments
             With what: keys, futures, and values that are no tuples.
-        only : bool, default=False
-            Whether to wait for that worker rather than to run elsewhere.
         """
-        self._tasks.setdefault((address, priority, only), {})[key] = (function, *arguments)
+        self._tasks.setdefault((address, priority), {})[key] = (function, *arguments)
         return key
 
     def hand_over(self, wanted: Sequence[Key]) -> list[Any]:
@@ -56,11 +52,9 @@ class Graph:
         from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
         layers: dict[str, Any] = {}
-        for (address, priority, only), tasks in self._tasks.items():
+        for (address, priority), tasks in self._tasks.items():
             annotations: dict[str, Any] = {"priority": priority}
-            if only:
-                annotations["workers"] = [address]
-            elif self._fit is not None:
+            if self._fit is not None:
                 annotations["workers"] = list(self._fit)
             elif address is not None:
                 annotations |= {"workers": [address], "allow_other_workers": True}

@@ -146,7 +146,7 @@ class Pace:
         now = self._clock()
         seen = self._seen
         self._round_s, self._workers = stream.round_s, stream.workers
-        # The first second holds compilation and the filling of the first window; a hundred notes in a span are enough.
+        # A hundred notes in a span are enough.
         if len(seen) >= 2 and now - seen[-2][0] < self._span_s / 100:
             seen.pop()
         seen.append((now, int(run.state.counters[kernels.N_ROWS]), stream.wait_s, stream.read_bytes))
@@ -255,6 +255,7 @@ class PlainView(View):
 
     def started(self, run: Run) -> None:
         """Begin to count the seconds."""
+        self._pace.observe(run, Reading())
         self._last_line = self._clock()
 
     def advanced(self, run: Run, stream: Reading) -> None:
@@ -298,6 +299,7 @@ class BarView(View):
 
     def started(self, run: Run) -> None:
         """Show the bar."""
+        self._pace.observe(run, Reading())
         if run.finished is None:
             from rich.console import Console
             from rich.live import Live

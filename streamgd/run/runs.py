@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 import streamgd
 from streamgd.data.cache import Written
 from streamgd.data.cache_writer import CacheWriter
+from streamgd.data.layout import buffer_option
 from streamgd.data.plan import Layout, format_bytes, plan_layout
 from streamgd.data.sources.base import Source
 from streamgd.errors import BufferTooSmallError, ResumeError
@@ -224,10 +225,12 @@ def plan_for(source: Source, config: Config) -> Layout:
     except BufferTooSmallError as err:
         if n_lanes == 1:
             raise
+        needed = n_lanes * err.needed_bytes
+        of_each = str(err).replace(f" ({buffer_option(err.needed_bytes)})", "")  # which would be too small again
         raise BufferTooSmallError(
-            f"the buffer of {format_bytes(config.buffer_bytes)} is shared by {n_lanes} lanes, which need "
-            f"{n_lanes * err.needed_bytes:,} bytes together. Of each: {err}",
-            n_lanes * err.needed_bytes,
+            f"the buffer of {format_bytes(config.buffer_bytes)} is shared by {n_lanes} lanes, which need {needed:,} "
+            f"bytes together ({buffer_option(needed)}). Of each: {of_each}",
+            needed,
         ) from err
     return layout if n_lanes == 1 else _of_lane(layout, source, n_lanes)
 

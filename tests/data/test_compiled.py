@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
+import pytest
+
 import streamgd
+from streamgd import compiling
 from streamgd.data import compiled
 from streamgd.data.compiled.compiling import SOURCES
 
@@ -52,3 +56,12 @@ def test_an_edited_function_is_not_answered_from_the_cache_of_its_callers(tmp_pa
 def test_the_hash_of_the_source_leaves_no_file_out() -> None:
     found = {path.stem for path in Path(compiled.__file__).parent.glob("*.py")}
     assert found - {"__init__"} == set(SOURCES)
+
+
+def test_what_cannot_be_kept_is_compiled_by_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for the user of a service, who has no home and may not write where packages are."""
+    monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])
+    compiling._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="NUMBA_CACHE_DIR"):
+        doubled = compiling.kept(lambda number: 2 * number)
+    assert doubled(4) == 8

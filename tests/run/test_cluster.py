@@ -578,6 +578,35 @@ class TestFaults:
                 os.kill(pids[silent], signal.SIGCONT)
                 processes.close()
 
+    def test_all_that_fall_silent_are_not_waited_for_without_an_end(self, folder, monkeypatch):
+        """There is nobody beside whom they would seem so."""
+        monkeypatch.setattr(members, "_LOOK_IDLE_S", 0.3)
+        monkeypatch.setattr(dask_clients, "SILENT_S", 2.0)
+        monkeypatch.setattr(asking, "ANSWER_S", 1.0)
+        monkeypatch.setattr(cluster_module, "_SAY_AFTER_S", 1.0)
+        with cluster(0) as (made, client):
+            processes = Processes(made.scheduler_address, 1)
+            await_workers(client, 1)
+            (process,) = client.run(os.getpid).values()
+            real, n = cluster_module.ClusterCrew.play, iter(range(10**6))
+
+            def play(*arguments: Any) -> Any:
+                if next(n) == 5:
+                    os.kill(process, signal.SIGSTOP)
+                return real(*arguments)
+
+            monkeypatch.setattr(cluster_module.ClusterCrew, "play", play)
+            try:
+                with (
+                    pytest.warns(UserWarning, match="or do not answer. The run waits"),
+                    pytest.warns(UserWarning, match=r"worker tcp.* is silent for \d s: it gets no lanes"),
+                    pytest.raises(ClusterError, match=r"no worker for .* takes tasks \(tcp.* is silent for \d s"),
+                ):
+                    estimator(max_iter=100).fit(*load(folder, "hdf5"), client=client, workers_timeout_s=1)
+            finally:
+                os.kill(process, signal.SIGCONT)
+                processes.close()
+
     @pytest.mark.parametrize("kind", ["parquet", "persisted"])
     def test_workers_join_and_retire(self, folder, kind):
         stop = threading.Event()
@@ -992,12 +1021,12 @@ def deliveries(monkeypatch):
     found: list[tuple[str, int]] = []
     real = graph.Graph.add
 
-    def noted(self: Any, key: Any, address: Any, priority: int, function: Any, *arguments: Any, **options: Any) -> Any:
+    def noted(self: Any, key: Any, address: Any, priority: int, function: Any, *arguments: Any) -> Any:
         if function is flights.hold:
             found.append(("hold", key[1]))
         if function is flights.deliver:
             found.append(("all" if key[-1] else "some", key[1]))
-        return real(self, key, address, priority, function, *arguments, **options)
+        return real(self, key, address, priority, function, *arguments)
 
     monkeypatch.setattr(graph.Graph, "add", noted)
     return found
@@ -1571,7 +1600,7 @@ def test_rounds_may_take_long_whichever_client_is_the_default(two, folder, here,
     monkeypatch.setattr(cluster_module, "_SAY_AFTER_S", 0.4)
     client.run(slowed, 0.7)
     try:
-        with pytest.warns(UserWarning, match=r"no round has ended after \d s") as told:
+        with pytest.warns(UserWarning, match=r"no round has ended for \d s") as told:
             assert fit(folder, "parquet", client=client, max_iter=1) == fit(folder, "parquet", max_iter=1)
         assert len(told) == 1
     finally:

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar, cast
 
-import numba
-
-from streamgd.compiling import digest
+from streamgd.compiling import digest, kept
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -28,4 +26,4 @@ def _digest() -> str:
 def compiled(function: _F) -> _F:
     """Compile a function when it is first called, and keep what comes of it under a name of this source."""
     function.__qualname__ += f"_{_digest()}"
-    return cast(_F, numba.njit(nogil=True, cache=True)(function))
+    return cast(_F, kept(function))

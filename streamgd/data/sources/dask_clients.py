@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import time
+import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -15,6 +17,8 @@ from streamgd.errors import ClusterError
 ANSWER_S = 5.0
 #: Seconds without a heartbeat, of which a thousand workers send one each every 6 s, until one is taken for silent.
 SILENT_S = 60.0
+#: The last heartbeat that the scheduler of a client has had, and since when none came after it.
+_heard: weakref.WeakKeyDictionary[Any, tuple[float, float]] = weakref.WeakKeyDictionary()
 
 _chosen: ContextVar[Any] = ContextVar("streamgd_client", default=None)
 _timeout_s: ContextVar[float] = ContextVar("streamgd_workers_timeout", default=math.inf)
@@ -106,13 +110,19 @@ def threads_of_workers(client: Any) -> dict[str, int] | None:
 def idle_workers(client: Any) -> dict[str, str] | None:
     """Ask the scheduler for workers that begin no tasks, and why; None if it does not answer.
 
-    Those are paused for lack of memory, or have been silent for `SILENT_S` longer than the others.
+    Those are paused for lack of memory, or have been silent for `SILENT_S`; where all of them are, since this was asked
+    for the first time after they fell silent.
     """
     try:
         workers = client.sync(client.scheduler.identity, callback_timeout=ANSWER_S)["workers"]
     except Exception:  # whoever asks for the workers finds out what that means
         return None
-    latest = max((worker.get("last_seen", 0.0) for worker in workers.values()), default=0.0)
+    latest, now = max((worker.get("last_seen", 0.0) for worker in workers.values()), default=0.0), time.monotonic()
+    heard, since = _heard.get(client, (0.0, now))
+    if latest > heard:
+        since = now
+    _heard[client] = latest, since
+    latest += now - since
     found = {}
     for address, worker in workers.items():
         if worker.get("status") == "paused":

@@ -52,6 +52,12 @@ def gathered(client: Any, futures: Any) -> Any:
         # A task may fail so by itself; then the cluster is there still.
         if client.status == "running" and not isinstance(err, CancelledError):
             raise
+        if "lost dependencies" in str(err):
+            raise ClusterError(
+                f"what the cluster was computing is lost ({type(err).__name__}: {err}): it needs what lay on a worker "
+                "that is gone and cannot be computed again, as what was scattered. Scatter or persist it anew, and fit "
+                "again or resume the run"
+            ) from err
         raise ClusterError(
             f"what the cluster was computing is lost ({type(err).__name__}: {err}): the scheduler is gone, the client "
             "was closed, or somebody cancelled it. Start the cluster again, and fit again or resume the run"

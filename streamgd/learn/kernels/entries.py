@@ -10,12 +10,11 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from streamgd.compiling import digest
+from streamgd.compiling import digest, kept
 from streamgd.learn.kernels import batch, measures
 from streamgd.learn.kernels.llvm import Code, Pointer, Value
 
@@ -92,7 +91,7 @@ def _compiled(name: str, kind: str) -> Any:
     call = {"consume": _call_consume, "mean_loss": _call_mean_loss, "add_moments": _call_add_moments}[name]
     call.__qualname__ = f"{name}_{kind}_{_digest()}"
     options: dict[str, Any] = {"no_cfunc_wrapper": True, "no_rewrites": True}  # which nobody here would use
-    return numba.njit(nogil=True, cache=True, **options)(call)
+    return kept(call, **options)
 
 
 @cache
