@@ -208,6 +208,15 @@ def test_the_way_the_rows_come_changes_nothing() -> None:
         assert hasattr(model, "feature_names_in_") == ("frame" in name)
 
 
+@pytest.mark.parametrize("path", ["rows.parquet", Path("rows.parquet")])
+def test_paths_have_to_be_opened(path: Any) -> None:
+    X = table(50)
+    fitted = SGDRegressor(max_iter=1, tol=None).fit(X, target(X))
+    for use in (lambda: fitted.predict(path), lambda: SGDRegressor().fit(path, "price")):
+        with pytest.raises(OptionError, match=r"is a path: give what streamgd.open_source\('rows.parquet', target=…\)"):
+            use()
+
+
 def test_files_are_read_where_they_lie(tmp_path: Path) -> None:
     h5py = pytest.importorskip("h5py")
     X = table(1_500)

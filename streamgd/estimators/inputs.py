@@ -6,6 +6,7 @@ reads the rows, with the row and the column in the message.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -49,6 +50,7 @@ def training_source(estimator: Any, X: Any, y: Any, sample_weight: Any, *, reset
             raise DataError(f"{source.name}: no target was given. Name it when opening the source (target=…)")
         hold_features(estimator, source, reset=reset)
         return source
+    _refuse_path(X)
     for what, values in (("X", X), ("y", y), ("sample_weight", sample_weight)):
         require_unmasked(values, what)
     if _is_plain_frame(X):
@@ -81,11 +83,24 @@ def rows_source(estimator: Any, X: Any) -> Source | np.ndarray[Any, Any]:
     if _is_plain_frame(X):
         validate_data(estimator, X, reset=False, skip_check_array=True)
         return MemorySource(X)
+    _refuse_path(X)
     require_unmasked(X, "X")
     array: np.ndarray[Any, Any] = validate_data(
         estimator, X, reset=False, accept_sparse=False, dtype="numeric", ensure_all_finite=False
     )
     return MemorySource(array) if is_mapped(array) else array
+
+
+def _refuse_path(X: Any) -> None:
+    """Refuse the name of a file, which has to be opened.
+
+    Raises
+    ------
+    OptionError
+        If it is one.
+    """
+    if isinstance(X, (str, os.PathLike)):
+        raise OptionError(f"X={X!r} is a path: give what streamgd.open_source({str(X)!r}, target=…) returns")
 
 
 def hold_features(estimator: Any, source: Source, *, reset: bool) -> None:

@@ -195,7 +195,7 @@ class Pace:
         return n_rows * self._alone_s * (1 - 1 / n_groups) <= shared_s(n_groups)
 
     def _exchanged_spans(self, epoch: int, row: int, most_rows: int, *, kept: bool) -> list[Span]:
-        """Return rounds that are over in a moment, as far as is known; none if they are long, each by itself."""
+        """Return rounds that are over in a moment, as far as is known; none if each of them is long, or may be."""
         span = self._turns.at(epoch, row)
         if span.n_rows * self._row_s > _LONG_ROUND_S:
             return []

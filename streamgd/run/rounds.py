@@ -344,6 +344,7 @@ class RoundTraining(Training):
         self.watcher.started(run)
         if run.finished:
             return True
+        self._note_idle_lanes()
         with contextlib.closing(self._crew()) as crew:
             if self.folder is not None and run.state.counters[kernels.N_ROWS] == 0:
                 self.save()
@@ -359,6 +360,14 @@ class RoundTraining(Training):
             if not done and self.folder is not None:
                 self.save()
         return done
+
+    def _note_idle_lanes(self) -> None:
+        n_lanes, n_blocks = self.run.config.n_lanes, self.run.source.n_blocks
+        if n_lanes > n_blocks:
+            self.watcher.note(
+                f"n_lanes={n_lanes:,}: the data has {n_blocks:,} blocks, which are dealt to the lanes, so that "
+                f"{n_lanes - n_blocks:,} of these have no rows. Fewer lanes take more steps in an epoch"
+            )
 
     def _crew(self) -> Crew:
         if self._client is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
 import time
 import weakref
@@ -254,6 +255,28 @@ class TestErrors:
         needed = caught.value.needed_bytes
         layout = plan_for(source, replace(small.config_of(), n_lanes=50, buffer_bytes=needed))
         assert 50 * layout.planned_bytes <= needed
+
+    def test_the_buffer_that_is_asked_for_is_enough(self):
+        X = np.random.default_rng(0).normal(size=(20_000, 8))
+        model = SGDRegressor(n_lanes=4, buffer="20kB", max_iter=1, tol=None)
+        with pytest.raises(BufferTooSmallError) as caught:
+            model.fit(X, X[:, 0])
+        (asked,) = re.findall(r"buffer='(\w+)'", str(caught.value))
+        model.set_params(buffer=asked).fit(X, X[:, 0])
+
+    @pytest.mark.parametrize(("n_lanes", "told"), [(10, []), (13, ["3 of these have no rows"])])
+    def test_lanes_without_rows_are_told(self, n_lanes, told):
+        run, notes = (
+            prepare(
+                small.source_of(BLOCKS), replace(small.config_of(), n_lanes=n_lanes, max_iter=1, buffer_bytes=10**6)
+            ),
+            [],
+        )
+        watcher = Watcher()
+        watcher.note = notes.append
+        train(run, watcher=watcher)
+        assert len(notes) == len(told)
+        assert all(text in note for text, note in zip(told, notes, strict=True))
 
     @pytest.mark.parametrize("n_lanes", [0, 1.5, True, 5000])
     def test_lanes_that_are_no_number(self, n_lanes):

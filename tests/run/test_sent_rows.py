@@ -103,10 +103,13 @@ def test_readers_stay_where_their_lanes_are(run: Run, monkeypatch: pytest.Monkey
     memory = SimpleNamespace(
         memory_limit=0, memory_target_fraction=0.6, memory_spill_fraction=0.7, memory_pause_fraction=0.8
     )
-    worker = SimpleNamespace(address="a", state=SimpleNamespace(nthreads=1), memory_manager=memory)
+    worker = SimpleNamespace(address="tcp://127.0.0.1:1", state=SimpleNamespace(nthreads=1), memory_manager=memory)
     monkeypatch.setattr("distributed.get_worker", lambda: worker)
     work = WorkerWork(run, run.source)
-    there, here = (send_rows(work, [lane], home, Span(0, 0, 16), None)[0] for lane, home in ((1, "a"), (2, "b")))
+    homes = "tcp://127.0.0.1:1", "tcp://127.0.0.1:2"
+    there, here = (
+        send_rows(work, [lane], home, Span(0, 0, 16), None)[0] for lane, home in zip((1, 2), homes, strict=True)
+    )
     assert [work.readers.has(lane) for lane in range(N_LANES)] == [False, True, False]
     assert (there.lane, here.lane) == (1, 2)
     work.readers.close()
