@@ -26,7 +26,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import streamgd
-from streamgd.estimators.inputs import training_source
 from streamgd.learn.recipe import Recipe
 from streamgd.run import dispatch, pace
 from streamgd.run.config import Config
@@ -56,11 +55,12 @@ def rounds_of(source: Any, client: Any, n_lanes: int, n_epochs: int = 1) -> list
     return rounds.seconds
 
 
-def rate(source: Any, client: Any, n_epochs: int) -> float:
+def rate(X: Any, y: Any, client: Any, n_epochs: int, n_rows: int) -> float:
     """Return the rows/s of a whole fit in four lanes."""
+    model = streamgd.SGDRegressor(batch_size=256, max_iter=n_epochs, tol=None, n_lanes=4)
     began = time.perf_counter()
-    rounds_of(source, client, 4, n_epochs)
-    return n_epochs * source.n_rows / (time.perf_counter() - began)
+    model.fit(X, y, client=client)
+    return n_epochs * n_rows / (time.perf_counter() - began)
 
 
 def told(n_epochs: int, slow: tuple[str, list[float]], fast: tuple[str, list[float]]) -> str:
@@ -87,9 +87,9 @@ def compare_workers(folder: Path, n_rows: int, n_epochs: int, repeats: int) -> N
     for repeat in range(repeats):
         for n_workers in (1, 2) if repeat % 2 else (2, 1):
             with cluster(n_workers) as (_, client):
-                rate(source, client, 1)  # imports and compiles
+                rate(source, None, client, 1, n_rows)  # imports and compiles
                 for epochs in sorted({1, n_epochs}):
-                    found.setdefault((n_workers, epochs), []).append(rate(source, client, epochs))
+                    found.setdefault((n_workers, epochs), []).append(rate(source, None, client, epochs, n_rows))
     print(f"gzip HDF5, {n_rows:,} rows, whole fits")
     for epochs in sorted({1, n_epochs}):
         print(told(epochs, ("one worker", found[1, epochs]), ("two", found[2, epochs])))
@@ -111,12 +111,11 @@ def compare_dask_ml(n_rows: int, n_epochs: int, repeats: int) -> None:
             X = X.astype(np.float32)
             X, y = client.persist([X, X @ np.ones(N_FEATURES, np.float32)])
             wait([X, y])
-            source = training_source(streamgd.SGDRegressor(), X, y, None, reset=True, labels=False)
-            mine = rate(source, client, epochs) if first else 0.0
+            mine = rate(X, y, client, epochs, n_rows) if first else 0.0
             began = time.perf_counter()
             Incremental(SGDRegressor(), assume_equal_chunks=True).fit(X, y)
             other = n_rows / (time.perf_counter() - began)
-            return mine or rate(source, client, epochs), other
+            return mine or rate(X, y, client, epochs, n_rows), other
 
         for repeat in range(repeats + 1):
             for epochs in ours:
