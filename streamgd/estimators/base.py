@@ -97,11 +97,10 @@ class SGDEstimator(BaseEstimator):  # type: ignore[misc]
                 require_client(client)
             held.enter_context(computing_on(client, options.workers_timeout_s))  # what the survey needs of a collection
             source = self._source(X, y, sample_weight, reset=trained is None)
+            held.callback(source.let_go if source is X else source.close)
             start = None
             if trained is not None:
                 start = trained.warm_start(source, config, np.atleast_2d(self.coef_), self.intercept_)
-            if source is not X:
-                held.callback(source.close)
             if client is not None and not resume:  # perhaps there is nothing left to do
                 from streamgd.run.members import refuse_unfit
 

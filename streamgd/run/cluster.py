@@ -240,7 +240,7 @@ class ClusterCrew(Crew):
         except ApartError as err:
             err.__traceback__ = None
             apart_s = self._dispatch.keep_apart()
-            why = "; ".join(dict.fromkeys([str(err), *_reasons(flight.last[1:])]))
+            why = "; ".join(dict.fromkeys([str(err), *_reasons(flight.last[1:], self._stop)]))
             self._watcher.note(f"workers share rounds by tasks for {apart_s:.0f} s, since an exchange failed: {why}")
             raise _Again(str(err), counts=False, apart=True) from err
         except (Unfit, UnreachableError) as err:
@@ -298,13 +298,18 @@ class ClusterCrew(Crew):
         self._dispatch.close()
 
 
-def _reasons(futures: Sequence[Any]) -> Iterator[str]:
-    """Yield why others that were to share rounds came apart, as far as they have said so."""
+def _reasons(futures: Sequence[Any], stop: threading.Event) -> Iterator[str]:
+    """Yield why others that were to share rounds came apart, as far as they have said so and are heard at once."""
+    until = time.monotonic() + _FETCH_S
     for future in futures:
+        left_s = until - time.monotonic()
+        if left_s <= 0 or stop.is_set():
+            return
         with contextlib.suppress(Exception):
             if future.status == "error":
-                yield f"{type(future.exception()).__name__}: {future.exception()}"
-            elif future.done() and (found := future.result(timeout=_FETCH_S)).apart:
+                error = future.exception(timeout=left_s)
+                yield f"{type(error).__name__}: {error}"
+            elif future.done() and (found := future.result(timeout=left_s)).apart:
                 yield found.apart
 
 

@@ -35,7 +35,8 @@ from streamgd.run.turns import Span
 #: Lanes that take their turns in one task, and the worker where they belong.
 Group: TypeAlias = tuple[list[int], str]
 
-#: Seconds after a loss in which all blocks are sent, the first time and at most: what was shown may be lost again.
+#: Seconds after a loss in which all blocks are sent, the first time and at most, where another one follows soon after
+#: them: what was shown may be lost again.
 _SENT_S, _MOST_SENT_S = 30.0, 600.0
 
 
@@ -213,8 +214,11 @@ class Deliveries:
     def start_again(self) -> None:
         """Forget what was delivered after a loss, and keep no more."""
         self._may_keep = False
-        self._sent_until = time.monotonic() + self._sent_s
-        self._sent_s = min(2 * self._sent_s, _MOST_SENT_S)
+        now = time.monotonic()
+        if now >= self._sent_until:  # else several workers were lost at once
+            soon = now < self._sent_until + _MOST_SENT_S
+            self._sent_s = min(2 * self._sent_s, _MOST_SENT_S) if soon else _SENT_S
+        self._sent_until = now + self._sent_s
         self._free()
         self.close()
 

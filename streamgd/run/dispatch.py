@@ -10,6 +10,7 @@ their lanes (`streamgd.run.sent_rows`). Nothing of that is needed where workers 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 import uuid
 from collections import Counter
@@ -131,6 +132,7 @@ class Dispatch:
         else:
             self._lane_work = WorkerWork(run, source)
         self._works: dict[str, Any] = {}  # its future of each worker
+        self._work_numbers = itertools.count()
         self._works_fit: list[str] | None = None  # who alone was fit when these were handed over
         self._sends = source.decodes_slowly
         self.pace = Pace(
@@ -158,7 +160,7 @@ class Dispatch:
         missing = sorted(addresses - held.keys())
         if missing:
             self._works_fit = self._members.fit
-            graph, name = Graph(self._client, self._works_fit), f"lane-work-{self._name}-{self._flights}"
+            graph, name = Graph(self._client, self._works_fit), f"lane-work-{self._name}-{next(self._work_numbers)}"
             keys = [graph.add((name, at), at, 20, keep, self._lane_work) for at in missing]
             self._works |= zip(missing, graph.hand_over(keys), strict=True)
 

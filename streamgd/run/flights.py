@@ -63,7 +63,7 @@ class WorkerWork(LaneWork):
     Notes
     -----
     However often it comes to a process, there is one of it: readers and exchange are its own. Each worker has a task
-    that holds it, of which no other worker has a replica: Dask drops one of several replicas when nobody waits for it.
+    that holds it, rather than a replica of another's: Dask drops one of several replicas when nobody waits for it.
     """
 
     def __init__(self, run: Run, source: Source) -> None:

@@ -30,7 +30,8 @@ from streamgd.data.sources.base import Source
 from streamgd.data.sources.dask import DaskSource
 from streamgd.data.sources.dask_clients import computing_on
 from streamgd.data.sources.neighbours import UnreachableError
-from streamgd.errors import DataError, EmptySourceError, SchemaError, SourceNotFoundError
+from streamgd.errors import DataError, EmptySourceError, SchemaError, SourceNotFoundError, UnfitWorkerError
+from streamgd.run import members
 from streamgd.run.in_place import InPlace
 from tests.clustering import cluster
 from tests.data.contract import SourceContract, make_rows, make_target, plain, read_all, read_block
@@ -600,6 +601,19 @@ class TestBesideACluster:
         source.close()
         assert eventually(lambda: not any("show" in str(key) for key in beside.futures))
         assert eventually(lambda: not owner.answers())
+
+    def test_nor_after_a_fit_that_was_refused(self, beside: Client, rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        source, had = rows[-1], []
+
+        def unfit(*_: Any) -> str:
+            had.append([key for key in beside.futures if "show" in str(key)])
+            return "too small"
+
+        monkeypatch.setattr(members, "unfit", unfit)
+        with pytest.raises(UnfitWorkerError, match="too small"):
+            SGDRegressor(n_lanes=2).fit(source, client=beside)
+        assert had[0]
+        assert eventually(lambda: not any("show" in str(key) for key in beside.futures))
 
     def test_what_is_shown_no_more_is_computed(self, beside: Client, rows: Any) -> None:
         X, y, _, source = rows

@@ -1047,6 +1047,19 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+def wait_for_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the client wait until blocks that are kept are there, which it only looks for."""
+    arrived = delivery.Deliveries.arrived.fget
+
+    def patient(self: Any) -> bool:
+        until = time.monotonic() + 20
+        while self._all and not arrived(self) and time.monotonic() < until:
+            time.sleep(0.01)
+        return arrived(self)
+
+    monkeypatch.setattr(delivery.Deliveries, "arrived", property(patient))
+
+
 def _refuse_meeting(refuse: bool) -> None:
     from streamgd.run import exchange
 
@@ -1077,6 +1090,7 @@ class TestExchange:
 
     def test_but_until_blocks_are_there(self, two, folder, here, monkeypatch, ways):
         """Whoever waited for another one would keep the thread that computes what that one needs."""
+        wait_for_blocks(monkeypatch)
         monkeypatch.setattr(pace, "_SHORT_BYTES", 0)
         assert fit(folder, "dask", client=two[1]) == here("dask")
         assert "exchanged" not in ways
@@ -1139,6 +1153,7 @@ class TestExchange:
 
     def test_blocks_that_came_stay_where_workers_do_not_meet(self, two, folder, monkeypatch, ways):
         """None is sent twice."""
+        wait_for_blocks(monkeypatch)
         fetched, lost, held = cluster_module.ClusterCrew._fetched, [], []
         size = delivery.Deliveries._bytes_of
         monkeypatch.setattr(
@@ -1170,7 +1185,9 @@ class TestExchange:
         fit(folder, "persisted", client=two[1], max_iter=3)
         assert set(ways) == {"exchanged"}
 
-    @pytest.mark.parametrize(("seconds", "after"), [(0.0, {"exchanged"}), (600.0, {"by tasks"})])
+    @pytest.mark.parametrize(
+        ("seconds", "after"), [(0.0, {"exchanged"}), (0.3, {"by tasks", "exchanged"}), (600.0, {"by tasks"})]
+    )
     def test_what_is_persisted_is_read_in_place_again_some_time_after_a_loss(
         self, two, folder, monkeypatch, ways, deliveries, seconds, after
     ):
@@ -1189,11 +1206,24 @@ class TestExchange:
         ways.clear()
         epochs.clear()
         deliveries.clear()
-        assert fit(folder, "persisted", client=two[1], max_iter=12) == fit(folder, "persisted", max_iter=12)
+        assert fit(folder, "persisted", client=two[1], max_iter=40) == fit(folder, "persisted", max_iter=40)
         assert epochs
         assert set(ways[: epochs[0]]) == {"exchanged"}
         assert set(ways[epochs[0] :]) == after
-        assert ("hold" in {name for name, _ in deliveries}) is False
+        assert "hold" not in {name for name, _ in deliveries}
+
+    def test_blocks_are_sent_for_longer_only_after_losses_that_follow_one_another(self, monkeypatch):
+        now = [1000.0]
+        monkeypatch.setattr(delivery.time, "monotonic", lambda: now[0])
+        some = SimpleNamespace(
+            _sent_s=delivery._SENT_S, _sent_until=float("-inf"), _free=lambda: None, close=lambda: None
+        )
+        waits = []
+        for passed in (0, 1, 1, 100, 2000, 31):
+            now[0] += passed
+            delivery.Deliveries.start_again(some)
+            waits.append(some._sent_until - now[0])
+        assert waits == [30, 30, 30, 60, 30, 60]
 
     def test_metrics_are_those_of_a_run_here(self, two, folder, here, tmp_path):
         for path, client in ((tmp_path / "here", None), (tmp_path / "there", two[1])):

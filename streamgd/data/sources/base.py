@@ -383,6 +383,9 @@ class Source(abc.ABC):
     def get_ready(self) -> None:  # noqa: B027 - only what lies elsewhere has to be made ready
         """Begin with what takes others a moment; called before a run. Only a hint."""
 
+    def let_go(self) -> None:  # noqa: B027 - as above
+        """Keep nothing of that any longer than the run."""
+
     def announce(self, blocks: Sequence[int]) -> None:  # noqa: B027 - only sources that compute can use it
         """Tell which blocks will be opened next, in order, so that a source that computes may begin. Only a hint."""
 

@@ -322,6 +322,10 @@ class DaskSource(Source):
             if lying and all(future.done() for futures in lying.values() for future in futures):
                 self.shown(client, lying, to_workers=True)
 
+    def let_go(self) -> None:
+        """Have nothing shown that no run has taken."""
+        self.forget_shown()
+
     def shown(
         self, client: Any, lying: Mapping[int, Sequence[Any]] | None = None, *, to_workers: bool = False
     ) -> ShownBlocks:

@@ -122,12 +122,14 @@ class ShownBlocks:
         """Wait for what workers show."""
         handles: dict[int, list[NeighbourArray]] = {}
         until = time.monotonic() + _PATIENCE_S
+        shown = []
         for future in list(self._futures):
             try:
                 handles |= future.result(timeout=max(0.01, until - time.monotonic())).handles
+                shown.append(future)
             except Exception:  # blocks of this worker are sent
                 future.release()
-                self._futures.remove(future)
+        self._futures = shown
         return handles
 
     def _ask_soon(self, handles: Mapping[int, Sequence[NeighbourArray]], addresses: Sequence[str]) -> Any:
