@@ -421,7 +421,7 @@ class TestFaults:
         hand_over(monkeypatch, WAYS[way])
         (client, processes), rng = two_to_kill, random.Random(kind)
         await_workers(client, 2)
-        expected = fit(folder, kind, max_iter=120)
+        expected = fit(folder, kind, max_iter=70)
         fit(folder, kind, client=client, max_iter=1)  # who starts takes its time
         killed: list[float] = []
 
@@ -431,7 +431,7 @@ class TestFaults:
 
         killing = threading.Timer(rng.uniform(0.05, 0.3), kill)
         killing.start()
-        found = fit(folder, kind, client=client, max_iter=120)
+        found = fit(folder, kind, client=client, max_iter=70)
         ended = time.monotonic()
         killing.join()
         assert found == expected
@@ -534,12 +534,13 @@ class TestFaults:
 
     def test_a_worker_that_is_paused_gets_no_lanes(self, folder, here, monkeypatch):
         """Its tasks would wait for as long as it is paused, and the run for them."""
-        monkeypatch.setattr(members, "_LOOK_IDLE_S", 0.3)
+        monkeypatch.setattr(members, "_LOOK_IDLE_S", 0.2)
+        monkeypatch.setattr(members, "_LOOK_S", 0.1)
         with cluster(2) as (_, client):
             paused = min(client.nthreads())
             client.run(_pause, workers=[paused])
             with pytest.warns(UserWarning, match=f"worker {paused} is paused by Dask, for lack of memory: it gets no"):
-                assert fit(folder, "hdf5", client=client, max_iter=150) == fit(folder, "hdf5", max_iter=150)
+                assert fit(folder, "hdf5", client=client, max_iter=60) == fit(folder, "hdf5", max_iter=60)
             client.run(_pause)
             with (
                 pytest.warns(UserWarning, match=r"all workers are idle \(.* is paused by Dask"),
