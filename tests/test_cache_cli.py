@@ -50,6 +50,15 @@ def test_resume_finds_the_cache_again(sg: Callable[..., Said], parquet: Path, tm
     assert len(list((tmp_path / "other").iterdir())) == 1
 
 
+def test_a_run_with_a_cache_is_not_resumed_on_a_cluster(sg: Callable[..., Said], parquet: Path, tmp_path: Path) -> None:
+    """And nothing is asked of that."""
+    train = ["train", parquet, "--target", "y", "--quiet", "--cache", tmp_path / "cache", "--epochs", 1]
+    assert sg(*train, "--run", tmp_path / "run").status == 0
+    said = sg("resume", tmp_path / "run", "--epochs", 2, "--scheduler", "tcp://127.0.0.1:1")
+    assert said.status == 2
+    assert "resume it without --scheduler" in said.err
+
+
 def test_classes_named_by_text(sg: Callable[..., Said], tmp_path: Path) -> None:
     X, y = make_rows()
     path = write_parquet(tmp_path / "names.parquet", X, np.where(y > 3, "high", "low"))

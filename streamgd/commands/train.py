@@ -157,11 +157,12 @@ def resume(stop: StopRequest, /, run_path: Path, epochs: int | None, data: tuple
     from streamgd.run.session import description_of, go_on, with_epochs
 
     described = description_of(RunFolder(run_path))  # before the folder is made or locked
-    given["cache"] = given["cache"] or described.get("cache")
-    if given["cache"] is not None and given["scheduler"] is not None:
+    if described.get("cache") is not None and given["scheduler"] is not None:
         raise OptionError(
-            f"the run {run_path} has a cache ({given['cache']}), which is for one machine: resume without --scheduler"
+            f"the run {run_path} has a cache ({described['cache']}), which is for one machine: resume it without "
+            "--scheduler"
         )
+    given["cache"] = given["cache"] or described.get("cache")
     options, view = _options(given), _view(quiet=given["quiet"])
     with _cluster(given["scheduler"], options) as client, RunFolder(run_path) as folder:
         source = open_again(described, data)

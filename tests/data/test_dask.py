@@ -660,7 +660,7 @@ class TestBesideACluster:
         with there.open_block(2) as reader:
             reader.read(4)
             (owner,) = source.shown(beside).owners
-            source.forget_shown()
+            source.let_go()
             assert eventually(lambda: not owner.answers())
             with pytest.raises(UnreachableError):
                 reader.read(4)

@@ -408,6 +408,18 @@ class StopAt(Watcher):
             self.stop.set()
 
 
+def stop_in_mid_run(monkeypatch: pytest.MonkeyPatch, process: int) -> None:
+    """Have a worker fall silent after a few rounds."""
+    play, n = cluster_module.ClusterCrew.play, iter(range(10**6))
+
+    def stopping(*arguments: Any) -> Any:
+        if next(n) == 5:
+            os.kill(process, signal.SIGSTOP)
+        return play(*arguments)
+
+    monkeypatch.setattr(cluster_module.ClusterCrew, "play", stopping)
+
+
 class TestFaults:
     @pytest.mark.parametrize(
         ("way", "kind"),
@@ -561,14 +573,8 @@ class TestFaults:
             processes = Processes(made.scheduler_address, 2)
             await_workers(client, 2)
             pids = client.run(os.getpid)
-            silent, real, n = max(pids), cluster_module.ClusterCrew.play, iter(range(10**6))
-
-            def play(*arguments: Any) -> Any:
-                if next(n) == 5:
-                    os.kill(pids[silent], signal.SIGSTOP)
-                return real(*arguments)
-
-            monkeypatch.setattr(cluster_module.ClusterCrew, "play", play)
+            silent = max(pids)
+            stop_in_mid_run(monkeypatch, pids[silent])
             try:
                 began = time.monotonic()
                 with pytest.warns(UserWarning, match=f"worker {silent} is silent for .* s: it gets no lanes"):
@@ -589,14 +595,7 @@ class TestFaults:
             processes = Processes(made.scheduler_address, 1)
             await_workers(client, 1)
             (process,) = client.run(os.getpid).values()
-            real, n = cluster_module.ClusterCrew.play, iter(range(10**6))
-
-            def play(*arguments: Any) -> Any:
-                if next(n) == 5:
-                    os.kill(process, signal.SIGSTOP)
-                return real(*arguments)
-
-            monkeypatch.setattr(cluster_module.ClusterCrew, "play", play)
+            stop_in_mid_run(monkeypatch, process)
             try:
                 with (
                     pytest.warns(UserWarning, match="or do not answer. The run waits"),

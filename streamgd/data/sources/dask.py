@@ -322,10 +322,6 @@ class DaskSource(Source):
             if lying and all(future.done() for futures in lying.values() for future in futures):
                 self.shown(client, lying, to_workers=True)
 
-    def let_go(self) -> None:
-        """Have nothing shown that no run has taken."""
-        self.forget_shown()
-
     def shown(
         self, client: Any, lying: Mapping[int, Sequence[Any]] | None = None, *, to_workers: bool = False
     ) -> ShownBlocks:
@@ -341,8 +337,8 @@ class DaskSource(Source):
             found, self._shown = self._shown, None
             return found
 
-    def forget_shown(self) -> None:
-        """Have what is shown now shown no more."""
+    def let_go(self) -> None:
+        """Have what is shown, and what no run has taken, shown no more."""
         shown = self.take_shown()
         if shown is not None:
             shown.release()
@@ -424,7 +420,7 @@ class DaskSource(Source):
 
     def sent(self, block: int, *, targets_only: bool) -> tuple[Features | None, Target | None, Column | None]:
         """Compute a block that is shown here no more. Where it was delivered, somebody else has to: it is as it was."""
-        self.forget_shown()
+        self.let_go()
         return self._compute(block, targets_only=targets_only, in_place=False)
 
     def _checked(
@@ -515,7 +511,7 @@ class DaskSource(Source):
         try:
             return self._digest(in_place=True)
         except UnreachableError:
-            self.forget_shown()
+            self.let_go()
             return self._digest(in_place=False)
 
     def _digest(self, *, in_place: bool) -> str:
@@ -535,7 +531,7 @@ class DaskSource(Source):
     def close(self) -> None:
         """Forget blocks that the cluster computes ahead, and the graph."""
         self._ahead.clear()
-        self.forget_shown()
+        self.let_go()
         with self._lock:
             self._graphs.clear()
 
